@@ -1,0 +1,21 @@
+"""`python -m sgpu`."""
+
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """The console script."""
+    # Until the daemon listens for signals itself, being told to stop ends the process as cleanly: there is nothing
+    # to undo yet. (As process 1 of a container, a signal without a handler would be ignored.)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
+    from sgpu.cli import main as run  # after that: importing takes a good part of the start
+
+    sys.exit(run(sys.argv[1:], os.environ))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What a GPU is, and what a share of it is. Values only: imports nothing of sgpu."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Final
+
+import attrs
+
+#: Between a GPU's UUID and the number of a share. Ids are kept by the kubelet across upgrades: never change it.
+SEPARATOR: Final = "::"
+#: As printed, not as parsed: no sign, no leading zero, so that a share has exactly one id.
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]*")
+
+
+class Health(enum.Enum):
+    """The kubelet's two words for it, in its spelling."""
+
+    HEALTHY = "Healthy"
+    UNHEALTHY = "Unhealthy"
+
+
+@attrs.frozen
+class Device:
+    """One GPU as the node offers it. `shares` of it can be allocated, numbered from 0.
+
+    `memory_bytes` and `numa_node` are None where the driver or the machine does not tell. `device_nodes` are
+    what a container needs of /dev in order to use this GPU, relative to it. `reason` says why it is unhealthy.
+    """
+
+    uuid: str
+    name: str
+    pci_bus_id: str
+    shares: int
+    device_nodes: tuple[str, ...]
+    memory_bytes: int | None = None
+    numa_node: int | None = None
+    health: Health = Health.HEALTHY
+    reason: str = ""
+    simulated: bool = False
+
+    def share_ids(self) -> list[str]:
+        """The ids of all shares, in order."""
+        prefix = self.uuid + SEPARATOR
+        return [f"{prefix}{number}" for number in range(self.shares)]
+
+
+@attrs.frozen
+class Share:
+    """One share of one GPU: what its id says, whether or not such a GPU exists."""
+
+    uuid: str
+    number: int
+
+    @classmethod
+    def parse(cls, share_id: str) -> Share | None:
+        """The share that an id names, or None when it is not the id of a share."""
+        uuid, separator, number = share_id.rpartition(SEPARATOR)
+        if not (uuid and separator and _NUMBER.fullmatch(number)):
+            return None
+        return cls(uuid, int(number))

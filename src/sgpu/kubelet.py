@@ -1,0 +1,132 @@
+"""The kubelet as seen from here: its directory of sockets, and registering with it. Knows nothing of NVML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import inotify_simple
+import trio
+from google.protobuf.message import Message
+from purerpc import StatusCode
+
+from sgpu import rpc
+from sgpu.api import v1alpha_pb2, v1beta1_pb2
+
+SOCKET: Final = "kubelet.sock"
+#: Seconds. Within `Register` the kubelet dials back, and gives that 10 s of its own.
+REGISTER_TIMEOUT: Final = 15
+#: What kubelets that know the service but not the version say, after the version.
+VERSION_REFUSED: Final = "is not supported by kubelet"
+#: What tells that a name in the directory may mean another file now.
+_CHANGES: Final = (
+    inotify_simple.flags.CREATE
+    | inotify_simple.flags.DELETE
+    | inotify_simple.flags.MOVED_FROM
+    | inotify_simple.flags.MOVED_TO
+    | inotify_simple.flags.DELETE_SELF
+    | inotify_simple.flags.MOVE_SELF
+    | inotify_simple.flags.ONLYDIR
+)
+
+
+class RegistrationFailedError(Exception):
+    """The kubelet is not there, or did not take the registration. The message says which, and what it answered."""
+
+
+class PluginDirectory:
+    """The directory of sockets, and a way to wait for changes in it. Needs `watch` to run."""
+
+    def __init__(self, path: Path, inotify: inotify_simple.INotify) -> None:
+        self.path = path
+        self.kubelet_socket = path / SOCKET
+        self._inotify = inotify
+        self._changed = trio.Event()
+
+    async def watch(self) -> None:
+        """Notice changes, for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._inotify.fileno())
+            self._inotify.read(timeout=0)  # what changed is looked up, not read: events can be lost, files can't
+            self._changed.set()
+            self._changed = trio.Event()
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once `condition` holds; it is asked now and after each change. It must not block."""
+        while True:
+            changed = self._changed
+            if condition():
+                return
+            await changed.wait()
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[PluginDirectory]:
+    """The plugin directory, changes to which are queued from here on. Raises OSError when it can't be watched."""
+    with inotify_simple.INotify(nonblocking=True) as inotify:
+        inotify.add_watch(path, _CHANGES)
+        yield PluginDirectory(path, inotify)
+
+
+@contextmanager
+def pinned(path: Path) -> Iterator[rpc.Identity | None]:
+    """The identity of the file at `path` (None if there is none), which no other file gets while this is open.
+
+    Without the open descriptor a kubelet that restarts can get the very inode number its old socket had.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        status = os.fstat(descriptor)
+        yield rpc.Identity(status.st_dev, status.st_ino)
+    finally:
+        os.close(descriptor)
+
+
+async def register(
+    kubelet_socket: Path, endpoint: str, resource_name: str, options: v1beta1_pb2.DevicePluginOptions
+) -> str:
+    """Tell the kubelet of the plugin that listens on `endpoint`, a name in its directory.
+
+    The plugin must be serving: the kubelet calls it back before it answers. Returns the version of the API that the
+    kubelet took. Raises RegistrationFailedError.
+    """
+    beta = v1beta1_pb2.RegisterRequest(
+        version="v1beta1", endpoint=endpoint, resource_name=resource_name, options=options
+    )
+    # Kubernetes 1.10 and later; 1.9; 1.8.
+    attempts: tuple[tuple[str, Message], ...] = (
+        ("/v1beta1.Registration/Register", beta),
+        ("/deviceplugin.Registration/Register", _alpha_request("v1alpha2", endpoint, resource_name)),
+        ("/deviceplugin.Registration/Register", _alpha_request("v1alpha1", endpoint, resource_name)),
+    )
+    refusals = []
+    for method, request in attempts:
+        try:
+            with trio.fail_after(REGISTER_TIMEOUT):
+                await rpc.unary_call(kubelet_socket, method, request, v1beta1_pb2.Empty)
+        except rpc.RpcError as error:
+            refusals.append(error)
+            if error.code is not StatusCode.UNIMPLEMENTED and VERSION_REFUSED not in error.message:
+                break
+        except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
+            raise RegistrationFailedError(f"the kubelet does not answer on {kubelet_socket}: {error}") from error
+        except trio.TooSlowError as error:
+            raise RegistrationFailedError(
+                f"the kubelet did not answer on {kubelet_socket} within {REGISTER_TIMEOUT} s"
+            ) from error
+        else:
+            return str(getattr(request, "version"))  # noqa: B009  # Message does not declare it
+    # The last refusal that is about the request and not about the version, or else the first.
+    telling = [error for error in refusals if error.code is not StatusCode.UNIMPLEMENTED] or refusals
+    raise RegistrationFailedError(f"the kubelet refused {resource_name}: {telling[-1]}") from telling[-1]
+
+
+def _alpha_request(version: str, endpoint: str, resource_name: str) -> v1alpha_pb2.RegisterRequest:
+    return v1alpha_pb2.RegisterRequest(version=version, endpoint=endpoint, resource_name=resource_name)

@@ -1,0 +1,18 @@
+"""libnvidia-ml in Python. Loaded from the host path when asked for, never at import. Knows nothing of Kubernetes."""
+
+from sgpu.nvml.constants import Code, EventType
+from sgpu.nvml.library import Event, EventSet, Handle, Library, Memory, NvmlError, open_library
+from sgpu.nvml.search import LibraryNotFoundError
+
+__all__ = [
+    "Code",
+    "Event",
+    "EventSet",
+    "EventType",
+    "Handle",
+    "Library",
+    "LibraryNotFoundError",
+    "Memory",
+    "NvmlError",
+    "open_library",
+]

@@ -1,0 +1,36 @@
+"""NVML's constants, and which functions are variants of one another. The signatures are in `proto/nvml/nvml.h`."""
+
+from typing import Final
+
+#: Newest variant first. Drivers before the newer one existed lack its symbol; the arguments are the same.
+#: (`nvmlDeviceGetMemoryInfo_v2` takes another structure, so it has code of its own.)
+VARIANTS: Final = {
+    "nvmlInit": ("nvmlInit_v2", "nvmlInit"),
+    "nvmlDeviceGetCount": ("nvmlDeviceGetCount_v2", "nvmlDeviceGetCount"),
+    "nvmlDeviceGetHandleByIndex": ("nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetHandleByIndex"),
+    "nvmlDeviceGetPciInfo": ("nvmlDeviceGetPciInfo_v3", "nvmlDeviceGetPciInfo_v2", "nvmlDeviceGetPciInfo"),
+    "nvmlEventSetWait": ("nvmlEventSetWait_v2", "nvmlEventSetWait"),
+}
+
+
+class Code:
+    """The `nvmlReturn_t` values that sgpu tells apart."""
+
+    SUCCESS: Final = 0
+    NOT_SUPPORTED: Final = 3
+    DRIVER_NOT_LOADED: Final = 9
+    TIMEOUT: Final = 10
+    FUNCTION_NOT_FOUND: Final = 13
+    GPU_IS_LOST: Final = 15
+    LIB_RM_VERSION_MISMATCH: Final = 18
+
+
+class EventType:
+    """The bits of an event mask that sgpu may ask for (`nvmlEventType…`)."""
+
+    DOUBLE_BIT_ECC: Final = 0x2
+    XID_CRITICAL: Final = 0x8
+
+
+#: NVML_DEVICE_NAME_V2_BUFFER_SIZE, the largest text any of the functions above fills (bytes).
+TEXT_SIZE: Final = 96

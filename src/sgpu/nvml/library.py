@@ -1,0 +1,180 @@
+"""libnvidia-ml as Python: open, handles, facts, events, and one exception.
+
+Every function here may block for as long as the driver likes: call them from a thread, never from the trio thread.
+Knows nothing of Kubernetes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NewType
+
+import attrs
+
+from sgpu.nvml import constants, search
+from sgpu.nvml._bindings import ffi
+from sgpu.nvml.constants import Code
+
+Handle = NewType("Handle", object)  # an nvmlDevice_t; opaque, dies with the library
+
+
+class NvmlError(Exception):
+    """An NVML function answered something other than success: which one, the code, and NVML's own text."""
+
+    def __init__(self, function: str, code: int, text: str) -> None:
+        super().__init__(f"{function}: {text} (NVML error {code})")
+        self.function = function
+        self.code = code
+        self.text = text
+
+
+@attrs.frozen
+class Memory:
+    """Bytes of a GPU's frame buffer. Where NVML tells (v2), `used` leaves out what the driver reserves."""
+
+    total: int
+    used: int
+    free: int
+
+
+@attrs.frozen
+class Event:
+    """One NVML event: the GPU's UUID, the `EventType` bit, and for an XID its number."""
+
+    uuid: str
+    type: int
+    data: int
+
+
+@contextmanager
+def open_library(host_path: Path) -> Iterator[Library]:
+    """Load and initialise libnvidia-ml from under `host_path`, and shut it down at the end.
+
+    Raises LibraryNotFoundError, or NvmlError when the library loads but can't start (no driver, another version).
+    """
+    path, lib = search.dlopen(host_path)
+    library = Library(path=path, lib=lib)
+    library.call("nvmlInit")
+    try:
+        yield library
+    finally:
+        # A driver that was unloaded or lost its GPUs refuses this too; there is nothing left to undo then.
+        with suppress(NvmlError):
+            library.call("nvmlShutdown")
+
+
+@attrs.frozen
+class Library:
+    """An initialised libnvidia-ml. Each method raises NvmlError; a missing symbol is FUNCTION_NOT_FOUND."""
+
+    path: Path
+    lib: Any = attrs.field(repr=False)
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Call the newest variant of `function` that this driver has."""
+        for name in constants.VARIANTS.get(function, (function,)):
+            symbol = getattr(self.lib, name, None)
+            code = Code.FUNCTION_NOT_FOUND if symbol is None else symbol(*arguments)
+            if code == Code.SUCCESS:
+                return
+            if code != Code.FUNCTION_NOT_FOUND:
+                raise NvmlError(name, code, self._error_text(code))
+        raise NvmlError(function, Code.FUNCTION_NOT_FOUND, "Function Not Found: this driver's library lacks it")
+
+    def driver_version(self) -> str:
+        return self._text("nvmlSystemGetDriverVersion")
+
+    def count(self) -> int:
+        return self._unsigned("nvmlDeviceGetCount")
+
+    def handle(self, index: int) -> Handle:
+        handle = ffi.new("nvmlDevice_t *")
+        self.call("nvmlDeviceGetHandleByIndex", index, handle)
+        return Handle(handle[0])
+
+    def uuid(self, handle: Handle) -> str:
+        return self._text("nvmlDeviceGetUUID", handle)
+
+    def name(self, handle: Handle) -> str:
+        return self._text("nvmlDeviceGetName", handle)
+
+    def minor_number(self, handle: Handle) -> int:
+        """The N of /dev/nvidiaN, which need not be the index."""
+        return self._unsigned("nvmlDeviceGetMinorNumber", handle)
+
+    def pci_bus_id(self, handle: Handle) -> str:
+        """As NVML writes it, e.g. `00000000:3B:00.0`."""
+        pci = ffi.new("nvmlPciInfo_t *")
+        self.call("nvmlDeviceGetPciInfo", handle, pci)
+        # The first variant knew only the shorter legacy form.
+        return self._decode(pci.busId) or self._decode(pci.busIdLegacy)
+
+    def memory(self, handle: Handle) -> Memory:
+        memory = ffi.new("nvmlMemory_v2_t *")
+        memory.version = ffi.sizeof("nvmlMemory_v2_t") | 2 << 24  # NVML_STRUCT_VERSION(Memory, 2)
+        try:
+            self.call("nvmlDeviceGetMemoryInfo_v2", handle, memory)
+        except NvmlError as error:
+            if error.code != Code.FUNCTION_NOT_FOUND:
+                raise
+            memory = ffi.new("nvmlMemory_t *")
+            self.call("nvmlDeviceGetMemoryInfo", handle, memory)
+        return Memory(total=memory.total, used=memory.used, free=memory.free)
+
+    @contextmanager
+    def event_set(self) -> Iterator[EventSet]:
+        """An event set, freed at the end."""
+        event_set = ffi.new("nvmlEventSet_t *")
+        self.call("nvmlEventSetCreate", event_set)
+        try:
+            yield EventSet(self, event_set[0])
+        finally:
+            with suppress(NvmlError):  # as in open_library
+                self.call("nvmlEventSetFree", event_set[0])
+
+    def _unsigned(self, function: str, *arguments: object) -> int:
+        value = ffi.new("unsigned int *")
+        self.call(function, *arguments, value)
+        return int(value[0])
+
+    def _text(self, function: str, *arguments: object) -> str:
+        buffer = ffi.new("char[]", constants.TEXT_SIZE)
+        self.call(function, *arguments, buffer, constants.TEXT_SIZE)
+        return self._decode(buffer)
+
+    def _decode(self, buffer: object) -> str:
+        return str(ffi.string(buffer).decode("utf-8", "replace"))
+
+    def _error_text(self, code: int) -> str:
+        describe = getattr(self.lib, "nvmlErrorString", None)
+        return f"error {code}" if describe is None else self._decode(describe(code))
+
+
+@attrs.frozen
+class EventSet:
+    """What a GPU is registered with in order to hear of its events."""
+
+    library: Library
+    pointer: object = attrs.field(repr=False)
+
+    def register(self, handle: Handle, wanted: int) -> int:
+        """Register for those of the `wanted` EventType bits that this GPU supports; returns them (0: none)."""
+        supported = ffi.new("unsigned long long *")
+        self.library.call("nvmlDeviceGetSupportedEventTypes", handle, supported)
+        types = int(supported[0]) & wanted
+        if types:
+            self.library.call("nvmlDeviceRegisterEvents", handle, types, self.pointer)
+        return types
+
+    def wait(self, milliseconds: int) -> Event | None:
+        """The next event, or None when none came in time."""
+        data = ffi.new("nvmlEventData_t *")
+        try:
+            self.library.call("nvmlEventSetWait", self.pointer, data, milliseconds)
+        except NvmlError as error:
+            if error.code == Code.TIMEOUT:
+                return None
+            raise
+        return Event(uuid=self.library.uuid(data.device), type=int(data.eventType), data=int(data.eventData))

@@ -1,0 +1,57 @@
+"""Where libnvidia-ml may lie under a directory, and opening the first one that loads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from sgpu.nvml._bindings import ffi
+
+#: Relative to the host path, in the order tried: what GKE's installers make, what a distribution's package
+#: makes (multi-arch, RHEL, Debian's alternatives), and a directory that holds just the libraries.
+DIRECTORIES: Final = (
+    "lib64",
+    "lib",
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib64",
+    "usr/lib/x86_64-linux-gnu/nvidia/current",
+    ".",
+)
+#: The soname first: the bare name is a development link that can point anywhere.
+NAMES: Final = ("libnvidia-ml.so.1", "libnvidia-ml.so")
+
+
+class LibraryNotFoundError(Exception):
+    """No libnvidia-ml under the host path could be loaded. `attempts` has each path with the loader's words."""
+
+    def __init__(self, host_path: Path, attempts: tuple[tuple[Path, str], ...]) -> None:
+        self.host_path = host_path
+        self.attempts = attempts
+        tried = "; ".join(f"{path}: {words}" for path, words in attempts)
+        super().__init__(f"no libnvidia-ml could be loaded from under {host_path} (tried {tried})")
+
+
+def candidates(host_path: Path) -> Iterator[Path]:
+    """Every path that is tried, in order."""
+    for directory in DIRECTORIES:
+        for name in NAMES:
+            yield host_path / directory / name
+
+
+def dlopen(host_path: Path) -> tuple[Path, Any]:
+    """Load the first candidate that the loader accepts: its path, and the cffi library.
+
+    Raises LibraryNotFoundError when none does.
+    """
+    attempts = []
+    for path in candidates(host_path):
+        try:
+            return path, ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
+        except OSError as error:
+            attempts.append((path, _loader_words(path, error)))
+    raise LibraryNotFoundError(host_path, tuple(attempts))
+
+
+def _loader_words(path: Path, error: OSError) -> str:
+    # cffi reports "cannot load library 'PATH': PATH: words"; the path is already said.
+    return str(error).rpartition(f"{path}: ")[2]

@@ -1,0 +1,168 @@
+"""The DevicePlugin RPCs. They answer from memory: the kubelet calls them inside pod admission, with no deadline.
+
+Knows nothing of NVML.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from purerpc import StatusCode
+
+from sgpu import allocation, listing, placement
+from sgpu.allocation import Allocation, HostPaths
+from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
+from sgpu.device import Device
+from sgpu.inventory import Inventory
+from sgpu.nurseries import race
+from sgpu.rpc import Route, RpcError, routes
+
+logger = logging.getLogger(__name__)
+
+
+class Streams:
+    """The ListAndWatch streams of one session: how many are open, and the word that they should end."""
+
+    def __init__(self) -> None:
+        self.ending = trio.Event()
+        self._open = 0
+        self._changed = trio.Event()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Counts one stream for as long as it is open."""
+        self._count(+1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    async def wait_lost(self, grace: float) -> None:
+        """Until no stream has been open for `grace` seconds on end."""
+        while True:
+            changed = self._changed
+            if self._open:
+                await changed.wait()
+                continue
+            with trio.move_on_after(grace) as scope:
+                await changed.wait()
+            if scope.cancelled_caught:
+                return
+
+    def _count(self, difference: int) -> None:
+        self._open += difference
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
+    """`v1beta1.DevicePlugin`, Kubernetes 1.10 and later."""
+
+    def __init__(self, inventory: Inventory, paths: HostPaths, streams: Streams) -> None:
+        self._inventory = inventory
+        self._paths = paths
+        self._streams = streams
+
+    async def GetDevicePluginOptions(self, _: v1beta1_pb2.Empty) -> v1beta1_pb2.DevicePluginOptions:
+        return options()
+
+    async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
+        self, _: v1beta1_pb2.Empty
+    ) -> AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]:
+        async for devices in _watch(self._inventory, self._streams):
+            yield listing.v1beta1_list(devices)
+
+    async def GetPreferredAllocation(
+        self, request: v1beta1_pb2.PreferredAllocationRequest
+    ) -> v1beta1_pb2.PreferredAllocationResponse:
+        response = v1beta1_pb2.PreferredAllocationResponse()
+        for container in request.container_requests:
+            chosen = placement.preferred(
+                container.available_deviceIDs, container.must_include_deviceIDs, container.allocation_size
+            )
+            response.container_responses.add(deviceIDs=chosen)
+        return response
+
+    async def Allocate(self, request: v1beta1_pb2.AllocateRequest) -> v1beta1_pb2.AllocateResponse:
+        response = v1beta1_pb2.AllocateResponse()
+        for container in request.container_requests:
+            allocated = _allocate(self._inventory, container.devices_ids)
+            response.container_responses.append(
+                v1beta1_pb2.ContainerAllocateResponse(**_fields(v1beta1_pb2, allocated, self._paths))
+            )
+        return response
+
+    async def PreStartContainer(self, _: v1beta1_pb2.PreStartContainerRequest) -> v1beta1_pb2.PreStartContainerResponse:
+        return v1beta1_pb2.PreStartContainerResponse()
+
+
+class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
+    """`deviceplugin.DevicePlugin`, Kubernetes 1.8 and 1.9: no options, one container a request."""
+
+    def __init__(self, inventory: Inventory, paths: HostPaths, streams: Streams) -> None:
+        self._inventory = inventory
+        self._paths = paths
+        self._streams = streams
+
+    async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
+        self, _: v1alpha_pb2.Empty
+    ) -> AsyncGenerator[v1alpha_pb2.ListAndWatchResponse, None]:
+        async for devices in _watch(self._inventory, self._streams):
+            yield listing.v1alpha_list(devices)
+
+    async def Allocate(self, request: v1alpha_pb2.AllocateRequest) -> v1alpha_pb2.AllocateResponse:
+        allocated = _allocate(self._inventory, request.devicesIDs)
+        return v1alpha_pb2.AllocateResponse(**_fields(v1alpha_pb2, allocated, self._paths))
+
+
+def options() -> v1beta1_pb2.DevicePluginOptions:
+    """What the kubelet should know: said at registration for old kubelets, and when asked for new ones."""
+    return v1beta1_pb2.DevicePluginOptions(get_preferred_allocation_available=True)
+
+
+def plugin_routes(inventory: Inventory, paths: HostPaths, streams: Streams) -> Mapping[str, Route]:
+    """Both versions of the API, to be served on one socket."""
+    servicers = (DevicePlugin(inventory, paths, streams), AlphaDevicePlugin(inventory, paths, streams))
+    return routes(servicer.service for servicer in servicers)
+
+
+async def _watch(inventory: Inventory, streams: Streams) -> AsyncGenerator[Sequence[Device], None]:
+    """The devices, now and after each change, until the session ends. A slow reader gets the latest, not each."""
+    with streams.opened():
+        while not streams.ending.is_set():
+            changed = inventory.changed
+            yield inventory.devices
+            await race(changed.wait, streams.ending.wait)
+
+
+def _allocate(inventory: Inventory, share_ids: Sequence[str]) -> Allocation:
+    try:
+        allocated = allocation.allocate(inventory, share_ids)
+    except allocation.UnknownShareError as error:
+        raise _refusal(StatusCode.NOT_FOUND, error) from error
+    except allocation.UnhealthyShareError as error:
+        raise _refusal(StatusCode.FAILED_PRECONDITION, error) from error
+    logger.debug("allocated %s", ", ".join(share_ids))
+    return allocated
+
+
+def _refusal(code: StatusCode, error: Exception) -> RpcError:
+    logger.warning("refused an allocation: %s", error)
+    return RpcError(code, str(error))
+
+
+def _fields(api: Any, allocated: Allocation, paths: HostPaths) -> dict[str, Any]:  # noqa: ANN401  # a module of messages
+    """The fields that an allocation's answer has in both versions of the API."""
+    mount = api.Mount(host_path=str(paths.libraries), container_path=str(paths.libraries_in_container), read_only=True)
+    return {
+        "envs": allocated.environment,
+        "mounts": [mount] if allocated.libraries else [],
+        "devices": [
+            api.DeviceSpec(host_path=str(paths.devices / node), container_path=f"/dev/{node}", permissions="mrw")
+            for node in allocated.device_nodes
+        ],
+    }

@@ -1,0 +1,27 @@
+"""gRPC over unix sockets: listen, serve, and call. Knows nothing of GPUs or of the kubelet.
+
+purerpc's protocol layer (`purerpc.grpclib`: bytes in, gRPC events out, no I/O) driven by trio. purerpc's own server
+and channel are left out: they are TCP only, swallow `Cancelled`, and let a call outlive its connection.
+"""
+
+from sgpu.rpc.client import Channel, open_channel, unary_call
+from sgpu.rpc.protocol import MAX_MESSAGE_BYTES, BrokenPeerError, RpcError
+from sgpu.rpc.server import Route, routes, serve_connection
+from sgpu.rpc.unix import MAX_PATH_BYTES, AddressInUseError, Identity, identity, listen
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "MAX_PATH_BYTES",
+    "AddressInUseError",
+    "BrokenPeerError",
+    "Channel",
+    "Identity",
+    "Route",
+    "RpcError",
+    "identity",
+    "listen",
+    "open_channel",
+    "routes",
+    "serve_connection",
+    "unary_call",
+]

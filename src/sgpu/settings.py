@@ -1,0 +1,117 @@
+"""Every knob: its default, what it takes, what it means. Values only: imports nothing of sgpu."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import attrs
+
+#: DNS-1123 subdomain and qualified name, as `k8s.io/apimachinery/pkg/util/validation` has them.
+_LABEL: Final = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_DOMAIN: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+_NAME: Final = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
+#: Characters. The kubelet also checks `requests.` + the name, which must be a subdomain as well.
+_DOMAIN_LENGTH: Final = 253 - len("requests.")
+_NAME_LENGTH: Final = 63
+
+
+@attrs.frozen
+class Kind:
+    """What a setting takes. `check` says whether a value of the right type is in range."""
+
+    takes: str
+    type: type
+    check: Callable[[Any], bool]
+    example: str = "VALUE"
+
+    def from_text(self, text: str) -> object:
+        """The value of a flag or an environment variable. Raises ValueError."""
+        value: object = text
+        if self.type is int:
+            value = int(text)
+        elif self.type is bool:
+            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+        return self.from_file(value)
+
+    def from_file(self, value: object) -> object:
+        """The value of a key in the file, which has a type of its own. Raises ValueError."""
+        if type(value) is not self.type or not self.check(value):
+            raise ValueError(value)
+        return value
+
+
+def integer(low: int, high: int) -> Kind:
+    """A whole number in a range, both ends included."""
+    return Kind(f"a whole number from {low} to {high}", int, lambda value: low <= value <= high, "N")
+
+
+def choice(*words: str) -> Kind:
+    """One of a few words."""
+    return Kind(" or ".join(words), str, lambda value: value in words, "|".join(words))
+
+
+def is_extended_resource(name: str) -> bool:
+    """Whether Kubernetes takes `name` for an extended resource (`IsExtendedResourceName`)."""
+    domain, slash, rest = name.partition("/")
+    return (
+        bool(slash)
+        and "kubernetes.io/" not in name
+        and not name.startswith("requests.")
+        and len(domain) <= _DOMAIN_LENGTH
+        and len(rest) <= _NAME_LENGTH
+        and _DOMAIN.fullmatch(domain) is not None
+        and _NAME.fullmatch(rest) is not None
+    )
+
+
+BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
+PATH: Final = Kind(
+    "an absolute path", str, lambda value: PurePosixPath(value).is_absolute() and "\0" not in value, "PATH"
+)
+FILE: Final = Kind("the path of a file", str, lambda value: "\0" not in value, "FILE")
+RESOURCE: Final = Kind(
+    "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
+)
+
+
+def knob(default: object, kind: Kind, meaning: str) -> Any:  # noqa: ANN401  # attrs' fields are typed so
+    """A field of Settings that a user can set."""
+    return attrs.field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What the daemon was told. The flag of a field is its name with dashes (`host_path`: `-host-path`)."""
+
+    host_path: str = knob(
+        "/home/kubernetes/bin/nvidia",
+        PATH,
+        "directory on the host with the NVIDIA libraries; also where libnvidia-ml is loaded from",
+    )
+    container_path: str = knob("/usr/local/nvidia", PATH, "where it is mounted, read-only, in containers")
+    plugin_directory: str = knob(
+        "/device-plugin", PATH, "directory of kubelet.sock, where the plugin's own socket goes"
+    )
+    gpu_duplication_factor: int = knob(100, integer(1, 100_000), "shares per GPU")
+    resource_name: str = knob("deepomatic.com/shared-gpu", RESOURCE, "name of the extended resource")
+    dev_directory: str = knob("/dev", PATH, "where the device nodes are")
+    sysfs_directory: str = knob("/sys", PATH, "where the kernel tells the NUMA nodes of GPUs")
+    simulate: int = knob(0, integer(0, 64), "number of simulated GPUs in place of the driver; 0: none")
+    simulate_faults: str = knob(
+        "", FILE, "with -simulate: file with the numbers of GPUs that are down, one to a line; read while running"
+    )
+    log_format: str = knob("text", choice("text", "json"), "how each line of the log is written")
+    v: int = knob(0, integer(0, 10), "verbosity of the log; 1 and more: debugging")
+    logtostderr: bool = knob(True, BOOLEAN, "accepted for the manifests that have it; the log always goes there")
+
+    @property
+    def endpoint(self) -> str:
+        """The name of the plugin's socket: one to a resource, so that two daemons can serve two resources."""
+        return f"sgpu-{self.resource_name.replace('/', '_')}.sock"
+
+
+#: Flag (without the dash) → field.
+KNOBS: Final = {field.name.replace("_", "-"): field for field in attrs.fields(Settings)}
