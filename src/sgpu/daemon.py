@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between attempts to find GPUs, and to register. Growing, so that neither a driver that comes up nor a
 #: kubelet that is just about to listen is waited for longer than need be, and an absent one costs little.
-FIRST_RETRY: Final = 0.005
+FIRST_RETRY: Final = 0.001
 LAST_RETRY: Final = 5.0
 #: Seconds without a ListAndWatch stream after which a registration counts as lost. A kubelet opens it at once.
 STREAM_GRACE: Final = 10.0
@@ -46,7 +47,7 @@ async def run(settings: Settings) -> None:
     logger.info("sgpu %s offers %s from %s", __version__, settings.resource_name, _source(settings))
     inventory = Inventory()
     async with trio.open_nursery() as nursery:
-        await nursery.start(stop_on_signal, nursery.cancel_scope)
+        stop_on_signal(nursery.cancel_scope)
         if settings.simulate:
             await nursery.start(simulate, settings, inventory)
         else:
@@ -54,15 +55,25 @@ async def run(settings: Settings) -> None:
         nursery.start_soon(keep_registered, settings, inventory)
 
 
-async def stop_on_signal(
-    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Cancel the scope when the process is told to stop."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
+def stop_on_signal(scope: trio.CancelScope) -> None:
+    """Cancel the scope when the process is told to stop, however often it is told.
+
+    trio's own receiver hands a signal that comes twice back to the handler of before, which would end the process
+    in the middle of its clean-up.
+    """
+    token = trio.lowlevel.current_trio_token()
+
+    def stop(number: int) -> None:
+        if not scope.cancel_called:
             logger.info("%s: stopping", signal.Signals(number).name)
             scope.cancel()
+
+    def handler(number: int, _: object) -> None:
+        with suppress(trio.RunFinishedError):  # stopped already
+            token.run_sync_soon(stop, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 async def find_gpus(settings: Settings, inventory: Inventory) -> None:

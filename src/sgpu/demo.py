@@ -182,7 +182,7 @@ async def _show(directory: Path) -> None:
 async def _check_stopped(process: subprocess.Popen[bytes], directory: Path) -> None:
     with trio.move_on_after(STEP_TIMEOUT):
         code = await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-        left = [path.name for path in directory.glob("sgpu-*.sock")]
+        left = [path.name for path in await trio.Path(directory).glob("sgpu-*.sock")]
         if code or left:
             raise StepFailedError(f"a clean stop: exit code {code}, sockets left: {left}")
         _say("It stopped with exit code 0 and removed its socket.")

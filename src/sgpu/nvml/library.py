@@ -75,7 +75,7 @@ class Library:
     def call(self, function: str, *arguments: object) -> None:
         """Call the newest variant of `function` that this driver has."""
         for name in constants.VARIANTS.get(function, (function,)):
-            symbol = getattr(self.lib, name, None)
+            symbol = self._symbol(name)
             code = Code.FUNCTION_NOT_FOUND if symbol is None else symbol(*arguments)
             if code == Code.SUCCESS:
                 return
@@ -134,6 +134,13 @@ class Library:
             with suppress(NvmlError):  # as in open_library
                 self.call("nvmlEventSetFree", event_set[0])
 
+    def _symbol(self, name: str) -> Any:  # noqa: ANN401  # a C function
+        """The function of that name; None where this driver's library lacks it."""
+        try:
+            return getattr(self.lib, name)
+        except ffi.error:
+            return None
+
     def _unsigned(self, function: str, *arguments: object) -> int:
         value = ffi.new("unsigned int *")
         self.call(function, *arguments, value)
@@ -148,7 +155,7 @@ class Library:
         return str(ffi.string(buffer).decode("utf-8", "replace"))
 
     def _error_text(self, code: int) -> str:
-        describe = getattr(self.lib, "nvmlErrorString", None)
+        describe = self._symbol("nvmlErrorString")
         return f"error {code}" if describe is None else self._decode(describe(code))
 
 

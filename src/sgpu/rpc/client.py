@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+import h2.exceptions
 import trio
+from google.protobuf.message import DecodeError
 from purerpc import StatusCode
 from purerpc.grpclib import events
 
-from sgpu.rpc.protocol import Protocol, RpcError, StreamReset, frame
-
-#: Bytes taken off the socket at a time.
-RECEIVE_BYTES = 64 * 1024
+from sgpu.rpc.protocol import RECEIVE_BYTES, BrokenPeerError, MessageRefused, Protocol, RpcError, StreamReset, frame
 
 Response = TypeVar("Response")
 
@@ -30,8 +29,8 @@ async def open_channel(path: Path) -> AsyncIterator[Channel]:
 async def unary_call(path: Path, method: str, request: Any, response_type: Callable[[], Response]) -> Response:  # noqa: ANN401  # a protobuf message
     """Connect, make one call (`/package.Service/Method`), and disconnect.
 
-    Raises OSError when nobody listens or the server goes away, RpcError when it answers something other than OK.
-    There is no deadline: put one around it.
+    Raises OSError when nobody listens, trio.BrokenResourceError when the server goes away, BrokenPeerError when it
+    does not speak gRPC, RpcError when it answers something other than OK. There is no deadline: put one around it.
     """
     async with open_channel(path) as channel:
         return await channel.unary(method, request, response_type)
@@ -39,16 +38,25 @@ async def unary_call(path: Path, method: str, request: Any, response_type: Calla
 
 @attrs.frozen
 class Channel:
-    """A connection to a server. Use it from one task, for one call after the other."""
+    """A connection to a server. Use it from one task, for one call after the other, and no more once one is cancelled.
+
+    A stream of responses that is left before its end is given up; surround it with `aclosing`.
+    """
 
     stream: trio.abc.Stream
     protocol: Protocol
 
     async def unary(self, method: str, request: Any, response_type: Callable[[], Response]) -> Response:  # noqa: ANN401
         """Call a method that answers one message. Raises as `unary_call` does."""
-        responses = [response async for response in self.streaming(method, request, response_type)]
+        responses: list[Response] = []
+        async with aclosing(self.streaming(method, request, response_type)) as stream:
+            async for response in stream:
+                responses.append(response)
+                if len(responses) > 1:
+                    break
         if len(responses) != 1:
-            raise RpcError(StatusCode.INTERNAL, f"{method} answered {len(responses)} messages instead of one")
+            count = "more than one message" if responses else "no message"
+            raise RpcError(StatusCode.INTERNAL, f"{method} answered {count}")
         return responses[0]
 
     async def streaming(
@@ -58,40 +66,61 @@ class Channel:
         response_type: Callable[[], Response],
     ) -> AsyncGenerator[Response, None]:
         """Call a method that answers any number of messages. Raises as `unary_call` does."""
-        service, name = method.strip("/").split("/")
-        stream_id = self.protocol.get_next_available_stream_id()
-        # The authority is what the kubelet's own dialler says; a socket has no host to name.
-        self.protocol.start_request(stream_id, "http", service, name, None, "localhost", None, "+proto")
-        await self._send(stream_id, frame(request))
-        while True:
-            for event in await self._receive():
-                if isinstance(event, events.MessageReceived):
-                    self.protocol.acknowledge(stream_id, event.flow_controlled_length)
-                    response: Any = response_type()
-                    response.ParseFromString(event.data)
-                    yield response
-                elif isinstance(event, events.ResponseEnded):
-                    if event.status.status_code is not StatusCode.OK:
-                        raise RpcError(event.status.status_code, event.status.status_message)
-                    return
-                elif isinstance(event, StreamReset):
-                    raise RpcError(StatusCode.CANCELLED, f"the server reset {method}")
+        stream_id = self._start(method)
+        unsent = frame(request)
+        ended = False  # in both directions
+        try:
+            while True:
+                unsent = self._send(stream_id, unsent)
+                for event in await self._receive():
+                    if event.stream_id != stream_id:
+                        continue  # the window of the whole connection, or a straggler of a call before
+                    if isinstance(event, events.MessageReceived):
+                        yield _parse(method, response_type, event.data)
+                    elif isinstance(event, MessageRefused):
+                        raise event.error
+                    elif isinstance(event, StreamReset):
+                        ended = True
+                        raise RpcError(StatusCode.CANCELLED, f"the server reset {method} ({event.reason})")
+                    elif isinstance(event, events.ResponseEnded):
+                        ended = not unsent
+                        if event.status.status_code is not StatusCode.OK:
+                            raise RpcError(event.status.status_code, event.status.status_message)
+                        return
+        finally:
+            if not ended:
+                self.protocol.give_up(stream_id)
 
-    async def _send(self, stream_id: int, data: memoryview) -> None:
-        while data:
-            size = min(self.protocol.flow_control_window(stream_id), len(data))
-            self.protocol.send_data(stream_id, bytes(data[:size]), end_stream=size == len(data))
-            data = data[size:]
-            if data:
-                await self._receive()  # the peer's leave to send more
-        await self._flush()
+    def _start(self, method: str) -> int:
+        service, name = method.strip("/").split("/")
+        stream_id: int = self.protocol.get_next_available_stream_id()
+        try:
+            # The authority is what the kubelet's own dialler says; a socket has no host to name.
+            self.protocol.start_request(stream_id, "http", service, name, None, "localhost", None, "+proto")
+        except h2.exceptions.TooManyStreamsError as error:
+            raise BrokenPeerError(f"the server admits no call: {error}") from error
+        return stream_id
+
+    def _send(self, stream_id: int, unsent: memoryview) -> memoryview:
+        """Send as much as the server's windows admit. Returns the rest."""
+        while unsent and (size := min(self.protocol.flow_control_window(stream_id), len(unsent))) > 0:
+            self.protocol.send_data(stream_id, bytes(unsent[:size]), end_stream=size == len(unsent))
+            unsent = unsent[size:]
+        return unsent
 
     async def _receive(self) -> list[events.Event]:
-        await self._flush()
+        await self.stream.send_all(self.protocol.data_to_send())
         data = await self.stream.receive_some(RECEIVE_BYTES)
         if not data:
             raise trio.BrokenResourceError("the server closed the connection")
         return self.protocol.receive(bytes(data))
 
-    async def _flush(self) -> None:
-        await self.stream.send_all(self.protocol.data_to_send())
+
+def _parse(method: str, response_type: Callable[[], Response], data: bytes) -> Response:
+    response: Any = response_type()
+    try:
+        response.ParseFromString(data)
+    except DecodeError as error:
+        name = type(response).__name__
+        raise RpcError(StatusCode.INTERNAL, f"{method} answered what is not a {name}: {error}") from error
+    return response  # type: ignore[no-any-return]

@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 import attrs
-import h2.exceptions
 import trio
-from google.protobuf.message import DecodeError
-from purerpc import Cardinality, Service, Status, StatusCode
+from purerpc import StatusCode
 from purerpc.grpclib import events
 
-from sgpu.rpc.protocol import BrokenPeerError, Protocol, RpcError, StreamReset, frame
+from sgpu.rpc.protocol import (
+    RECEIVE_BYTES,
+    BrokenPeerError,
+    MessageRefused,
+    Protocol,
+    RpcError,
+    StreamReset,
+    frame,
+    quoted,
+    status,
+)
+from sgpu.rpc.routes import Route
 
 logger = logging.getLogger(__name__)
 
-#: Bytes taken off the socket at a time.
-RECEIVE_BYTES = 64 * 1024
-
-
-@attrs.frozen
-class Route:
-    """What answers one method: `handler(message)`, a coroutine or, if `streams`, an asynchronous generator."""
-
-    handler: Callable[[Any], Any]
-    request_type: Callable[[], Any]
-    streams: bool
-
-
-def routes(services: Iterable[Service]) -> Mapping[str, Route]:
-    """The routes of purerpc's generated servicers (their `.service`), by gRPC path (`/package.Service/Method`)."""
-    table = {}
-    for service in services:
-        for name, bound in service.methods.items():
-            cardinality = bound.signature.cardinality
-            if cardinality not in (Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM):
-                raise NotImplementedError(f"{service.name}/{name}: calls that stream requests are not served")
-            table[f"/{service.name}/{name}"] = Route(
-                handler=_drop_headers(bound.method_fn),
-                request_type=bound.signature.request_type,
-                streams=cardinality is Cardinality.UNARY_STREAM,
-            )
-    return table
-
-
-def _drop_headers(method: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda message: method(message, request=None)
+#: Bytes of a message given to the writer at a time: the calls of a connection take turns.
+_SEND_BYTES: Final = 64 * 1024
+#: Unwritten bytes beyond which calls wait for the writer: a peer that is slow to read does not make us hoard.
+_CALLS_WAIT: Final = 64 * 1024
+#: Unwritten bytes beyond which the reader waits too: what only answers a peer's frames (PING) has no other bound.
+_READER_WAITS: Final = 1024 * 1024
 
 
 async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream) -> None:
@@ -60,13 +44,14 @@ async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream) 
         await _Connection(table, stream).run()
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _Call:
     """A call whose request is coming in or being answered."""
 
     stream_id: int
     path: str
-    messages: list[bytes] = attrs.Factory(list)
+    message: bytes | None = None
+    refusal: RpcError | None = None  # for what came in; the rest is not looked at
     started: bool = False  # whether the response's headers are out
     cancel_scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
@@ -77,63 +62,83 @@ class _Connection:
         self._stream = stream
         self._protocol = Protocol(client_side=False)
         self._calls: dict[int, _Call] = {}
+        self._output = bytearray()
         # Both are replaced at each use: whoever waits on the old one is woken.
         self._output_ready = trio.Event()
-        self._window_opened = trio.Event()
+        self._room = trio.Event()  # the peer opened a window, or the writer took the output
+        self._reading = trio.CancelScope()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
-            self._flush()
-            await self._read(nursery)
-            # The peer is gone or not to be trusted: a call that is still running would answer nobody.
+            async with trio.open_nursery() as calls:
+                self._flush()
+                await self._read(calls)
+                # The peer is gone or not to be trusted: a call that is still running would answer nobody.
+                for call in self._calls.values():
+                    call.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
     async def _read(self, nursery: trio.Nursery) -> None:
         """Until the peer closes the connection, start a task for each complete request."""
-        try:
-            while data := await self._stream.receive_some(RECEIVE_BYTES):
-                for event in self._protocol.receive(bytes(data)):
-                    self._react(event, nursery)
-                self._flush()
-        except trio.BrokenResourceError:
-            pass  # a peer that vanished without a word, which is no different from one that closed
-        except BrokenPeerError as error:
-            logger.warning("closed a connection whose peer broke the protocol (%s)", error)
+        with self._reading:
+            try:
+                while data := await self._stream.receive_some(RECEIVE_BYTES):
+                    for event in self._protocol.receive(bytes(data)):
+                        self._react(event, nursery)
+                    self._flush()
+                    while len(self._output) > _READER_WAITS:
+                        await self._room.wait()
+            except trio.BrokenResourceError:
+                pass  # a peer that vanished without a word, which is no different from one that closed
+            except BrokenPeerError as error:
+                logger.warning("closed a connection whose peer broke the protocol: %s", error)
 
     def _react(self, event: events.Event, nursery: trio.Nursery) -> None:
+        call = self._calls.get(event.stream_id)
         if isinstance(event, events.WindowUpdated):
-            self._window_opened.set()
-            self._window_opened = trio.Event()
+            self._make_room()
         elif isinstance(event, events.RequestReceived):
             path = f"/{event.service_name}/{event.method_name}"
             self._calls[event.stream_id] = _Call(event.stream_id, path)
-        elif isinstance(event, events.MessageReceived):
-            self._protocol.acknowledge(event.stream_id, event.flow_controlled_length)
-            self._calls[event.stream_id].messages.append(event.data)
-        elif isinstance(event, events.RequestEnded):
-            nursery.start_soon(self._answer, self._calls[event.stream_id])
-        elif isinstance(event, StreamReset) and (call := self._calls.pop(event.stream_id, None)):
+        elif call is None:
+            pass  # about a call that was refused and answered before it was complete
+        elif isinstance(event, StreamReset):
+            del self._calls[call.stream_id]
             call.cancel_scope.cancel()
+        elif call.refusal is not None:
+            pass
+        elif isinstance(event, MessageRefused):
+            self._refuse(call, event.error, nursery)
+        elif isinstance(event, events.MessageReceived):
+            if call.message is not None:
+                self._refuse(call, RpcError(StatusCode.INVALID_ARGUMENT, "more than one message"), nursery)
+            call.message = event.data
+        elif isinstance(event, events.RequestEnded):
+            nursery.start_soon(self._answer, call)
+
+    def _refuse(self, call: _Call, error: RpcError, nursery: trio.Nursery) -> None:
+        call.refusal = error
+        nursery.start_soon(self._answer, call)
 
     async def _answer(self, call: _Call) -> None:
-        with call.cancel_scope:
-            try:
+        try:
+            with call.cancel_scope:
                 await self._respond(call)
-            except RpcError as error:
-                self._end(call, Status(error.code, error.message))
-            except h2.exceptions.ProtocolError:
-                pass  # the peer reset the call, or said goodbye, while we were about to write
-            except Exception:
-                logger.exception("%s failed", call.path)
-                self._end(call, Status(StatusCode.UNKNOWN, f"{call.path} failed; the plugin's log says why"))
+        except RpcError as error:
+            self._end(call, error.code, error.message)
+        except Exception:
+            logger.exception("%s failed", call.path)
+            self._end(call, StatusCode.UNKNOWN, f"{call.path} failed; the plugin's log says why")
         self._calls.pop(call.stream_id, None)
 
     async def _respond(self, call: _Call) -> None:
+        if call.refusal is not None:
+            raise call.refusal
         route = self._table.get(call.path)
         if route is None:
-            raise RpcError(StatusCode.UNIMPLEMENTED, f"no method {call.path} here")
-        request = _parse(route, call)
+            raise RpcError(StatusCode.UNIMPLEMENTED, f"no method {quoted(call.path)} here")
+        request = route.parse(call.message)
         if route.streams:
             generator: AsyncGenerator[Any, None] = route.handler(request)
             async with aclosing(generator) as responses:
@@ -142,53 +147,53 @@ class _Connection:
         else:
             answer: Awaitable[Any] = route.handler(request)
             await self._send(call, await answer)
-        self._end(call, Status(StatusCode.OK))
+        self._end(call, StatusCode.OK, "")
 
     async def _send(self, call: _Call, message: Any) -> None:  # noqa: ANN401  # a protobuf message
-        if not call.started:
-            self._protocol.start_response(call.stream_id, "+proto")
-            call.started = True
         data = frame(message)
         while data:
-            window_opened = self._window_opened  # taken before the window is read, so that no update is missed
-            size = min(self._protocol.flow_control_window(call.stream_id), len(data))
-            if size > 0:
+            # A call that was reset ends here, before it touches its stream; one that has much to say lets others in.
+            await trio.lowlevel.checkpoint()
+            if not call.started:
+                self._protocol.start_response(call.stream_id, "+proto")
+                call.started = True
+            size = min(self._protocol.flow_control_window(call.stream_id), len(data), _SEND_BYTES)
+            if size > 0 and len(self._output) <= _CALLS_WAIT:
                 self._protocol.send_data(call.stream_id, bytes(data[:size]))
                 self._flush()
                 data = data[size:]
             else:
-                await window_opened.wait()
+                await self._room.wait()
 
-    def _end(self, call: _Call, status: Status) -> None:
-        try:
-            if call.started:
-                self._protocol.end_response(call.stream_id, status)
-            else:
-                self._protocol.respond_status(call.stream_id, status, "+proto")
-        except h2.exceptions.ProtocolError:
-            return  # as in _answer
+    def _end(self, call: _Call, code: StatusCode, message: str) -> None:
+        if call.cancel_scope.cancel_called:
+            return  # the peer reset the call, or is gone
+        if call.started:
+            self._protocol.end_response(call.stream_id, status(code, message))
+        else:
+            self._protocol.respond_status(call.stream_id, status(code, message), "+proto")
+        if call.refusal is not None:
+            self._protocol.give_up(call.stream_id)
         self._flush()
 
     def _flush(self) -> None:
-        self._output_ready.set()
+        self._output += self._protocol.data_to_send()
+        if self._output:
+            self._output_ready.set()
+
+    def _make_room(self) -> None:
+        self._room.set()
+        self._room = trio.Event()
 
     async def _write(self) -> None:
         """Write what the protocol has to say. The only writer, so that cancelling a call never cuts a frame."""
         while True:
             await self._output_ready.wait()
             self._output_ready = trio.Event()
+            output, self._output = self._output, bytearray()
+            self._make_room()
             try:
-                await self._stream.send_all(self._protocol.data_to_send())
+                await self._stream.send_all(output)
             except trio.BrokenResourceError:
-                return  # _read sees the end too
-
-
-def _parse(route: Route, call: _Call) -> Any:  # noqa: ANN401  # a protobuf message
-    if len(call.messages) != 1:
-        raise RpcError(StatusCode.INVALID_ARGUMENT, f"{call.path} takes one message, got {len(call.messages)}")
-    request = route.request_type()
-    try:
-        request.ParseFromString(call.messages[0])
-    except DecodeError as error:
-        raise RpcError(StatusCode.INVALID_ARGUMENT, f"{call.path}: the request is not {route.request_type}") from error
-    return request
+                self._reading.cancel()  # whatever it asks for now, it will not hear the answer
+                return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,8 @@ class AddressInUseError(Exception):
     """Another live process listens on that socket. Its process id is 0 when it is not visible from here."""
 
     def __init__(self, path: Path, pid: int) -> None:
-        super().__init__(f"process {pid} ({_command_line(pid)}) already listens on {path}")
+        who = f"process {pid} ({_command_line(pid)})" if pid else "another process"
+        super().__init__(f"{who} already listens on {path}")
         self.path = path
         self.pid = pid
 
@@ -50,7 +53,8 @@ def identity(path: Path) -> Identity | None:
 def listen(path: Path) -> Iterator[trio.SocketListener]:
     """Listen on `path`, readable and writable by the owner alone. At the end, remove the socket if it is still ours.
 
-    A socket left by a process that is gone is replaced. Raises AddressInUseError for a live one, OSError otherwise.
+    A socket left by a process that is gone is replaced. Raises AddressInUseError for a live one, OSError otherwise,
+    also when what is there is no socket at all.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         with _only_one(path.parent):
@@ -58,13 +62,13 @@ def listen(path: Path) -> Iterator[trio.SocketListener]:
             sock.bind(str(path))
             os.chmod(path, 0o600)
             sock.listen(BACKLOG)
-        bound = identity(path)
+            bound = identity(path)  # no other file gets the same for as long as `sock` is open
         sock.setblocking(False)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         try:
             yield listener
         finally:
-            if identity(path) == bound:
+            if bound is not None and identity(path) == bound:
                 path.unlink(missing_ok=True)
 
 
@@ -80,12 +84,18 @@ def _only_one(directory: Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
+    try:
+        mode = os.stat(path, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):  # whose connections are refused as well
+        raise FileExistsError(errno.EEXIST, "there is something that is not a socket", str(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog means alive, and must not be waited for
         try:
             probe.connect(str(path))
         except FileNotFoundError:
-            return
+            return  # just removed
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return

@@ -1,0 +1,504 @@
+/* A libnvidia-ml for tests: every function that proto/nvml/nvml.h declares, answering from a text file.
+ *
+ * The file lies beside the library and may be replaced at any time; each call reads it again when it has changed.
+ * It has lines of `key=value`; tests/stub_driver.py writes them:
+ *
+ *     driver_version=550.54.15
+ *     gpus=2                             how many there are; gpu.0=UUID and gpu.1=UUID say which
+ *     UUID.name=Tesla T4                 one fact of one GPU; see StubGpu for all of them
+ *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
+ *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
+ *     events=1                           how many there have been; event.1=UUID TYPE DATA says which
+ *
+ * A file `calls` beside the library, where there is one, gets a line for each call: the function, and the GPU's UUID.
+ * What this file must not know: Python, sgpu, and anything that is better said in the state.
+ */
+#define _GNU_SOURCE /* dladdr */
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "nvml.h"
+
+enum {
+    SUCCESS = 0,
+    UNINITIALIZED = 1,
+    INVALID_ARGUMENT = 2,
+    NOT_SUPPORTED = 3,
+    INSUFFICIENT_SIZE = 7,
+    TIMEOUT = 10,
+    GPU_IS_LOST = 15,
+    ARGUMENT_VERSION_MISMATCH = 25,
+};
+
+enum { MOST_GPUS = 256, VALUE = 256 };
+
+/* A handle is the address of a slot, and a slot belongs to one UUID for as long as the library is loaded. */
+struct nvmlDevice_st {
+    char uuid[VALUE];
+};
+struct nvmlEventSet_st {
+    unsigned long long next; /* the first event that this set has not looked at */
+    struct {
+        unsigned long long types;
+        unsigned long long since; /* NVML does not record what happened before the registration */
+    } registered[MOST_GPUS];
+};
+
+static struct nvmlDevice_st slots[MOST_GPUS];
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* held by every call, except while it waits */
+static unsigned int initialised;
+
+/* ---- the state file ---- */
+
+static char *state; /* begins with a newline, so that every line does */
+static struct stat state_read;
+
+/* The path of a file beside this library. */
+static void beside(char path[PATH_MAX], const char *name)
+{
+    Dl_info self = {0};
+    dladdr(&lock, &self);
+    const char *slash = strrchr(self.dli_fname, '/');
+    snprintf(path, PATH_MAX, "%.*s%s", slash ? (int)(slash + 1 - self.dli_fname) : 0, self.dli_fname, name);
+}
+
+static void reload(void)
+{
+    char path[PATH_MAX];
+    beside(path, "state");
+    struct stat found;
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return;
+    /* Whoever writes the file gives each version a modification time of its own, to the nanosecond. */
+    if (fstat(file, &found) == 0
+        && (!state || found.st_ino != state_read.st_ino || found.st_mtim.tv_sec != state_read.st_mtim.tv_sec
+            || found.st_mtim.tv_nsec != state_read.st_mtim.tv_nsec)) {
+        char *text = calloc(1, found.st_size + 2);
+        text[0] = '\n';
+        if (read(file, text + 1, found.st_size) == found.st_size) {
+            free(state);
+            state = text;
+            state_read = found;
+        } else {
+            free(text);
+        }
+    }
+    close(file);
+}
+
+/* The value of the line `key=value`; false where there is none. */
+__attribute__((format(printf, 2, 3))) static bool look(char value[VALUE], const char *format, ...)
+{
+    char key[2 * VALUE + 2] = "\n";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(key + 1, 2 * VALUE, format, arguments);
+    va_end(arguments);
+    strcat(key, "=");
+    const char *line = state ? strstr(state, key) : NULL;
+    if (!line)
+        return false;
+    line += strlen(key);
+    snprintf(value, VALUE, "%.*s", (int)strcspn(line, "\n"), line);
+    return true;
+}
+
+/* A number of the driver's own; 0 where the state lacks it. */
+static unsigned long long number(const char *key)
+{
+    char value[VALUE] = "0";
+    look(value, "%s", key);
+    return strtoull(value, NULL, 0);
+}
+
+/* A fact of one GPU, as text (empty where the state lacks it) and as a number. */
+static const char *fact(char value[VALUE], nvmlDevice_t device, const char *key)
+{
+    value[0] = 0;
+    look(value, "%s.%s", device->uuid, key);
+    return value;
+}
+
+static unsigned long long fact_number(nvmlDevice_t device, const char *key)
+{
+    char value[VALUE];
+    return strtoull(fact(value, device, key), NULL, 0);
+}
+
+/* ---- what every call does first ---- */
+
+static nvmlDevice_t slot(const char *uuid)
+{
+    for (int i = 0; i < MOST_GPUS; i++) {
+        if (!slots[i].uuid[0])
+            strcpy(slots[i].uuid, uuid);
+        if (strcmp(slots[i].uuid, uuid) == 0)
+            return &slots[i];
+    }
+    abort(); /* more GPUs than any test has */
+}
+
+static void note_call(const char *function, nvmlDevice_t device)
+{
+    char path[PATH_MAX], line[2 * VALUE];
+    beside(path, "calls");
+    int file = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
+    if (file < 0)
+        return;
+    int length = snprintf(line, sizeof line, "%s %s\n", function, device ? device->uuid : "");
+    if (write(file, line, length) != length) /* one write: lines of several processes never mix */
+        abort();
+    close(file);
+}
+
+static void nap(void)
+{
+    pthread_mutex_unlock(&lock);
+    usleep(1000);
+    pthread_mutex_lock(&lock);
+}
+
+/* What the state says of this function by that name: for this GPU, or for all. */
+static bool told(char how[VALUE], const char *function, nvmlDevice_t device)
+{
+    return (device && look(how, "call.%s.%s", function, device->uuid)) || look(how, "call.%s", function);
+}
+
+/* The code that the state wants answered, SUCCESS to go on; hangs or crashes where it says so. */
+static nvmlReturn_t steered(const char *function, nvmlDevice_t device)
+{
+    char how[VALUE], base[VALUE];
+    snprintf(base, sizeof base, "%.*s", (int)(strstr(function, "_v") ? strstr(function, "_v") - function : VALUE - 1), function);
+    for (;; nap()) {
+        reload();
+        if (!told(how, function, device) && !told(how, base, device))
+            return SUCCESS;
+        if (strcmp(how, "crash") == 0)
+            abort();
+        if (strcmp(how, "hang") != 0)
+            return atoi(how);
+    }
+}
+
+static nvmlReturn_t enter(const char *function, nvmlDevice_t device)
+{
+    pthread_mutex_lock(&lock);
+    note_call(function, device);
+    nvmlReturn_t code = steered(function, device);
+    bool always = strncmp(function, "nvmlInit", strlen("nvmlInit")) == 0 || strcmp(function, "nvmlShutdown") == 0;
+    return code == SUCCESS && !initialised && !always ? UNINITIALIZED : code;
+}
+
+static nvmlReturn_t gpu_state(nvmlDevice_t device)
+{
+    char value[VALUE];
+    return strcmp(fact(value, device, "lost"), "0") == 0 ? SUCCESS : GPU_IS_LOST; /* a GPU that vanished has no facts */
+}
+
+static nvmlReturn_t enter_gpu(const char *function, nvmlDevice_t device)
+{
+    bool ours = device >= slots && device < slots + MOST_GPUS && device->uuid[0];
+    nvmlReturn_t code = enter(function, ours ? device : NULL);
+    if (code != SUCCESS)
+        return code;
+    return ours ? gpu_state(device) : INVALID_ARGUMENT;
+}
+
+static void leave(const int *unused)
+{
+    (void)unused;
+    pthread_mutex_unlock(&lock);
+}
+
+/* The first line of each function; the lock is released however the function returns. */
+#define BEGIN(entered)                                               \
+    __attribute__((cleanup(leave), unused)) const int inside = 0;    \
+    const nvmlReturn_t refused = entered;                            \
+    if (refused != SUCCESS)                                          \
+        return refused
+#define ENTER() BEGIN(enter(__func__, NULL))
+#define ENTER_GPU(device) BEGIN(enter_gpu(__func__, device))
+
+static nvmlReturn_t text(char *target, unsigned int length, const char *value)
+{
+    if (strlen(value) >= length)
+        return INSUFFICIENT_SIZE;
+    strcpy(target, value);
+    return SUCCESS;
+}
+
+/* ---- the library ---- */
+
+const char *nvmlErrorString(nvmlReturn_t result)
+{
+    /* The words of driver 535, which knows the codes up to 27. */
+    static const char *const words[] = {
+        "Success",
+        "Uninitialized",
+        "Invalid Argument",
+        "Not Supported",
+        "Insufficient Permissions",
+        "Already Initialized",
+        "Not Found",
+        "Insufficient Size",
+        "Insufficient External Power",
+        "Driver Not Loaded",
+        "Timeout",
+        "Interrupt Request Issue",
+        "NVML Shared Library Not Found",
+        "Function Not Found",
+        "Corrupted infoROM",
+        "GPU is lost",
+        "GPU requires reset",
+        "GPU access blocked by the operating system",
+        "Driver/library version mismatch",
+        "In use by another client",
+        "Insufficient Memory",
+        "No data",
+        "vGPU ECC not supported",
+        "Insufficient Resources",
+        "Invalid Frequency",
+        "Argument version mismatch",
+        "Requested functionality has been deprecated",
+        "System is not in ready state",
+    };
+    const int known = sizeof words / sizeof *words;
+    return result >= 0 && result < known ? words[result] : "Unknown Error";
+}
+
+nvmlReturn_t nvmlInit_v2(void)
+{
+    ENTER();
+    initialised++;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlInit(void)
+{
+    ENTER();
+    initialised++;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlShutdown(void)
+{
+    ENTER();
+    if (initialised) /* NVML counts, and forgives a shutdown too many */
+        initialised--;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
+{
+    ENTER();
+    char value[VALUE] = "";
+    look(value, "driver_version");
+    return text(version, length, value);
+}
+
+nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *count)
+{
+    ENTER();
+    *count = number("gpus"); /* lost ones too */
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetCount(unsigned int *count)
+{
+    ENTER();
+    *count = number("gpus");
+    return SUCCESS;
+}
+
+static nvmlReturn_t by_index(const char *function, unsigned int index, nvmlDevice_t *device)
+{
+    char uuid[VALUE];
+    if (index >= number("gpus") || !look(uuid, "gpu.%u", index))
+        return INVALID_ARGUMENT;
+    nvmlReturn_t code = steered(function, slot(uuid));
+    if (code == SUCCESS)
+        code = gpu_state(slot(uuid));
+    if (code == SUCCESS)
+        *device = slot(uuid);
+    return code;
+}
+
+nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *device)
+{
+    ENTER();
+    return by_index(__func__, index, device);
+}
+
+nvmlReturn_t nvmlDeviceGetHandleByIndex(unsigned int index, nvmlDevice_t *device)
+{
+    ENTER();
+    return by_index(__func__, index, device);
+}
+
+nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned int length)
+{
+    ENTER_GPU(device);
+    return text(uuid, length, device->uuid);
+}
+
+nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned int length)
+{
+    ENTER_GPU(device);
+    char value[VALUE];
+    return text(name, length, fact(value, device, "name"));
+}
+
+nvmlReturn_t nvmlDeviceGetMinorNumber(nvmlDevice_t device, unsigned int *minor)
+{
+    ENTER_GPU(device);
+    *minor = fact_number(device, "minor");
+    return SUCCESS;
+}
+
+/* What all variants fill in. The structure of the first two has no busId, so they leave it as it is. */
+static nvmlReturn_t pci_info(nvmlDevice_t device, nvmlPciInfo_t *pci)
+{
+    char value[VALUE];
+    if (sscanf(fact(value, device, "bus_id"), "%x:%x:%x", &pci->domain, &pci->bus, &pci->device) != 3)
+        return NOT_SUPPORTED;
+    snprintf(pci->busIdLegacy, sizeof pci->busIdLegacy, "%04X:%02X:%02X.0", pci->domain, pci->bus, pci->device);
+    pci->pciDeviceId = 0x1eb810de; /* a Tesla T4 */
+    pci->pciSubSystemId = 0x12a210de;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
+{
+    ENTER_GPU(device);
+    char value[VALUE];
+    nvmlReturn_t code = text(pci->busId, sizeof pci->busId, fact(value, device, "bus_id"));
+    return code == SUCCESS ? pci_info(device, pci) : code;
+}
+
+nvmlReturn_t nvmlDeviceGetPciInfo_v2(nvmlDevice_t device, nvmlPciInfo_t *pci)
+{
+    ENTER_GPU(device);
+    return pci_info(device, pci);
+}
+
+nvmlReturn_t nvmlDeviceGetPciInfo(nvmlDevice_t device, nvmlPciInfo_t *pci)
+{
+    ENTER_GPU(device);
+    return pci_info(device, pci);
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
+{
+    ENTER_GPU(device);
+    if (memory->version != (sizeof *memory | 2 << 24))
+        return ARGUMENT_VERSION_MISMATCH;
+    memory->total = fact_number(device, "total");
+    memory->reserved = fact_number(device, "reserved");
+    memory->used = fact_number(device, "used");
+    memory->free = memory->total - memory->reserved - memory->used;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
+{
+    ENTER_GPU(device);
+    memory->total = fact_number(device, "total");
+    memory->used = fact_number(device, "used") + fact_number(device, "reserved");
+    memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
+{
+    ENTER_GPU(device);
+    *types = fact_number(device, "event_types");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long types, nvmlEventSet_t set)
+{
+    ENTER_GPU(device);
+    if (types & ~fact_number(device, "event_types"))
+        return NOT_SUPPORTED;
+    if (!set->registered[device - slots].types)
+        set->registered[device - slots].since = number("events");
+    set->registered[device - slots].types |= types;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlEventSetCreate(nvmlEventSet_t *set)
+{
+    ENTER();
+    *set = calloc(1, sizeof **set);
+    (*set)->next = number("events") + 1;
+    return SUCCESS;
+}
+
+static bool next_event(nvmlEventSet_t set, nvmlEventData_t *data)
+{
+    char value[VALUE], uuid[VALUE];
+    while (look(value, "event.%llu", set->next)) {
+        unsigned long long serial = set->next++;
+        if (sscanf(value, "%s %llu %llu", uuid, &data->eventType, &data->eventData) != 3)
+            abort();
+        data->device = slot(uuid);
+        data->gpuInstanceId = data->computeInstanceId = 0xFFFFFFFF; /* the whole GPU */
+        if (set->registered[data->device - slots].types & data->eventType
+            && serial > set->registered[data->device - slots].since)
+            return true;
+    }
+    return false;
+}
+
+static unsigned long long now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000ULL + time.tv_nsec / 1000000;
+}
+
+static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
+{
+    const unsigned long long deadline = now() + milliseconds;
+    for (;; nap()) {
+        nvmlReturn_t code = steered(function, NULL);
+        if (code != SUCCESS)
+            return code;
+        if (!initialised)
+            return UNINITIALIZED;
+        if (next_event(set, data))
+            return SUCCESS;
+        if (now() >= deadline)
+            return TIMEOUT;
+    }
+}
+
+nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
+{
+    ENTER();
+    return wait_event(__func__, set, data, milliseconds);
+}
+
+nvmlReturn_t nvmlEventSetWait(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
+{
+    ENTER();
+    return wait_event(__func__, set, data, milliseconds);
+}
+
+nvmlReturn_t nvmlEventSetFree(nvmlEventSet_t set)
+{
+    ENTER();
+    free(set);
+    return SUCCESS;
+}

@@ -1,0 +1,430 @@
+"""The fake kubelet and the daemon's process wrapper do what the tests that use them rely on."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import grpc
+import pytest
+from daemon_process import DaemonProcess, short_directory
+from fake_kubelet import FakeKubelet, NotConnectedError
+from google.protobuf.message import Message
+
+from sgpu.api import v1alpha_pb2, v1beta1_pb2
+
+RESOURCE = "example.com/gpu"
+
+
+def serialized(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+class Plugin:
+    """A device plugin in a few lines: it lists what `show` was last given, and ends its streams on `end_streams`."""
+
+    def __init__(self, directory: Path, endpoint: str = "plugin.sock", *, package: str = "v1beta1") -> None:
+        self.directory, self.endpoint, self.package = directory, endpoint, package
+        self.messages: Any = v1beta1_pb2 if package == "v1beta1" else v1alpha_pb2
+        self.streams: list[queue.SimpleQueue[dict[str, str] | None]] = []
+        self.shown = {"a": "Healthy", "b": "Healthy"}
+        self.authorities: list[str] = []
+
+    def __enter__(self) -> Plugin:
+        if self.package == "v1beta1":
+            unary = [
+                ("GetDevicePluginOptions", "Empty", self.options),
+                ("GetPreferredAllocation", "PreferredAllocationRequest", self.preferred),
+                ("Allocate", "AllocateRequest", self.allocate),
+                ("PreStartContainer", "PreStartContainerRequest", self.pre_start),
+            ]
+        else:
+            unary = [("Allocate", "AllocateRequest", self.allocate_v1alpha)]
+        handlers = {
+            method: grpc.unary_unary_rpc_method_handler(
+                behaviour, getattr(self.messages, request).FromString, serialized
+            )
+            for method, request, behaviour in unary
+        }
+        handlers["ListAndWatch"] = grpc.unary_stream_rpc_method_handler(
+            self.list_and_watch, self.messages.Empty.FromString, serialized
+        )
+        self.pool = futures.ThreadPoolExecutor(8)
+        self.server = grpc.server(self.pool)
+        service = f"{self.package}.DevicePlugin"
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        self.server.add_insecure_port(f"unix:{self.directory / self.endpoint}")
+        self.server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_streams()
+        self.server.stop(None).wait()
+        self.pool.shutdown()
+
+    def register(self, version: str = "v1beta1", resource: str = RESOURCE, timeout: float = 10) -> None:
+        request = self.messages.RegisterRequest(version=version, endpoint=self.endpoint, resource_name=resource)
+        with grpc.insecure_channel(
+            f"unix:{self.directory / 'kubelet.sock'}", (("grpc.use_local_subchannel_pool", 1),)
+        ) as channel:
+            channel.unary_unary(
+                f"/{self.package}.Registration/Register",
+                type(request).SerializeToString,
+                self.messages.Empty.FromString,
+            )(request, timeout=timeout)
+
+    def show(self, shown: dict[str, str]) -> None:
+        self.shown = shown
+        for stream in self.streams:
+            stream.put(shown)
+
+    def end_streams(self) -> None:
+        for stream in self.streams:
+            stream.put(None)
+
+    def list_and_watch(self, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
+        stream: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
+        stream.put(self.shown)
+        self.streams.append(stream)
+        context.add_callback(lambda: stream.put(None))
+        for shown in iter(stream.get, None):
+            yield self.messages.ListAndWatchResponse(devices=[{"ID": i, "health": h} for i, h in shown.items()])
+
+    def options(self, request: Message, context: grpc.ServicerContext) -> Message:
+        return v1beta1_pb2.DevicePluginOptions(pre_start_required=True)
+
+    def preferred(self, request: v1beta1_pb2.PreferredAllocationRequest, context: grpc.ServicerContext) -> Message:
+        (container,) = request.container_requests
+        ids = [*container.must_include_deviceIDs, *container.available_deviceIDs][: container.allocation_size]
+        return v1beta1_pb2.PreferredAllocationResponse(container_responses=[{"deviceIDs": ids}])
+
+    def allocate(self, request: v1beta1_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
+        if any("unknown" in container.devices_ids for container in request.container_requests):
+            context.abort(grpc.StatusCode.NOT_FOUND, "unknown device")
+        return v1beta1_pb2.AllocateResponse(
+            container_responses=[{"envs": {"IDS": ",".join(each.devices_ids)}} for each in request.container_requests]
+        )
+
+    def allocate_v1alpha(self, request: v1alpha_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
+        return v1alpha_pb2.AllocateResponse(envs={"IDS": ",".join(request.devicesIDs)})
+
+    def pre_start(self, request: Message, context: grpc.ServicerContext) -> Message:
+        return v1beta1_pb2.PreStartContainerResponse()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path / "plugins"
+
+
+@pytest.fixture
+def kubelet(directory: Path) -> Iterator[FakeKubelet]:
+    with FakeKubelet(directory) as kubelet:
+        yield kubelet
+
+
+@pytest.fixture
+def plugin(kubelet: FakeKubelet) -> Iterator[Plugin]:
+    with Plugin(kubelet.directory) as plugin:
+        yield plugin
+
+
+def register_error(
+    plugin: Plugin, version: str = "v1beta1", resource: str = RESOURCE, timeout: float = 10
+) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        plugin.register(version, resource, timeout)
+    return caught.value.code(), caught.value.details()
+
+
+def test_registering_asks_for_options_and_lists_the_devices(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    before = time.monotonic()
+    plugin.register()
+    registration = kubelet.wait_registrations(1)
+    assert registration.request.endpoint == "plugin.sock"
+    assert registration.options.pre_start_required
+    assert kubelet.wait_devices(2) == {"a": "Healthy", "b": "Healthy"}
+    plugin.show({"a": "Unhealthy"})
+    assert kubelet.wait_devices(1) == {"a": "Unhealthy"}
+    assert [len(listed.response.devices) for listed in kubelet.lists[RESOURCE]] == [2, 1]
+    assert before < registration.time < kubelet.lists[RESOURCE][0].time < kubelet.lists[RESOURCE][1].time
+
+
+def test_the_calls_of_a_kubelet_reach_the_plugin(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    plugin.register()
+    assert [answer.envs["IDS"] for answer in kubelet.allocate(["a"], ["b", "c"]).container_responses] == ["a", "b,c"]
+    assert kubelet.preferred(["a", "b"], ["c"], 2) == ["c", "a"]
+    assert kubelet.options().pre_start_required
+    kubelet.pre_start(["a"])
+    request, response = v1beta1_pb2.Empty(), v1beta1_pb2.DevicePluginOptions
+    assert kubelet.call("v1beta1.DevicePlugin", "GetDevicePluginOptions", request, response).pre_start_required
+
+
+def test_a_failing_call_raises_its_status(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    plugin.register()
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.allocate(["unknown"])
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_starting_removes_sockets_and_nothing_else(directory: Path) -> None:
+    (directory / "folder").mkdir(parents=True)
+    (directory / "file").touch()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(directory / "stale.sock"))
+    with FakeKubelet(directory):
+        assert sorted(path.name for path in directory.iterdir()) == ["file", "folder", "kubelet.sock"]
+
+
+def test_stopping_leaves_a_socket_that_refuses(kubelet: FakeKubelet) -> None:
+    kubelet.stop()
+    with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+        client.connect(str(kubelet.socket))
+
+
+def test_restarting_forgets_the_plugin_and_takes_it_again(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    plugin.register()
+    kubelet.wait_devices(2)
+    before = kubelet.socket.stat()
+    assert kubelet.restart() < 1
+    after = kubelet.socket.stat()
+    assert (after.st_ino, after.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
+    assert not (kubelet.directory / plugin.endpoint).exists()
+    assert kubelet.devices() == {}
+    with Plugin(kubelet.directory) as again:
+        again.register()
+        kubelet.wait_devices(2)
+    kubelet.wait_devices(0)
+    assert len(kubelet.registrations) == 2
+
+
+@pytest.mark.parametrize("drop", [FakeKubelet.drop_stream, FakeKubelet.drop_connection], ids=["stream", "connection"])
+def test_a_dropped_stream_disconnects_the_plugin(
+    kubelet: FakeKubelet, plugin: Plugin, drop: Callable[[FakeKubelet], None]
+) -> None:
+    plugin.register()
+    kubelet.wait_devices(2)
+    drop(kubelet)
+    assert kubelet.devices() == {}
+    (connection,) = kubelet.connections
+    assert not connection.streaming
+    assert connection.code is grpc.StatusCode.CANCELLED
+    with pytest.raises(NotConnectedError):
+        kubelet.allocate(["a"])
+    plugin.register()
+    kubelet.wait_devices(2)
+
+
+def test_an_old_stream_that_ends_kills_a_new_registration(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    plugin.register()
+    kubelet.wait_devices(2)
+    with Plugin(kubelet.directory, "new.sock") as new:
+        new.register()
+        kubelet.wait_for(lambda: len(kubelet.lists[RESOURCE]) == 2)
+        assert len(kubelet.devices()) == 2
+        plugin.end_streams()
+        kubelet.wait_devices(0)
+        kubelet.wait_for(lambda: [each.streaming for each in kubelet.connections] == [False, False])
+        assert [each.code for each in kubelet.connections] == [grpc.StatusCode.OK, grpc.StatusCode.CANCELLED]
+
+
+def test_an_old_stream_that_ends_while_a_plugin_is_dialled_leaves_it_undead(
+    kubelet: FakeKubelet, plugin: Plugin
+) -> None:
+    """The kubelet forgets the client that it is about to connect, so the end of its stream goes unnoticed."""
+    plugin.register()
+    kubelet.wait_devices(2)
+    new = Plugin(kubelet.directory, "new.sock")
+    with futures.ThreadPoolExecutor(1) as pool:
+        registered = pool.submit(new.register)
+        kubelet.wait_for(lambda: len(kubelet.connections) == 2)
+        plugin.end_streams()
+        kubelet.wait_devices(0)
+        with new:
+            registered.result()
+            kubelet.wait_devices(2)
+    kubelet.wait_for(lambda: kubelet.connections[1].ended)
+    assert len(kubelet.devices()) == 2
+
+
+def test_up_to_1_24_an_old_stream_that_ends_does_no_harm(directory: Path) -> None:
+    with (
+        FakeKubelet(directory, answers_first=True) as kubelet,
+        Plugin(directory) as plugin,
+        Plugin(directory, "new.sock") as new,
+    ):
+        plugin.register()
+        kubelet.wait_devices(2)
+        new.show({"c": "Healthy"})
+        new.register()
+        kubelet.wait_devices(1)
+        plugin.end_streams()
+        kubelet.wait_for(lambda: kubelet.connections[0].ended)
+        assert kubelet.devices() == {"c": "Healthy"}
+
+
+def test_refusing_until_told_otherwise(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    kubelet.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
+    assert register_error(plugin) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
+    kubelet.accept()
+    plugin.register()
+    kubelet.wait_attempts(2)
+    assert len(kubelet.registrations) == 1
+
+
+def test_another_version_is_refused_in_the_words_of_the_kubelet(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    code, details = register_error(plugin, version="v1")
+    assert code is grpc.StatusCode.UNKNOWN
+    assert details == 'requested API version "v1" is not supported by kubelet. Supported version is ["v1beta1"]'
+
+
+@pytest.mark.parametrize("name", ["gpu", "kubernetes.io/gpu", "requests.example.com/gpu", "Example.com/gpu", "a/b/c"])
+def test_an_invalid_resource_name_is_refused(kubelet: FakeKubelet, plugin: Plugin, name: str) -> None:
+    assert register_error(plugin, resource=name) == (grpc.StatusCode.UNKNOWN, f'the ResourceName "{name}" is invalid')
+
+
+def test_a_plugin_that_does_not_listen_is_waited_for(kubelet: FakeKubelet) -> None:
+    code, _ = register_error(Plugin(kubelet.directory), timeout=0.2)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert kubelet.registrations == []
+
+
+def test_the_answer_can_come_before_the_stream_and_after(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    kubelet.stream_delay = 60
+    plugin.register()
+    assert kubelet.devices() == {}
+    kubelet.stream_delay, kubelet.answer_delay = 0, 60
+    with futures.ThreadPoolExecutor(1) as pool:
+        registered = pool.submit(register_error, plugin)
+        kubelet.wait_devices(2)
+        assert not registered.done()
+        kubelet.stop()
+
+
+def test_a_slow_kubelet_stops_at_once(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    kubelet.register_delay = 60
+    with futures.ThreadPoolExecutor(1) as pool:
+        registered = pool.submit(register_error, plugin)
+        kubelet.wait_attempts(1)
+        kubelet.stop()
+        assert registered.result()[0] in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_a_list_over_4_mib_ends_the_stream(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    plugin.show({"x" * 5_000_000: "Healthy"})
+    plugin.register()
+    kubelet.wait_for(lambda: kubelet.connections[0].ended)
+    assert kubelet.connections[0].code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("version", ["v1alpha1", "v1alpha2"], ids=["1.8", "1.9"])
+def test_v1alpha(directory: Path, version: str) -> None:
+    with (
+        FakeKubelet(directory, api="v1alpha", versions=[version]) as kubelet,
+        Plugin(directory, package="deviceplugin") as plugin,
+    ):
+        assert register_error(plugin, version="v1beta1")[0] is grpc.StatusCode.UNKNOWN
+        plugin.register(version)
+        kubelet.wait_devices(2)
+        assert kubelet.allocate_v1alpha(["a", "b"]).envs["IDS"] == "a,b"
+        with Plugin(directory, "new.sock") as new:
+            assert register_error(new) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+
+def test_a_wait_that_fails_says_what_there_is(kubelet: FakeKubelet) -> None:
+    with pytest.raises(AssertionError, match=r"not within 0.01 s: 3 devices; 0 Register calls"):
+        kubelet.wait_devices(3, timeout=0.01)
+
+
+@pytest.mark.parametrize("api", ["v1beta1", "v1alpha"])
+def test_nothing_is_left_behind(directory: Path, api: Literal["v1beta1", "v1alpha"]) -> None:
+    before = set(threading.enumerate())
+    package = "v1beta1" if api == "v1beta1" else "deviceplugin"
+    with FakeKubelet(directory, api=api) as kubelet, Plugin(directory, package=package) as plugin:
+        plugin.register(kubelet.versions[0])
+        kubelet.wait_devices(2)
+        kubelet.restart()
+    assert [path.name for path in directory.iterdir()] == ["kubelet_internal_checkpoint"]
+    assert list(directory.parent.iterdir()) == [directory]
+    # grpcio's own threads end by themselves soon after what they served.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) <= before
+
+
+SCRIPT = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["STATUS"])))
+child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("ready", sorted(name for name in os.environ if name.startswith("SGPU_")), sys.argv[1:], file=sys.stderr)
+while True:
+    time.sleep(60)
+"""
+
+
+def script(directory: Path, status: int) -> DaemonProcess:
+    env = {"STATUS": str(status), "SGPU_B": "1"}
+    return DaemonProcess(directory, directory, ["-flag"], env=env, command=(sys.executable, "-c", SCRIPT))
+
+
+def test_a_daemon_process_is_watched_and_ended(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGPU_A", "1")
+    with script(directory, 0) as process:
+        line = process.wait_log("ready")
+        assert "['SGPU_B']" in line.text
+        assert line.text.endswith(f"['-plugin-directory', '{directory}', '-host-path', '{directory}', '-flag']")
+        assert process.logs == line.text
+        assert process.fd_count() >= 3
+        assert process.thread_count() == 1
+        assert process.rss_bytes() > 1_000_000
+        assert 0 <= process.cpu_seconds() < 10
+        (child,) = process.children()
+        ended = os.pidfd_open(child)
+        process.terminate()
+    # Killed with its parent; the descriptor becomes readable when it has ended.
+    readable, _, _ = select.select([ended], [], [], 10)
+    os.close(ended)
+    assert readable
+
+
+def test_a_daemon_process_that_misbehaves_is_shown_with_its_log(directory: Path) -> None:
+    with script(directory, 3) as process:
+        process.wait_log("ready")
+        with pytest.raises(AssertionError, match=r"no line with 'nonsense' within 0.01 s(?s:.*)ready"):
+            process.wait_log("nonsense", timeout=0.01)
+        with pytest.raises(AssertionError, match=r"still running after 0.01 s(?s:.*)ready"):
+            process.wait_exit(timeout=0.01)
+        with pytest.raises(AssertionError, match=r"exit status 3 after SIGTERM(?s:.*)ready"):
+            process.terminate()
+
+
+def test_the_log_is_shown_when_a_test_fails(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with script(directory, 0) as process:
+            process.wait_log("ready")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "ready" in capsys.readouterr().err
+
+
+def test_a_daemon_process_that_dies_ends_the_waiting(directory: Path) -> None:
+    with script(directory, 0) as process:
+        process.wait_log("ready")
+        process.signal(signal.SIGKILL)
+        assert process.wait_exit() == -signal.SIGKILL

@@ -1,0 +1,162 @@
+"""The one piece of changing state, on trio's virtual clock."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from sgpu.device import Device, Health
+from sgpu.inventory import Inventory
+
+pytestmark = pytest.mark.pure
+
+FIRST = Device(uuid="GPU-a", name="Tesla T4", pci_bus_id="0:3B:0.0", shares=2, device_nodes=("nvidia0",))
+SECOND = Device(uuid="GPU-b", name="Tesla T4", pci_bus_id="0:5E:0.0", shares=20, device_nodes=("nvidia1",))
+SICK = attrs.evolve(FIRST, health=Health.UNHEALTHY, reason="XID 79")
+
+
+class TestFind:
+    @pytest.mark.parametrize(
+        ("share_id", "device"),
+        [
+            pytest.param("GPU-a::0", FIRST, id="first share"),
+            pytest.param("GPU-a::1", FIRST, id="last share"),
+            pytest.param("GPU-a::2", None, id="one past the last share"),
+            pytest.param("GPU-b::2", SECOND, id="the number counts for its own GPU"),
+            pytest.param("GPU-c::0", None, id="no such GPU"),
+            pytest.param("GPU-a", None, id="a UUID is no share"),
+            pytest.param("", None, id="empty"),
+        ],
+    )
+    def test_find(self, share_id: str, device: Device | None) -> None:
+        """A share id leads to its GPU, and only to a share that the GPU has."""
+        assert Inventory([FIRST, SECOND]).find(share_id) is device
+
+    def test_empty(self) -> None:
+        """Before GPUs are found there are none."""
+        inventory = Inventory()
+        assert inventory.devices == ()
+        assert inventory.find("GPU-a::0") is None
+
+    def test_after_replace(self) -> None:
+        """Shares are looked up among the GPUs there are now: changed ones as they are, and gone ones not at all."""
+        inventory = Inventory([FIRST, SECOND])
+        inventory.replace([SICK])
+        assert inventory.find("GPU-a::0") is SICK
+        assert inventory.find("GPU-b::0") is None
+
+
+class TestReplace:
+    def test_swapped_whole(self) -> None:
+        """Who holds the old list keeps it as it was."""
+        inventory = Inventory([FIRST])
+        before = inventory.devices
+        inventory.replace(iter([FIRST, SECOND]))
+        assert before == (FIRST,)
+        assert inventory.devices == (FIRST, SECOND)
+
+    def test_every_waiter_is_woken(self) -> None:
+        """A change wakes all who wait, each once: streams see every change, they do not compete for it."""
+
+        async def main() -> None:
+            inventory = Inventory([FIRST])
+            woken: list[int] = []
+
+            async def wait(number: int) -> None:
+                await inventory.changed.wait()
+                woken.append(number)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    nursery.start_soon(wait, number)
+                await trio.testing.wait_all_tasks_blocked()
+                assert woken == []
+                inventory.replace([SICK])
+            assert sorted(woken) == [0, 1, 2]
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+    @pytest.mark.parametrize(
+        "same",
+        [
+            pytest.param((FIRST, SECOND), id="the same objects"),
+            pytest.param((attrs.evolve(FIRST), attrs.evolve(SECOND)), id="equal objects"),
+        ],
+    )
+    def test_equal_wakes_nobody(self, same: tuple[Device, ...]) -> None:
+        """A list equal to the last one wakes nobody, so that an idle node sends nothing."""
+
+        async def main() -> None:
+            inventory = Inventory([FIRST, SECOND])
+            changed = inventory.changed
+            inventory.replace(list(same))
+            assert inventory.changed is changed
+            with trio.move_on_after(3600) as scope:
+                await changed.wait()
+            assert scope.cancelled_caught
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+    def test_order_is_a_change(self) -> None:
+        """The same GPUs in another order are another list."""
+        inventory = Inventory([FIRST, SECOND])
+        changed = inventory.changed
+        inventory.replace([SECOND, FIRST])
+        assert changed.is_set()
+        assert inventory.devices == (SECOND, FIRST)
+
+    def test_fresh_event(self) -> None:
+        """After a change the next one can be waited for: the new event is unset."""
+        inventory = Inventory([FIRST])
+        for devices in ([SICK], [FIRST], []):
+            changed = inventory.changed
+            inventory.replace(devices)
+            assert changed.is_set()
+            assert not inventory.changed.is_set()
+
+
+class TestReader:
+    def test_change_while_sending(self) -> None:
+        """A reader that takes `changed` before `devices` misses nothing that happens while it sends."""
+
+        async def main() -> None:
+            inventory = Inventory([FIRST])
+            sent: list[tuple[Device, ...]] = []
+
+            async def read() -> None:
+                while True:
+                    changed = inventory.changed
+                    devices = inventory.devices
+                    await trio.sleep(1)  # sending, to a slow kubelet
+                    sent.append(devices)
+                    await changed.wait()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await trio.sleep(0.5)
+                inventory.replace([SICK])  # in the middle of the first message
+                await trio.sleep(1)
+                assert sent == [(FIRST,)]
+                inventory.replace([FIRST, SECOND])  # two in the middle of the second
+                inventory.replace([SECOND])
+                await trio.sleep(10)
+                assert sent == [(FIRST,), (SICK,), (SECOND,)]
+                nursery.cancel_scope.cancel()
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+    def test_cancelled_reader(self) -> None:
+        """A reader that goes away while it waits takes nothing from the others."""
+
+        async def main() -> None:
+            inventory = Inventory([FIRST])
+            with trio.move_on_after(1):
+                await inventory.changed.wait()
+            changed = inventory.changed
+            inventory.replace([SICK])
+            with trio.fail_after(1):
+                await changed.wait()
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
