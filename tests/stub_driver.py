@@ -141,7 +141,7 @@ class StubDriver:
         """How often a function was called (any variant, unless a variant is named), by whatever process."""
         _call(function, gpu)
         return sum(
-            called in (function, re.sub(r"_v\d$", "", called)) and (gpu is None or uuid == gpu.uuid)
+            function in (called, re.sub(r"_v\d$", "", called)) and (gpu is None or uuid == gpu.uuid)
             for called, _, uuid in (line.partition(" ") for line in self.call_log())
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import trio
@@ -73,8 +73,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1beta1_pb2.Empty
     ) -> AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]:
-        async for devices in _watch(self._inventory, self._streams):
-            yield listing.v1beta1_list(devices)
+        async with aclosing(_watch(self._inventory, self._streams)) as changes:
+            async for devices in changes:
+                yield listing.v1beta1_list(devices)
 
     async def GetPreferredAllocation(
         self, request: v1beta1_pb2.PreferredAllocationRequest
@@ -111,8 +112,9 @@ class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1alpha_pb2.Empty
     ) -> AsyncGenerator[v1alpha_pb2.ListAndWatchResponse, None]:
-        async for devices in _watch(self._inventory, self._streams):
-            yield listing.v1alpha_list(devices)
+        async with aclosing(_watch(self._inventory, self._streams)) as changes:
+            async for devices in changes:
+                yield listing.v1alpha_list(devices)
 
     async def Allocate(self, request: v1alpha_pb2.AllocateRequest) -> v1alpha_pb2.AllocateResponse:
         allocated = _allocate(self._inventory, request.devicesIDs)

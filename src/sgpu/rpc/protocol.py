@@ -104,12 +104,15 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
         except Exception as error:
             # Whatever the layers below trip over (h2, hpack, a header that is missing or not UTF-8), the peer wrote.
             raise BrokenPeerError(f"{type(error).__name__}: {error}") from error
+        started = self.h2_connection.incoming_buffer.data  # the beginning of a frame; h2 looks at whole ones only
+        if len(started) >= 3 and (length := int.from_bytes(started[:3], "big")) > self.MAX_INBOUND_FRAME_SIZE:
+            raise BrokenPeerError(f"a frame of {length} bytes, where {self.MAX_INBOUND_FRAME_SIZE} are taken")
         return events
 
     def give_up(self, stream_id: int) -> None:
-        """Want no more of a stream. One that has ended needs none of this."""
+        """Want no more of a stream. One that has ended needs none of this, nor does one of a broken connection."""
         self._forget(stream_id)
-        with suppress(h2.exceptions.StreamClosedError):
+        with suppress(h2.exceptions.ProtocolError):
             self.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
 
     def _request_received(self, event: h2.events.RequestReceived) -> list[Event]:

@@ -32,7 +32,7 @@ _SEND_BYTES: Final = 64 * 1024
 #: Unwritten bytes beyond which calls wait for the writer: a peer that is slow to read does not make us hoard.
 _CALLS_WAIT: Final = 64 * 1024
 #: Unwritten bytes beyond which the reader waits too: what only answers a peer's frames (PING) has no other bound.
-_READER_WAITS: Final = 1024 * 1024
+_READER_WAITS: Final = 256 * 1024
 
 
 async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream) -> None:
