@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
 import attrs
@@ -96,7 +96,7 @@ class StubDriver:
         # A copy with an inode of its own: the loader takes one inode for one library, and with it one state.
         self._write(self.path.name, _library(frozenset(without)))
 
-    def set(self, **changes: object) -> None:
+    def set(self, **changes: Any) -> None:  # noqa: ANN401  # as the fields have it
         """Change parts of the StubState."""
         self.state = attrs.evolve(self.state, **changes)
         self._write("state", "".join(self.state.lines()).encode(errors="surrogateescape"))
@@ -106,7 +106,7 @@ class StubDriver:
         self.set(gpus=map(StubGpu, range(number)))
         return self.state.gpus
 
-    def change(self, gpu: StubGpu, **changes: object) -> StubGpu:
+    def change(self, gpu: StubGpu, **changes: Any) -> StubGpu:  # noqa: ANN401
         """Change facts of one GPU; returns it as it is now."""
         changed = attrs.evolve(gpu, **changes)
         self.set(gpus=(changed if each.uuid == gpu.uuid else each for each in self.state.gpus))
@@ -168,7 +168,7 @@ def _call(function: str, gpu: StubGpu | None) -> str:
 def _object() -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "nvml_stub.o"
-        command = ["cc", "-c", "-fPIC", "-O1", "-Wall", "-Werror", f"-I{HEADER.parent}", SOURCE, "-o", target]
+        command = ["cc", "-c", "-fPIC", "-O1", "-Wall", "-Werror", f"-I{HEADER.parent}", str(SOURCE), "-o", str(target)]
         subprocess.run(command, check=True)
         return target.read_bytes()
 
@@ -181,18 +181,8 @@ def _library(without: frozenset[str]) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         unlinked, versions, target = (Path(scratch, name) for name in ("nvml_stub.o", "versions", "nvml_stub.so"))
         unlinked.write_bytes(_object())
-        versions.write_text("{ local: %s };" % "".join(f"{name}; " for name in sorted(without)))
+        versions.write_text(f"{{ local: {' '.join(f'{name};' for name in sorted(without))} }};")
         script = [f"-Wl,--version-script={versions}"] if without else []
-        command = [
-            "cc",
-            "-shared",
-            "-Wl,-soname,libnvidia-ml.so.1",
-            *script,
-            unlinked,
-            "-o",
-            target,
-            "-pthread",
-            "-ldl",
-        ]
+        command = ["cc", "-shared", "-Wl,-soname,libnvidia-ml.so.1", *script, str(unlinked), "-o", str(target), "-ldl"]
         subprocess.run(command, check=True)
         return target.read_bytes()

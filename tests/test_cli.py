@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -82,7 +83,7 @@ class TestHelp:
             pytest.param("gpu-duplication-factor", "100", id="number"),
             pytest.param("simulate", None, id="none for 0"),
             pytest.param("simulate-faults", None, id="none for empty"),
-            pytest.param("logtostderr", "true", id="boolean", marks=pytest.mark.xfail(reason="shown as Python's True")),
+            pytest.param("logtostderr", "true", id="boolean"),
         ],
     )
     def test_defaults(self, capsys: pytest.CaptureFixture[str], name: str, default: str | None) -> None:
@@ -105,7 +106,6 @@ class TestVersion:
         assert main([flag], {}) == OK
         assert capsys.readouterr() == (f"sgpu {__version__}\n", "")
 
-    @pytest.mark.xfail(reason="actions take no value, unlike Go's booleans")
     def test_as_go_takes_it(self) -> None:
         """As a boolean flag of Go's it can be given its value."""
         assert main(["-version=true"], {}) == OK
@@ -135,13 +135,13 @@ class TestPrintConfig:
             ),
             pytest.param(["-host-path=/opt/é"], id="not ASCII"),
             pytest.param(["-simulate-faults=faults.txt"], id="a file"),
-            pytest.param(["-host-path=/a: b"], id="colon", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-host-path=/a #b"], id="comment sign", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-host-path=/a\nb"], id="newline", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-host-path=/a "], id="space at the end", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-simulate-faults=17"], id="a number's text", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-simulate-faults=no"], id="a boolean's text", marks=pytest.mark.xfail(reason="unquoted")),
-            pytest.param(["-simulate-faults=[a"], id="YAML's own signs", marks=pytest.mark.xfail(reason="unquoted")),
+            pytest.param(["-host-path=/a: b"], id="colon"),
+            pytest.param(["-host-path=/a #b"], id="comment sign"),
+            pytest.param(["-host-path=/a\nb"], id="newline"),
+            pytest.param(["-host-path=/a "], id="space at the end"),
+            pytest.param(["-simulate-faults=17"], id="a number's text"),
+            pytest.param(["-simulate-faults=no"], id="a boolean's text"),
+            pytest.param(["-simulate-faults=[a"], id="YAML's own signs"),
         ],
     )
     def test_loads_back(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]) -> None:
@@ -155,14 +155,12 @@ class TestPrintConfig:
         assert loaded.settings == load(parse_flags(arguments).values, {}).settings
         assert set(loaded.origins.values()) == {str(config)}
 
-    @pytest.mark.xfail(reason="unquoted", raises=UnicodeEncodeError)
     def test_not_utf8(self) -> None:
-        """A path that is not UTF-8 is printed in some way."""
-        command = [sys.executable, "-m", "sgpu", "-print-config", b"-host-path=/a\xff"]
-        printed = subprocess.run(command, capture_output=True, check=False)
-        if b"UnicodeEncodeError" in printed.stderr:
-            raise UnicodeEncodeError("utf-8", "", 0, 0, "as the process said")
-        assert printed.returncode == OK
+        """A path that is not UTF-8 is printed in some way, on a terminal as strict as can be."""
+        command: list[str | bytes] = [sys.executable, "-m", "sgpu", "-print-config", b"-host-path=/a\xff"]
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        printed = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert (printed.returncode, printed.stderr) == (OK, b"")
 
     def test_wrong_value(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Settings that can't be used are not printed."""

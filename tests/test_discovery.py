@@ -108,9 +108,7 @@ def test_all_gpus_in_trouble_is_not_ready_with_each_reason(node: Node) -> None:
     lost = node.driver.gpus(2)
     for gpu in lost:
         node.driver.change(gpu, lost=True)
-    with pytest.raises(
-        NotReadyError, match=r"no GPU to offer; GPU 0 is left out: .*; GPU 1 is left out: .*lost"
-    ):
+    with pytest.raises(NotReadyError, match=r"no GPU to offer; GPU 0 is left out: .*; GPU 1 is left out: .*lost"):
         discover(node)
 
 

@@ -81,8 +81,8 @@ class TestRace:
         """A function that returns nothing wins like any other."""
 
         async def main() -> None:
-            result = await race(partial(trio.sleep, 1), partial(trio.sleep_forever))
-            assert result is None
+            functions: list[Callable[[], Awaitable[object]]] = [partial(trio.sleep, 1), trio.sleep_forever]
+            assert await race(*functions) is None
             assert trio.current_time() == pytest.approx(1)
 
         run(main)

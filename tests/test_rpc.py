@@ -523,7 +523,7 @@ class TestPeers:
                 async def ask() -> None:
                     nonlocal sent
                     await peer.send(HELLO)
-                    for _ in range(100):
+                    for _ in range(60):
                         await peer.send(1000 * ping())
                         sent += 1000
                     await peer.send(request(1, ECHO))

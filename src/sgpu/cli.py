@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -77,7 +78,8 @@ def _help() -> str:
     lines = [USAGE_TEXT]
     for name, field in KNOBS.items():
         kind = field.metadata["kind"]
-        default = f" (default {field.default})" if field.default not in ("", 0) else ""
+        value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        default = f" (default {value})" if value not in ("", 0) else ""
         lines.append(f"  -{name} {kind.example}\n        {field.metadata['meaning']}{default}\n")
     lines.append("  -config FILE\n        YAML file with the settings above, as in `gpu-duplication-factor: 50`\n")
     lines.append("  -print-config\n        show the effective settings and where each came from\n")
@@ -90,6 +92,9 @@ def _effective(loaded: Loaded) -> str:
     lines = []
     for name in KNOBS:
         value = getattr(loaded.settings, name.replace("-", "_"))
-        text = str(value).lower() if isinstance(value, bool) else str(value) if value != "" else '""'
-        lines.append(f"{name}: {text}  # {loaded.origins[name]}\n")
+        lines.append(f"{name}: {_as_yaml(value)}  # {loaded.origins[name]}\n")
     return "".join(lines)
+
+
+def _as_yaml(value: object) -> str:
+    return json.dumps(value)  # which is YAML too, whatever a text has in it, and one line

@@ -10,8 +10,8 @@ import attrs
 
 #: Between a GPU's UUID and the number of a share. Ids are kept by the kubelet across upgrades: never change it.
 SEPARATOR: Final = "::"
-#: As printed, not as parsed: no sign, no leading zero, so that a share has exactly one id.
-_NUMBER: Final = re.compile(r"0|[1-9][0-9]*")
+#: As printed, not as parsed: no sign, no leading zero, so that a share has exactly one id; and no longer than needed.
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class Health(enum.Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 import attrs
 
 from sgpu.rpc import MAX_PATH_BYTES
-from sgpu.settings import KNOBS, Kind, Settings
+from sgpu.settings import BOOLEAN, KNOBS, Kind, Settings
 
 ENVIRONMENT_PREFIX: Final = "SGPU_"
 #: Flags that do something instead of setting something. They take no value.
@@ -18,6 +19,10 @@ ACTIONS: Final = ("help", "h", "version", "print-config")
 
 class UsageError(Exception):
     """What the user gave can't be used. One line: the setting, where it came from, what it takes."""
+
+    def __init__(self, message: str) -> None:
+        # What is quoted in it can have anything in it: line breaks, or bytes that are not UTF-8.
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 @attrs.frozen
@@ -53,8 +58,9 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
             words.append(argument)
         else:
             name, equals, value = argument[2 if argument.startswith("--") else 1 :].partition("=")
-            if name in ACTIONS and not equals:
-                actions.add(name)
+            if name in ACTIONS:
+                if _check(name, value or "true", "command line", BOOLEAN.from_text):
+                    actions.add(name)
                 continue
             if name not in KNOBS and name != "config":
                 raise UsageError(f"unknown flag {argument.split('=')[0]} (see -help)")
@@ -107,7 +113,7 @@ def _read_file(path: str, origin: str) -> Mapping[str, object]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"-config {path} ({origin}) can't be read: {error}") from error
-    except yaml.YAMLError as error:
+    except Exception as error:  # beside its own errors PyYAML lets through whatever its constructors raise
         raise UsageError(f"-config {path} ({origin}) is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
@@ -125,7 +131,7 @@ def _check(name: str, value: object, origin: str, convert: Any) -> object:  # no
 
 def _check_socket_path(settings: Settings, origins: Mapping[str, str]) -> None:
     path = PurePosixPath(settings.plugin_directory) / settings.endpoint
-    if len(str(path).encode()) > MAX_PATH_BYTES:
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise UsageError(
             f"-plugin-directory ({origins['plugin-directory']}) and -resource-name ({origins['resource-name']}) are "
             f"too long together: {path} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
@@ -146,4 +152,6 @@ def _is_boolean(name: str) -> bool:
 
 
 def _takes(name: str) -> str:
+    if name in ACTIONS:
+        return BOOLEAN.takes
     return _kind(name).takes if name in KNOBS else "the path of a YAML file"

@@ -13,6 +13,8 @@ from sgpu.device import Device, Health
 
 #: Any fixed value does; it makes the UUIDs of simulated GPUs the same at every start and unlike any card's.
 _NAMESPACE: Final = uuid.UUID("5f0c1b7e-7d5a-4c5e-9a55-5b8c1d0e6a01")
+#: Digits. More is no number of a GPU.
+_NUMBER_LENGTH: Final = 9
 #: Bytes each pretends to have: a Tesla T4's.
 _MEMORY: Final = 16 * 1024**3
 
@@ -34,16 +36,16 @@ def simulated_devices(count: int, shares: int) -> tuple[Device, ...]:
 
 
 def read_faults(path: Path) -> Mapping[int, str]:
-    """The GPUs that a file says are faulty: one to a line, its number and optionally a reason. No file: none."""
+    """The GPUs that a file says are faulty: one to a line, its number and optionally a reason. No file that can be read: none."""
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not there, or half way of being replaced
         return {}
     faults = {}
     for line in lines:
-        number, _, reason = line.strip().partition(" ")
-        if number.isdecimal():
-            faults[int(number)] = reason.strip() or "simulated fault"
+        number, *reason = line.split(maxsplit=1) or [""]
+        if number.isdecimal() and len(number) < _NUMBER_LENGTH:
+            faults[int(number)] = "".join(reason).strip() or "simulated fault"
     return faults
 
 

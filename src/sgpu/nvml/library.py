@@ -165,6 +165,8 @@ class EventSet:
 
     library: Library
     pointer: object = attrs.field(repr=False)
+    #: By handle: a GPU whose event says that it is lost can't be asked any more.
+    _uuids: dict[object, str] = attrs.Factory(dict)
 
     def register(self, handle: Handle, wanted: int) -> int:
         """Register for those of the `wanted` EventType bits that this GPU supports; returns them (0: none)."""
@@ -172,6 +174,7 @@ class EventSet:
         self.library.call("nvmlDeviceGetSupportedEventTypes", handle, supported)
         types = int(supported[0]) & wanted
         if types:
+            self._uuids[handle] = self.library.uuid(handle)
             self.library.call("nvmlDeviceRegisterEvents", handle, types, self.pointer)
         return types
 
@@ -184,4 +187,4 @@ class EventSet:
             if error.code == Code.TIMEOUT:
                 return None
             raise
-        return Event(uuid=self.library.uuid(data.device), type=int(data.eventType), data=int(data.eventData))
+        return Event(uuid=self._uuids[data.device], type=int(data.eventType), data=int(data.eventData))

@@ -1,5 +1,7 @@
 """Where libnvidia-ml may lie under a directory, and opening the first one that loads."""
 
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,8 @@ DIRECTORIES: Final = (
 )
 #: The soname first: the bare name is a development link that can point anywhere.
 NAMES: Final = ("libnvidia-ml.so.1", "libnvidia-ml.so")
+#: Of a 64-bit ELF header: where the section headers are, how large one is, how many there are (elf(5)).
+_ELF_HEADER: Final = struct.Struct("<40xQ10xHH2x")
 
 
 class LibraryNotFoundError(Exception):
@@ -45,11 +49,28 @@ def dlopen(host_path: Path) -> tuple[Path, Any]:
     """
     attempts = []
     for path in candidates(host_path):
+        if _truncated(path):
+            attempts.append((path, "the file is cut short; is it being copied?"))
+            continue
         try:
             return path, ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
         except OSError as error:
             attempts.append((path, _loader_words(path, error)))
     raise LibraryNotFoundError(host_path, tuple(attempts))
+
+
+def _truncated(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section headers do, which the loader would answer with SIGBUS."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_ELF_HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False  # the loader has the better words for it
+    if len(header) < _ELF_HEADER.size or not header.startswith(b"\x7fELF\x02"):
+        return False
+    offset, entry_size, entries = _ELF_HEADER.unpack(header)
+    return int(offset + entry_size * entries) > size
 
 
 def _loader_words(path: Path, error: OSError) -> str:

@@ -1,0 +1,354 @@
+"""Peers that do all that peers must not, a thousand times each: the server goes on, and nothing of them stays."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import os
+import random
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from google.protobuf.wrappers_pb2 import BytesValue
+from rpc_peer import (
+    BIG,
+    ECHO,
+    FLOOD,
+    HELLO,
+    PREFACE,
+    REFUSE,
+    TIMEOUT,
+    WAIT,
+    WATCH,
+    Methods,
+    data,
+    goaway,
+    headers,
+    http2_frame,
+    message,
+    ping,
+    request,
+    reset,
+    serving,
+    settings,
+    text,
+    window_update,
+)
+
+from sgpu.rpc import unary_call
+from sgpu.rpc.protocol import Protocol
+
+TIMES: Final = 1000
+#: So many first, for all that is made once: caches, interned strings, the allocator's arenas.
+WARM_UP: Final = 50
+#: Python objects that may come and go on their own between two counts. One that stayed of each abuse would make TIMES.
+OBJECTS: Final = 200
+#: Bytes by which the process may grow: a page of each abuse that stayed would be 4 MB.
+RESIDENT: Final = 3_000_000
+#: Calls that a connection may have here: enough to be too many, few enough to make a thousand times.
+CALLS: Final = 8
+#: Ended streams that h2 remembers, for each connection.
+REMEMBERED: Final = 1024
+SEED: Final = 2_026
+
+WIDE: Final = settings(initial_window_size=2**31 - 1) + window_update(0, 2**31 - 1 - 65535)
+WHOLE: Final = HELLO + settings() + request(1, ECHO, text("hallo").SerializeToString()) + ping()
+
+
+@attrs.frozen
+class Abuse:
+    """What a peer sends on a connection of its own, what it then waits for, and what the log says."""
+
+    name: str
+    sends: bytes | Callable[[random.Random], bytes]
+    waits_for: Callable[[trio.SocketStream], Awaitable[None]]
+    logged: str = ""  # in a warning, one for each; empty for none, "?" where that depends
+
+
+class Reader:
+    """Takes apart what the server sends, as far as frames go."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._received = bytearray()
+
+    async def wait_end(self, stream_id: int) -> None:
+        """Until the server has ended that stream."""
+        await self._until(lambda kind, flags, stream: kind in (0x0, 0x1) and flags & 0x1 and stream == stream_id)
+
+    async def wait_pong(self) -> None:
+        await self._until(lambda kind, flags, _: kind == 0x6 and flags & 0x1)
+
+    async def _until(self, wanted: Callable[[int, int, int], bool | int]) -> None:
+        received = self._received
+        while True:
+            while len(received) < 9 or len(received) < 9 + int.from_bytes(received[:3], "big"):
+                got = await self._stream.receive_some()
+                assert got, "the server hung up"
+                received += got
+            _, length, kind, flags, stream_id = struct.unpack_from(">BHBBI", received)
+            del received[: 9 + length]
+            if wanted(kind, flags, stream_id):
+                return
+
+
+async def nothing(_: trio.SocketStream) -> None:
+    """It vanishes."""
+
+
+async def a_pong(stream: trio.SocketStream) -> None:
+    """The server has seen all before the PING."""
+    await Reader(stream).wait_pong()
+
+
+async def an_answer(stream: trio.SocketStream) -> None:
+    """To the first call."""
+    await Reader(stream).wait_end(1)
+
+
+async def another_answer(stream: trio.SocketStream) -> None:
+    """To the second call."""
+    await Reader(stream).wait_end(3)
+
+
+async def hanging_up(stream: trio.SocketStream) -> None:
+    """The server's."""
+    while await stream.receive_some():
+        pass
+
+
+async def any_bytes(stream: trio.SocketStream) -> None:
+    """Whatever it is, and be it the end."""
+    await stream.receive_some()
+
+
+def garbage(source: random.Random) -> bytes:
+    return source.randbytes(source.randrange(1, 200))
+
+
+def garbage_for_frames(source: random.Random) -> bytes:
+    return HELLO + source.randbytes(source.randrange(1, 200))
+
+
+def garbage_in_a_frame(source: random.Random) -> bytes:
+    return HELLO + http2_frame(source.randrange(12), source.randrange(256), source.randrange(4), source.randbytes(20))
+
+
+def mutation(source: random.Random) -> bytes:
+    """A good request with some bytes changed."""
+    raw = bytearray(WHOLE)
+    for _ in range(source.randrange(1, 4)):
+        raw[source.randrange(len(raw))] = source.randrange(256)
+    return bytes(raw)
+
+
+def truncation(source: random.Random) -> bytes:
+    return WHOLE[: source.randrange(len(WHOLE))]
+
+
+BAD_HEADERS: Final = {
+    "method GET": headers(1, method="GET"),
+    "no content type": headers(1, content_type=None),
+    "content type of another kind": headers(1, content_type="text/html"),
+    "no path": headers(1, path=None),
+    "path with too many slashes": headers(1, path="/a/b/c"),
+    "path without a slash": headers(1, path="Echo"),
+    "no te": headers(1, te=None),
+    "header that is not UTF-8": headers(1, x=b"\xff\xfe"),
+    "grpc-timeout without a number": headers(1, grpc_timeout="soon"),
+    "grpc-timeout without a unit": headers(1, grpc_timeout="1"),
+    "binary header that is not base64": headers(1, x_bin="a"),
+    "header block that is no HPACK": http2_frame(0x1, 0x4, 1, b"\xff" * 20),
+}
+
+ABUSES: Final = [
+    Abuse("vanishes at once", b"", nothing),
+    Abuse("vanishes within the preface", PREFACE[:11], nothing),
+    Abuse("vanishes within a request", truncation, nothing),
+    Abuse("vanishes within a call", HELLO + request(1, WAIT) + ping(), a_pong),
+    Abuse("vanishes within a stream", HELLO + request(1, WATCH) + ping(), a_pong),
+    Abuse("vanishes before the answer", HELLO + request(1, ECHO), nothing),
+    Abuse("never opens the window", HELLO + request(1, FLOOD) + ping(), a_pong),
+    Abuse("never reads", HELLO + WIDE + request(1, FLOOD) + ping(), a_pong),
+    Abuse("resets a call", HELLO + request(1, WAIT) + reset(1) + request(3, ECHO), another_answer),
+    Abuse("resets a call that has ended", HELLO + request(1, ECHO) + reset(1) + ping(), a_pong),
+    Abuse("resets a request", HELLO + headers(1) + data(1, bytes(3), end=False) + reset(1) + ping(), a_pong),
+    Abuse("never ends a request", HELLO + headers(1) + data(1, message(length=1000), end=False) + ping(), a_pong),
+    Abuse("no body", HELLO + headers(1, end=True), an_answer),
+    Abuse("unknown method", HELLO + request(1, "/test.Service/Nope"), an_answer),
+    Abuse("no message of the kind", HELLO + request(1, ECHO, b"\xff"), an_answer),
+    Abuse("two messages", HELLO + headers(1) + data(1, 2 * message()), an_answer),
+    Abuse("compressed message", HELLO + headers(1) + data(1, message(b"x", compressed=True)), an_answer),
+    Abuse("too long a message", HELLO + headers(1) + data(1, message(length=2**32 - 1), end=False), an_answer),
+    Abuse("GOAWAY, then more", HELLO + headers(1) + goaway() + data(1, message()) + ping() + goaway(), an_answer),
+    Abuse("no HTTP/2", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", hanging_up, "Invalid HTTP/2 preamble"),
+    Abuse("too many calls", HELLO + b"".join(headers(2 * n + 1) for n in range(99)), hanging_up, "TooManyStreams"),
+    Abuse("too long a frame", HELLO + b"\xff\xff\xff" + bytes(1000), hanging_up, "a frame of 16777215 bytes"),
+    Abuse("garbage", garbage, nothing, "?"),
+    Abuse("garbage in place of frames", garbage_for_frames, nothing, "?"),
+    Abuse("garbage in a frame", garbage_in_a_frame, any_bytes, "?"),
+    Abuse("mutated request", mutation, any_bytes, "?"),
+    *(Abuse(name, HELLO + raw, hanging_up, "peer broke the protocol") for name, raw in BAD_HEADERS.items()),
+]
+
+#: What leaves a connection as it was, by the HTTP/2 stream it is on.
+CALLS_ON_ONE_CONNECTION: Final[dict[str, Callable[[int], bytes]]] = {
+    "good call": lambda stream: request(stream, ECHO),
+    "long answer": lambda stream: request(stream, BIG, text("9999").SerializeToString()) + window_update(0, 10_021),
+    "refusal": lambda stream: request(stream, REFUSE),
+    "no body": lambda stream: headers(stream, end=True),
+    "unknown method": lambda stream: request(stream, "/test.Service/Nope"),
+    "two messages": lambda stream: headers(stream) + data(stream, 2 * message()),
+    "many messages": lambda stream: headers(stream) + 5 * data(stream, message(), end=False) + reset(stream),
+    "compressed message": lambda stream: headers(stream) + data(stream, message(b"x", compressed=True)),
+    "too long a message": lambda stream: headers(stream) + data(stream, message(length=2**32 - 1), end=False),
+    "reset of a call": lambda stream: request(stream, WAIT) + reset(stream),
+    "reset of a stream": lambda stream: request(stream, WATCH) + reset(stream),
+    "reset of a request": lambda stream: headers(stream) + data(stream, bytes(9_999), end=False) + reset(stream),
+}
+
+
+class Log(logging.Handler):
+    """Counts messages, and keeps none of the records that would count as leaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages[f"{record.levelname} {record.getMessage()}"] += 1
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    logger = logging.Logger("apart from all others")  # pytest keeps the records of all others
+    handler = Log()
+    logger.addHandler(handler)
+    monkeypatch.setattr("sgpu.rpc.server.logger", logger)
+    return handler
+
+
+@pytest.fixture(autouse=True)
+def _few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Protocol, "MAX_CONCURRENT_STREAMS", CALLS)
+
+
+@attrs.frozen
+class Holdings:
+    """What a process has of the things that leak."""
+
+    tasks: int
+    descriptors: int
+    objects: int
+    resident: int
+
+    @classmethod
+    def now(cls) -> Holdings:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return cls(
+            tasks=trio.lowlevel.current_statistics().tasks_living,
+            descriptors=len(os.listdir("/proc/self/fd")),
+            objects=len(gc.get_objects()),
+            resident=pages * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+
+async def settled(tasks: int) -> Holdings:
+    """What the process has, once the server has seen the end of each connection."""
+    with trio.move_on_after(TIMEOUT):
+        while trio.lowlevel.current_statistics().tasks_living > tasks:
+            await trio.sleep(0.001)
+    return Holdings.now()
+
+
+def assert_nothing_stayed(before: Holdings, after: Holdings) -> None:
+    assert after.tasks == before.tasks
+    assert after.descriptors == before.descriptors
+    assert after.objects - before.objects < OBJECTS
+    assert after.resident - before.resident < RESIDENT
+
+
+@asynccontextmanager
+async def connection(path: Path) -> AsyncIterator[trio.SocketStream]:
+    async with await trio.open_unix_socket(str(path)) as stream:
+        yield stream
+
+
+async def commit(abuse: Abuse, path: Path, source: random.Random) -> None:
+    async with connection(path) as stream:
+        try:
+            await stream.send_all(abuse.sends if isinstance(abuse.sends, bytes) else abuse.sends(source))
+            await abuse.waits_for(stream)
+        except trio.BrokenResourceError:
+            pass  # the server hung up before it had read everything, which resets the connection
+
+
+@pytest.mark.parametrize("abuse", ABUSES, ids=lambda abuse: abuse.name)
+def test_a_bad_peer_leaves_nothing_behind(abuse: Abuse, tmp_path: Path, log: Log) -> None:
+    """On connections of its own: the same tasks, descriptors and memory after as before, and calls are answered."""
+    source = random.Random(SEED)
+    methods = Methods()
+
+    async def main() -> None:
+        async with serving(methods.routes(), tmp_path / "s"):
+            await trio.testing.wait_all_tasks_blocked()
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            for _ in range(WARM_UP):
+                await commit(abuse, tmp_path / "s", source)
+            before = await settled(tasks)
+            log.messages.clear()
+            for _ in range(TIMES):
+                await commit(abuse, tmp_path / "s", source)
+            logged = Counter(log.messages)
+            log.messages.clear()
+            after = await settled(tasks)
+            logged += log.messages
+            assert_nothing_stayed(before, after)
+            assert methods.waiting == 0
+            with trio.fail_after(TIMEOUT):
+                assert await unary_call(tmp_path / "s", ECHO, text("next"), BytesValue) == text("next")
+            if abuse.logged != "?":
+                assert sum(logged.values()) == (TIMES if abuse.logged else 0)
+            assert all(line.startswith("WARNING closed a connection") for line in logged)
+            assert all(abuse.logged in line for line in logged if abuse.logged != "?")
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("sends", CALLS_ON_ONE_CONNECTION.values(), ids=CALLS_ON_ONE_CONNECTION)
+def test_a_bad_call_leaves_nothing_behind(sends: Callable[[int], bytes], tmp_path: Path, log: Log) -> None:
+    """On one connection that stays: the same tasks, descriptors and memory after as before, and calls are answered."""
+    methods = Methods()
+
+    async def main() -> None:
+        async with serving(methods.routes(), tmp_path / "s"), connection(tmp_path / "s") as stream:
+            reader = Reader(stream)
+            stream_ids = itertools.count(1, 4)
+
+            async def call(times: int) -> None:
+                """The bad call, and a good one that is answered when both have been seen."""
+                for stream_id in itertools.islice(stream_ids, times):
+                    await stream.send_all(sends(stream_id) + request(stream_id + 2, ECHO))
+                    await reader.wait_end(stream_id + 2)
+
+            await stream.send_all(HELLO)
+            await call(REMEMBERED // 2)
+            await trio.testing.wait_all_tasks_blocked()
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            before = await settled(tasks)
+            await call(TIMES)
+            assert_nothing_stayed(before, await settled(tasks))
+            assert methods.waiting == 0
+            assert not log.messages
+
+    trio.run(main)
