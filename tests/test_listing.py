@@ -134,6 +134,15 @@ class TestCheckSize:
         check_size(node(count, largest, numa_node))
         assert named_factor(node(count, largest + 1, numa_node)) == largest
 
+    def test_exact_limit(self) -> None:
+        """A list of just as many bytes as the kubelet takes is left alone; one byte more is too many."""
+        overhead = real_bytes([attrs.evolve(gpu(shares=1), uuid="x" * 4_000_000)]) - 4_000_000
+        device = attrs.evolve(gpu(shares=1), uuid="x" * (MAX_MESSAGE_BYTES - overhead))
+        assert real_bytes([device]) == MAX_MESSAGE_BYTES
+        check_size([device])
+        with pytest.raises(TooManySharesError):
+            check_size([attrs.evolve(device, uuid=device.uuid + "x")])
+
     def test_differing_shares(self) -> None:
         """A factor is a limit to each GPU: those that have fewer shares keep their own number."""
         devices = [gpu(0, 100_000), gpu(1, 10)]

@@ -484,7 +484,7 @@ class TestStub:
 
     def test_steered_while_open(self, driver: StubDriver, library: Library) -> None:
         """Each change is seen by the next call, however fast they follow one another."""
-        for used in range(500):
+        for used in range(200):
             driver.set(gpus=[StubGpu(used=used * MIB)])
             assert library.memory(library.handle(0)).used == used * MIB
 

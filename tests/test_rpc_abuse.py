@@ -21,6 +21,7 @@ import trio.testing
 from google.protobuf.wrappers_pb2 import BytesValue
 from rpc_peer import (
     BIG,
+    BUG,
     ECHO,
     FLOOD,
     HELLO,
@@ -56,11 +57,12 @@ OBJECTS: Final = 200
 RESIDENT: Final = 3_000_000
 #: Calls that a connection may have here: enough to be too many, few enough to make a thousand times.
 CALLS: Final = 8
-#: Ended streams that h2 remembers, for each connection.
-REMEMBERED: Final = 1024
 SEED: Final = 2_026
 
 WIDE: Final = settings(initial_window_size=2**31 - 1) + window_update(0, 2**31 - 1 - 65535)
+LONG_FRAME: Final = b"\xff\xff\xff" + data(1, bytes(1000))[3:]
+TOO_MANY: Final = b"".join(headers(2 * number + 1) for number in range(CALLS + 1))
+PART: Final = message(bytes(9_000), length=9_999)
 WHOLE: Final = HELLO + settings() + request(1, ECHO, text("hallo").SerializeToString()) + ping()
 
 
@@ -136,11 +138,11 @@ def garbage(source: random.Random) -> bytes:
 
 
 def garbage_for_frames(source: random.Random) -> bytes:
-    return HELLO + source.randbytes(source.randrange(1, 200))
-
-
-def garbage_in_a_frame(source: random.Random) -> bytes:
-    return HELLO + http2_frame(source.randrange(12), source.randrange(256), source.randrange(4), source.randbytes(20))
+    """Half of the time in the form of a frame."""
+    raw = source.randbytes(source.randrange(1, 100))
+    if source.random() < 0.5:
+        raw = http2_frame(source.randrange(12), source.randrange(256), source.randrange(4), raw)
+    return HELLO + raw
 
 
 def mutation(source: random.Random) -> bytes:
@@ -155,20 +157,24 @@ def truncation(source: random.Random) -> bytes:
     return WHOLE[: source.randrange(len(WHOLE))]
 
 
-BAD_HEADERS: Final = {
-    "method GET": headers(1, method="GET"),
-    "no content type": headers(1, content_type=None),
-    "content type of another kind": headers(1, content_type="text/html"),
-    "no path": headers(1, path=None),
-    "path with too many slashes": headers(1, path="/a/b/c"),
-    "path without a slash": headers(1, path="Echo"),
-    "no te": headers(1, te=None),
-    "header that is not UTF-8": headers(1, x=b"\xff\xfe"),
-    "grpc-timeout without a number": headers(1, grpc_timeout="soon"),
-    "grpc-timeout without a unit": headers(1, grpc_timeout="1"),
-    "binary header that is not base64": headers(1, x_bin="a"),
-    "header block that is no HPACK": http2_frame(0x1, 0x4, 1, b"\xff" * 20),
-}
+def bad_headers(source: random.Random) -> bytes:
+    return HELLO + source.choice(BAD_HEADERS)
+
+
+BAD_HEADERS: Final = (
+    headers(1, method="GET"),
+    headers(1, content_type=None),
+    headers(1, content_type="text/html"),
+    headers(1, path=None),
+    headers(1, path="/a/b/c"),
+    headers(1, path="Echo"),
+    headers(1, te=None),
+    headers(1, x=b"\xff\xfe"),
+    headers(1, grpc_timeout="soon"),
+    headers(1, grpc_timeout="1"),
+    headers(1, x_bin="a"),
+    http2_frame(0x1, 0x4, 1, b"\xff" * 20),
+)
 
 ABUSES: Final = [
     Abuse("vanishes at once", b"", nothing),
@@ -180,30 +186,27 @@ ABUSES: Final = [
     Abuse("never opens the window", HELLO + request(1, FLOOD) + ping(), a_pong),
     Abuse("never reads", HELLO + WIDE + request(1, FLOOD) + ping(), a_pong),
     Abuse("resets a call", HELLO + request(1, WAIT) + reset(1) + request(3, ECHO), another_answer),
-    Abuse("resets a call that has ended", HELLO + request(1, ECHO) + reset(1) + ping(), a_pong),
-    Abuse("resets a request", HELLO + headers(1) + data(1, bytes(3), end=False) + reset(1) + ping(), a_pong),
     Abuse("never ends a request", HELLO + headers(1) + data(1, message(length=1000), end=False) + ping(), a_pong),
-    Abuse("no body", HELLO + headers(1, end=True), an_answer),
-    Abuse("unknown method", HELLO + request(1, "/test.Service/Nope"), an_answer),
-    Abuse("no message of the kind", HELLO + request(1, ECHO, b"\xff"), an_answer),
-    Abuse("two messages", HELLO + headers(1) + data(1, 2 * message()), an_answer),
-    Abuse("compressed message", HELLO + headers(1) + data(1, message(b"x", compressed=True)), an_answer),
-    Abuse("too long a message", HELLO + headers(1) + data(1, message(length=2**32 - 1), end=False), an_answer),
     Abuse("GOAWAY, then more", HELLO + headers(1) + goaway() + data(1, message()) + ping() + goaway(), an_answer),
     Abuse("no HTTP/2", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", hanging_up, "Invalid HTTP/2 preamble"),
-    Abuse("too many calls", HELLO + b"".join(headers(2 * n + 1) for n in range(99)), hanging_up, "TooManyStreams"),
-    Abuse("too long a frame", HELLO + b"\xff\xff\xff" + bytes(1000), hanging_up, "a frame of 16777215 bytes"),
+    Abuse(
+        "too many calls", HELLO + b"".join(headers(2 * n + 1) for n in range(CALLS + 1)), hanging_up, "TooManyStreams"
+    ),
+    Abuse("too long a frame", HELLO + LONG_FRAME, hanging_up, "a frame of 16777215 bytes"),
     Abuse("garbage", garbage, nothing, "?"),
-    Abuse("garbage in place of frames", garbage_for_frames, nothing, "?"),
-    Abuse("garbage in a frame", garbage_in_a_frame, any_bytes, "?"),
+    Abuse("garbage in place of frames", garbage_for_frames, any_bytes, "?"),
     Abuse("mutated request", mutation, any_bytes, "?"),
-    *(Abuse(name, HELLO + raw, hanging_up, "peer broke the protocol") for name, raw in BAD_HEADERS.items()),
+    Abuse("bad headers", bad_headers, hanging_up, "peer broke the protocol"),
 ]
 
 #: What leaves a connection as it was, by the HTTP/2 stream it is on.
 CALLS_ON_ONE_CONNECTION: Final[dict[str, Callable[[int], bytes]]] = {
     "good call": lambda stream: request(stream, ECHO),
     "long answer": lambda stream: request(stream, BIG, text("9999").SerializeToString()) + window_update(0, 10_021),
+    "late WINDOW_UPDATE": lambda stream: request(stream, ECHO) + window_update(max(stream - 4, 1), 1),
+    "late reset": lambda stream: request(stream, ECHO) + reset(max(stream - 4, 1)),
+    "no message of the kind": lambda stream: request(stream, ECHO, b"\xff"),
+    "bug in the handler": lambda stream: request(stream, BUG),
     "refusal": lambda stream: request(stream, REFUSE),
     "no body": lambda stream: headers(stream, end=True),
     "unknown method": lambda stream: request(stream, "/test.Service/Nope"),
@@ -213,7 +216,7 @@ CALLS_ON_ONE_CONNECTION: Final[dict[str, Callable[[int], bytes]]] = {
     "too long a message": lambda stream: headers(stream) + data(stream, message(length=2**32 - 1), end=False),
     "reset of a call": lambda stream: request(stream, WAIT) + reset(stream),
     "reset of a stream": lambda stream: request(stream, WATCH) + reset(stream),
-    "reset of a request": lambda stream: headers(stream) + data(stream, bytes(9_999), end=False) + reset(stream),
+    "reset of a request": lambda stream: headers(stream) + data(stream, PART, end=False) + reset(stream),
 }
 
 
@@ -267,11 +270,12 @@ async def settled(tasks: int) -> Holdings:
     """What the process has, once the server has seen the end of each connection."""
     with trio.move_on_after(TIMEOUT):
         while trio.lowlevel.current_statistics().tasks_living > tasks:
-            await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.001)
     return Holdings.now()
 
 
 def assert_nothing_stayed(before: Holdings, after: Holdings) -> None:
+    print("GROWTH", before, after)
     assert after.tasks == before.tasks
     assert after.descriptors == before.descriptors
     assert after.objects - before.objects < OBJECTS
@@ -342,13 +346,13 @@ def test_a_bad_call_leaves_nothing_behind(sends: Callable[[int], bytes], tmp_pat
                     await reader.wait_end(stream_id + 2)
 
             await stream.send_all(HELLO)
-            await call(REMEMBERED // 2)
+            await call(WARM_UP)
             await trio.testing.wait_all_tasks_blocked()
             tasks = trio.lowlevel.current_statistics().tasks_living
             before = await settled(tasks)
             await call(TIMES)
             assert_nothing_stayed(before, await settled(tasks))
             assert methods.waiting == 0
-            assert not log.messages
+            assert not {line for line in log.messages if BUG not in line}
 
     trio.run(main)

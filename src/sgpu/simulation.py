@@ -36,7 +36,10 @@ def simulated_devices(count: int, shares: int) -> tuple[Device, ...]:
 
 
 def read_faults(path: Path) -> Mapping[int, str]:
-    """The GPUs that a file says are faulty: one to a line, its number and optionally a reason. No file that can be read: none."""
+    """The GPUs that a file says are faulty: one to a line, its number and optionally a reason.
+
+    None if the file is not there or can't be read.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not there, or half way of being replaced
