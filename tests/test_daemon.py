@@ -148,7 +148,7 @@ class TestAllocate:
         """FAILED_PRECONDITION naming share, GPU and reason."""
         faults = node.host / "faults"
         faults.write_text("1 made up for this test\n")
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", faults, simulate=2):
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", str(faults), simulate=2):
             kubelet.wait_for(lambda: health(kubelet) == {"Healthy": 10, "Unhealthy": 10})
             down = next(share for share, word in kubelet.devices(RESOURCE).items() if word == "Unhealthy")
             with pytest.raises(grpc.RpcError) as refusal:
@@ -358,7 +358,7 @@ class TestFaults:
     def test_a_simulated_fault_takes_all_shares_of_that_gpu_and_of_no_other(self, node: Node) -> None:
         """Down and back, one list each."""
         faults = node.host / "faults"
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", faults, simulate=3):
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", str(faults), simulate=3):
             devices = kubelet.wait_devices(30)
             uuids = list(dict.fromkeys(share.split("::")[0] for share in devices))
             faults.write_text("1\n")
