@@ -474,3 +474,20 @@ def test_loaded_is_a_value() -> None:
     loaded = load({}, {})
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         loaded.settings.v = 1  # type: ignore[misc]
+
+
+class TestActions:
+    """Flags that do something take a value as Go's booleans do."""
+
+    @pytest.mark.parametrize(
+        ("argument", "asked"),
+        [("-version", True), ("--version=true", True), ("-version=1", True), ("-version=false", False)],
+    )
+    def test_value(self, argument: str, asked: bool) -> None:
+        """Without one it is true."""
+        assert ("version" in parse_flags([argument]).actions) is asked
+
+    def test_no_boolean(self) -> None:
+        """Refused as for a setting."""
+        with pytest.raises(UsageError, match=r"^-version: 'maybe' \(command line\) is not true or false$"):
+            parse_flags(["-version=maybe"])

@@ -108,8 +108,8 @@ class Library:
         """As NVML writes it, e.g. `00000000:3B:00.0`."""
         pci = ffi.new("nvmlPciInfo_t *")
         self.call("nvmlDeviceGetPciInfo", handle, pci)
-        # The first variant knew only the shorter legacy form.
-        return self._decode(pci.busId) or self._decode(pci.busIdLegacy)
+        # Put together here, because the older variants fill a structure that has no `busId`.
+        return f"{pci.domain:08X}:{pci.bus:02X}:{pci.device:02X}.0"
 
     def memory(self, handle: Handle) -> Memory:
         memory = ffi.new("nvmlMemory_v2_t *")
