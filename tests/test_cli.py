@@ -291,3 +291,10 @@ class TestRun:
             assert socket.exists()
 
         trio.run(listen)
+
+
+@pytest.mark.parametrize("flag", ["-v=5", "-print-config"])
+def test_demo_takes_no_flags(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    """Better refused than ignored."""
+    assert main(["demo", flag], {}) == USAGE
+    assert capsys.readouterr() == ("", "sgpu: demo takes no flags\n")

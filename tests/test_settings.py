@@ -214,3 +214,16 @@ class TestSettings:
     def test_endpoint(self, resource: str, endpoint: str) -> None:
         """The socket is named after the resource, in a name without a slash. A domain has no underscore: no clash."""
         assert Settings(resource_name=resource).endpoint == endpoint
+
+
+@pytest.mark.parametrize("text", ["1_0", " 1", "1 ", "٣", "0x10", "1e1", "", "+", "9" * 5000])
+def test_what_only_python_takes_for_a_number_is_refused(text: str) -> None:
+    """As people write numbers, and no other way."""
+    with pytest.raises(ValueError):  # noqa: PT011  # it has the value for a message
+        integer(0, 100).from_text(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("T", True), ("t", True), ("F", False), ("FALSE", False)])
+def test_booleans_as_go_takes_them(text: str, value: bool) -> None:
+    """Existing manifests have them."""
+    assert BOOLEAN.from_text(text) is value

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from sgpu import __version__
 from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
+from sgpu.logs import printable
 from sgpu.settings import KNOBS
 
 #: Exit codes.
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
             print(f"sgpu {__version__}")
             return OK
         if flags.words == ("demo",):
+            if flags.values or flags.actions:
+                raise UsageError("demo takes no flags")
             from sgpu.demo import demo  # here, because the daemon should not pay for it
 
             return demo()
@@ -92,9 +95,11 @@ def _effective(loaded: Loaded) -> str:
     lines = []
     for name in KNOBS:
         value = getattr(loaded.settings, name.replace("-", "_"))
-        lines.append(f"{name}: {_as_yaml(value)}  # {loaded.origins[name]}\n")
+        lines.append(f"{name}: {_as_yaml(value)}  # {printable(loaded.origins[name])}\n")
     return "".join(lines)
 
 
 def _as_yaml(value: object) -> str:
-    return json.dumps(value)  # which is YAML too, whatever a text has in it, and one line
+    """JSON, which is YAML too. Characters that YAML would not read back from JSON's escapes are left as they are."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

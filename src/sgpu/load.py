@@ -9,11 +9,12 @@ from typing import Any, Final
 
 import attrs
 
+from sgpu.logs import printable
 from sgpu.rpc import MAX_PATH_BYTES
 from sgpu.settings import BOOLEAN, KNOBS, Kind, Settings
 
 ENVIRONMENT_PREFIX: Final = "SGPU_"
-#: Flags that do something instead of setting something. They take no value.
+#: Flags that do something instead of setting something.
 ACTIONS: Final = ("help", "h", "version", "print-config")
 
 
@@ -21,8 +22,7 @@ class UsageError(Exception):
     """What the user gave can't be used. One line: the setting, where it came from, what it takes."""
 
     def __init__(self, message: str) -> None:
-        # What is quoted in it can have anything in it: line breaks, or bytes that are not UTF-8.
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+        super().__init__(printable(message))
 
 
 @attrs.frozen
@@ -59,14 +59,14 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
         else:
             name, equals, value = argument[2 if argument.startswith("--") else 1 :].partition("=")
             if name in ACTIONS:
-                if _check(name, value or "true", "command line", BOOLEAN.from_text):
+                if _check(name, value if equals else "true", "command line", BOOLEAN.from_text):
                     actions.add(name)
                 continue
             if name not in KNOBS and name != "config":
                 raise UsageError(f"unknown flag {argument.split('=')[0]} (see -help)")
             if not equals:
                 value = "true" if _is_boolean(name) else next(rest, "")
-            if not value and not equals:
+            if not value and (name == "config" or not equals):
                 raise UsageError(f"-{name} (command line) needs a value: {_takes(name)}")
             values[name] = value
     return Flags(values, frozenset(actions), tuple(words))

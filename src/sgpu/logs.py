@@ -23,8 +23,7 @@ class TextFormatter(logging.Formatter):
     """`2026-01-02T03:04:05.678Z INFO message`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.message = record.getMessage()
-        line = f"{_timestamp(record)} {record.levelname} {record.message}"
+        line = f"{_timestamp(record)} {record.levelname} {printable(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -41,6 +40,11 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
+
+
+def printable(text: str) -> str:
+    """The text on one line: what is quoted in a message can have line breaks, or bytes that are not UTF-8."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class OnChange:

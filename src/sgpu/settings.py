@@ -16,6 +16,10 @@ _NAME: Final = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
 #: Characters. The kubelet also checks `requests.` + the name, which must be a subdomain as well.
 _DOMAIN_LENGTH: Final = 253 - len("requests.")
 _NAME_LENGTH: Final = 63
+#: As people write numbers; `int` takes more (underscores, blanks, other scripts' digits).
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+#: What Go's flag package takes, in any case.
+_BOOLEANS: Final = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 @attrs.frozen
@@ -31,9 +35,9 @@ class Kind:
         """The value of a flag or an environment variable. Raises ValueError."""
         value: object = text
         if self.type is int:
-            value = int(text)
+            value = int(text) if _INTEGER.fullmatch(text) else text
         elif self.type is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+            value = _BOOLEANS.get(text.lower())
         return self.from_file(value)
 
     def from_file(self, value: object) -> object:

@@ -47,7 +47,7 @@ def read_faults(path: Path) -> Mapping[int, str]:
     faults = {}
     for line in lines:
         number, *reason = line.split(maxsplit=1) or [""]
-        if number.isdecimal() and len(number) < _NUMBER_LENGTH:
+        if number.isdecimal() and len(number) <= _NUMBER_LENGTH:
             faults[int(number)] = "".join(reason).strip() or "simulated fault"
     return faults
 
