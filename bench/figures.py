@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
 from typing import Final
 
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
 from node import RESOURCE, Node, new_node
+from scale import GPUS, SHARES, percentile, print_table, rows, series
 
-GPUS: Final = 8
-SHARES: Final = 100
 STARTS: Final = 7
 RESTARTS: Final = 20
 ALLOCATIONS: Final = 2000
@@ -58,21 +56,6 @@ def processor_a_minute(daemon: DaemonProcess) -> float:
     return 1000 * (daemon.cpu_seconds() - before) * 60 / REST
 
 
-def series(measure: Callable[[], float], count: int) -> list[float]:
-    """That many measurements, sorted."""
-    return sorted(measure() for _ in range(count))
-
-
-def percentile(values: list[float], part: float) -> float:
-    return values[min(int(part * len(values)), len(values) - 1)]
-
-
-def print_table(rows: Iterable[tuple[str, str, str]]) -> None:
-    print("| figure | measured | aim |\n|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
-
-
 def main() -> None:
     with new_node() as node:
         node.driver.gpus(GPUS)
@@ -102,6 +85,7 @@ def main() -> None:
                 "40 (resident)",
             ),
             ("processor time at rest (ms a minute)", f"{processor:.0f}", "100"),
+            *rows(),
         )
     )
 

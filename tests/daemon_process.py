@@ -83,8 +83,12 @@ class DaemonProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        children = []
+        with suppress(OSError):  # it has ended, or just now ends
+            children = self.children()
+        for pid in (-self.process.pid, *children):  # those have sessions of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join()
         if self.process.stdout:

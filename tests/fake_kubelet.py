@@ -406,6 +406,8 @@ class FakeKubelet:
         if not RESOURCE_NAME.fullmatch(name) or "kubernetes.io/" in name or name.startswith("requests."):
             context.abort(grpc.StatusCode.UNKNOWN, f'the ResourceName "{name}" is invalid')
 
+        if not context.is_active():  # the plugin hung up while we took our time
+            context.abort(grpc.StatusCode.CANCELLED, "context canceled")
         channel = grpc.insecure_channel(f"unix:{self.directory / request.endpoint}", CHANNEL_OPTIONS)
         connection = Connection(name, channel)
         with self._changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from daemon_process import DaemonProcess, short_directory
 from stub_driver import StubDriver
 
 RESOURCE = "deepomatic.com/shared-gpu"
+#: Seconds between the daemon's polls, unless a test says otherwise.
+INTERVAL = 0.3
 
 
 class Node:
@@ -20,6 +22,8 @@ class Node:
         self.host = root / "host"
         self.dev = root / "dev"
         self.sys = root / "sys"
+        self.pods = root / "pods.sock"
+        self.state = root / "state" / "sgpu.json"
         for directory in (self.plugins, self.host, self.dev, self.sys):
             directory.mkdir()
         self.make_nodes("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *(f"nvidia{minor}" for minor in range(8)))
@@ -42,11 +46,13 @@ class Node:
         device.mkdir(parents=True)
         (device / "numa_node").write_text(f"{node}\n")
 
-    def daemon(self, *flags: str | int, simulate: int = 0) -> DaemonProcess:
+    def daemon(self, *flags: str | float, simulate: int = 0) -> DaemonProcess:
         """The daemon on this node, to be entered."""
-        places: Iterable[str | int | Path] = ("-dev-directory", self.dev, "-sysfs-directory", self.sys)
+        places: list[str | Path] = ["-state-file", self.state, "-pod-resources-socket", self.pods]
+        places += ["-dev-directory", self.dev, "-sysfs-directory", self.sys]
         extra = ("-simulate", simulate) if simulate else ()
-        return DaemonProcess(self.plugins, self.host, [str(flag) for flag in (*places, *extra, *flags)])
+        often = ("-health-interval", INTERVAL)
+        return DaemonProcess(self.plugins, self.host, [str(flag) for flag in (*places, *often, *extra, *flags)])
 
 
 @contextmanager

@@ -44,6 +44,14 @@ class StubGpu:
     reserved: int = 450 * MIB
     event_types: int = EventType.XID_CRITICAL | EventType.DOUBLE_BIT_ECC
     lost: bool = False  # still counted, but every call for it fails
+    # None: this GPU does not support the question.
+    utilisation: int | None = 0
+    recovery_action: int | None = None
+    rows_pending: int | None = 0
+    rows_failed: int = 0
+    pages_pending: int | None = None
+    fabric_state: int | None = None
+    fabric_status: int = 0
 
 
 @attrs.frozen
@@ -71,7 +79,7 @@ class StubState:
         for index, gpu in enumerate(self.gpus):
             pairs[f"gpu.{index}"] = gpu.uuid
             facts = attrs.asdict(gpu, filter=attrs.filters.exclude("number", "uuid"))
-            pairs.update({f"{gpu.uuid}.{key}": int(fact) if key == "lost" else fact for key, fact in facts.items()})
+            pairs.update({f"{gpu.uuid}.{key}": _in_state(fact) for key, fact in facts.items()})
         pairs.update({f"call.{call}": answer for call, answer in self.calls.items()})
         pairs["events"] = len(self.events)
         for serial, event in enumerate(self.events, start=1):
@@ -156,6 +164,12 @@ class StubDriver:
         new.write_bytes(content)
         os.utime(new, ns=(now, now))
         new.replace(self.path.parent / name)
+
+
+def _in_state(fact: str | int | None) -> str | int:
+    if fact is None:
+        return "none"
+    return fact if isinstance(fact, str) else int(fact)
 
 
 def _call(function: str, gpu: StubGpu | None) -> str:

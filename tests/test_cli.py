@@ -18,8 +18,9 @@ import yaml
 from sgpu import __version__, rpc
 from sgpu.cli import FAILED, OK, USAGE, main
 from sgpu.listing import TooManySharesError
-from sgpu.load import load, parse_flags
-from sgpu.settings import KNOBS, Settings
+from sgpu.load import Loaded, load, parse_flags
+from sgpu.policy import PolicyConflictError
+from sgpu.settings import KNOBS, Settings, endpoint
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -50,8 +51,9 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], 
     def install(error: BaseException | None) -> list[Settings]:
         seen: list[Settings] = []
 
-        async def run(settings: Settings) -> None:
-            seen.append(settings)
+        async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+            assert await trio.to_thread.run_sync(reload) == loaded
+            seen.append(loaded.settings)
             await trio.lowlevel.checkpoint()
             if error:
                 raise error
@@ -84,6 +86,8 @@ class TestHelp:
             pytest.param("simulate", None, id="none for 0"),
             pytest.param("simulate-faults", None, id="none for empty"),
             pytest.param("logtostderr", "true", id="boolean"),
+            pytest.param("memory-watermark", "0.95", id="fraction"),
+            pytest.param("multi-share", "distinct", id="word"),
         ],
     )
     def test_defaults(self, capsys: pytest.CaptureFixture[str], name: str, default: str | None) -> None:
@@ -135,6 +139,10 @@ class TestPrintConfig:
             ),
             pytest.param(["-host-path=/opt/é"], id="not ASCII"),
             pytest.param(["-simulate-faults=faults.txt"], id="a file"),
+            pytest.param(
+                ["-memory-watermark=0", "-multi-share=same", "-sample-interval=7", "-framework-hints=false"],
+                id="sharing",
+            ),
             pytest.param(["-host-path=/a: b"], id="colon"),
             pytest.param(["-host-path=/a #b"], id="comment sign"),
             pytest.param(["-host-path=/a\nb"], id="newline"),
@@ -154,6 +162,20 @@ class TestPrintConfig:
         loaded = load({"config": str(config)}, {})
         assert loaded.settings == load(parse_flags(arguments).values, {}).settings
         assert set(loaded.origins.values()) == {str(config)}
+
+    def test_rules(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """The rules per GPU are printed as well, each with its place, and load back."""
+        config, printed = tmp_path / "config.yaml", tmp_path / "printed.yaml"
+        config.write_text(
+            "gpus:\n"
+            "- {uuid: GPU-a, shares: 1, resource: example.com/whole-gpu}\n"
+            "- {pci-bus-id: 0000:05:00.0, exclude: true}\n"
+            "- {name: '*é: #[A]', shares: 3, exclude: false}\n"
+        )
+        assert main(["-print-config", f"-config={config}"], {}) == OK
+        printed.write_text(capsys.readouterr().out)
+        assert printed.read_text().splitlines()[-3].endswith(f"# {config}:2")
+        assert load({"config": str(printed)}, {}).policy == load({"config": str(config)}, {}).policy
 
     def test_not_utf8(self) -> None:
         """A path that is not UTF-8 is printed in some way, on a terminal as strict as can be."""
@@ -242,6 +264,7 @@ class TestRun:
         ("error", "code"),
         [
             pytest.param(TooManySharesError("too many"), USAGE, id="too many shares"),
+            pytest.param(PolicyConflictError("claimed twice"), USAGE, id="two rules for a GPU"),
             pytest.param(rpc.AddressInUseError(Path("/x.sock"), 0), FAILED, id="address in use"),
         ],
     )
@@ -275,7 +298,7 @@ class TestRun:
 
     def test_address_in_use(self, capsys: pytest.CaptureFixture[str], plugin_directory: Path) -> None:
         """The real daemon does not take a live socket away from another: one line says whose it is, code 1."""
-        socket = plugin_directory / Settings().endpoint
+        socket = plugin_directory / endpoint(Settings().resource_name)
 
         async def listen() -> None:
             with rpc.listen(socket):

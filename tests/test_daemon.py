@@ -108,7 +108,13 @@ class TestAllocate:
         assert [(m.host_path, m.container_path, m.read_only) for m in answer.mounts] == [
             (str(node.host), "/usr/lib/gpu", True)
         ]
-        assert dict(answer.envs) == {"SGPU_SHARES": "3", "SGPU_GPU_UUIDS": f"{gpus[0].uuid},{gpus[2].uuid}"}
+        assert dict(answer.envs) == {
+            "SGPU_SHARES": "3",
+            "SGPU_GPU_UUIDS": f"{gpus[0].uuid},{gpus[2].uuid}",
+            "SGPU_MEMORY_BYTES": str(2 * 15 * GIB // 100 + 15 * GIB // 100),
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
 
     def test_each_container_of_a_request_is_answered(self, node: Node) -> None:
         """In the order asked."""
@@ -158,15 +164,15 @@ class TestAllocate:
         assert refusal.value.details() == f"share {down}: GPU {uuid} is unhealthy (made up for this test)"
 
     def test_preferred_allocation_spreads(self, node: Node) -> None:
-        """Over the GPUs with most free shares, must-haves kept; PreStartContainer is there and does nothing."""
-        a, b = node.driver.gpus(2)
+        """Over as many GPUs as there are, must-haves kept; PreStartContainer is there and does nothing."""
+        a, b, c = node.driver.gpus(3)
         with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
-            kubelet.wait_devices(20)
-            available = [f"{a.uuid}::{n}" for n in range(3)] + [f"{b.uuid}::{n}" for n in range(5)]
+            kubelet.wait_devices(30)
+            available = [f"{gpu.uuid}::{n}" for gpu, free in ((a, 3), (b, 5), (c, 4)) for n in range(free)]
             chosen = kubelet.preferred(available, [f"{a.uuid}::2"], 4)
             kubelet.pre_start(chosen)
         assert chosen[0] == f"{a.uuid}::2"
-        assert Counter(share.split("::")[0] for share in chosen) == {a.uuid: 1, b.uuid: 3}
+        assert Counter(share.split("::")[0] for share in chosen) == {a.uuid: 1, b.uuid: 2, c.uuid: 1}
 
 
 def no_library(node: Node) -> None:
@@ -382,6 +388,7 @@ class TestFaults:
             "SGPU_SHARES": "1",
             "SGPU_GPU_UUIDS": share.split("::")[0],
             "SGPU_SIMULATED": "1",
+            "SGPU_MEMORY_BYTES": str(16 * GIB // 10),
         }
 
 

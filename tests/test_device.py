@@ -34,12 +34,30 @@ class TestDevice:
         device = make_device()
         assert attrs.evolve(device, health=Health.UNHEALTHY, reason="XID 79").share_ids() == device.share_ids()
 
+    @pytest.mark.parametrize(
+        ("health", "withheld", "words"),
+        [
+            pytest.param(Health.HEALTHY, (), "Healthy Healthy Healthy", id="healthy"),
+            pytest.param(Health.UNHEALTHY, (), "Unhealthy Unhealthy Unhealthy", id="unhealthy"),
+            pytest.param(Health.HEALTHY, (0, 2), "Unhealthy Healthy Unhealthy", id="some withheld"),
+            pytest.param(Health.HEALTHY, (0, 1, 2), "Unhealthy Unhealthy Unhealthy", id="all withheld"),
+            pytest.param(Health.UNHEALTHY, (1,), "Unhealthy Unhealthy Unhealthy", id="unhealthy and withheld"),
+            pytest.param(Health.HEALTHY, (3, 99), "Healthy Healthy Healthy", id="none of its shares withheld"),
+        ],
+    )
+    def test_share_health(self, health: Health, withheld: tuple[int, ...], words: str) -> None:
+        """Shares are as healthy as their GPU, but for those that are withheld: one word for each, in order."""
+        device = attrs.evolve(make_device(), health=health, withheld=frozenset(withheld))
+        assert " ".join(word.value for word in device.share_health()) == words
+        assert len(device.share_health()) == len(device.share_ids())
+
     def test_defaults(self) -> None:
         """A GPU is healthy and real unless said otherwise, and what is not known of it is None."""
         device = make_device()
         assert (device.health, device.reason, device.simulated) == (Health.HEALTHY, "", False)
         assert device.memory_bytes is None
         assert device.numa_node is None
+        assert device.withheld == frozenset()
 
     def test_frozen(self) -> None:
         """A device is a value: nobody changes the one that others hold."""

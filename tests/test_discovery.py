@@ -1,47 +1,151 @@
-"""NVML's facts as devices, with the stub library loaded into this process."""
+"""The driver's answers as a report, with the stub library loaded into this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import attrs
 import pytest
 from node import Node
-from stub_driver import MIB, StubGpu
+from stub_driver import MIB, StubDriver, StubGpu
 
-from sgpu import discovery
-from sgpu.device import Device, Health
-from sgpu.discovery import Discovery, NotReadyError
+from sgpu import discovery, nvml
+from sgpu.discovery import NotReadyError
 from sgpu.nvml import Code
+from sgpu.report import GpuReport, Report
 
 
-def discover(node: Node, shares: int = 100) -> Discovery:
-    return discovery.discover(discovery.Places(node.host, node.dev, node.sys), shares)
+def places(node: Node) -> discovery.Places:
+    return discovery.Places(node.host, node.dev, node.sys)
 
 
-def test_a_gpu_becomes_a_device_with_all_its_facts(node: Node) -> None:
-    """Minor number, not index; NUMA node from the kernel."""
-    gpu = attrs.evolve(StubGpu(), minor=5, name="NVIDIA L4", bus_id="0001:3B:00.0".rjust(16, "0"), total=1024 * MIB)
+def read(node: Node, **options: Any) -> Report:  # noqa: ANN401  # as read() has them
+    """One poll, of a library that is opened for it."""
+    with nvml.open_library(node.host) as library:
+        return discovery.read(library, places(node), **options)
+
+
+def test_a_gpu_is_reported_with_all_its_facts(node: Node) -> None:
+    """Minor number, not index; NUMA node from the kernel; all that this GPU is asked and knows."""
+    gpu = attrs.evolve(
+        StubGpu(),
+        minor=5,
+        name="NVIDIA L4",
+        bus_id="0001:3B:00.0".rjust(16, "0"),
+        total=1024 * MIB,
+        used=100 * MIB,
+        reserved=24 * MIB,
+        utilisation=37,
+        recovery_action=0,
+        rows_pending=0,
+        pages_pending=0,
+        fabric_state=3,
+    )
     node.driver.set(gpus=(gpu,), driver_version="535.1")
     node.set_numa_node(gpu.bus_id, 1)
-    found = discover(node, shares=7)
-    assert found == Discovery(
-        devices=(
-            Device(
+    assert read(node) == Report(
+        gpus=(
+            GpuReport(
                 uuid=gpu.uuid,
                 name="NVIDIA L4",
                 pci_bus_id=gpu.bus_id,
-                shares=7,
                 device_nodes=("nvidia5", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"),
-                memory_bytes=1024 * MIB,
                 numa_node=1,
-                health=Health.HEALTHY,
+                memory_total=1024 * MIB,
+                memory_used=100 * MIB,
+                memory_free=900 * MIB,
+                utilisation=37,
+                recovery_action=0,
+                rows_pending=False,
+                rows_failed=False,
+                pages_pending=False,
+                fabric_state=3,
+                fabric_status=0,
             ),
         ),
         problems=(),
+        unasked=(),
         driver_version="535.1",
-        library=node.host / "lib64" / "libnvidia-ml.so.1",
+        library=str(node.host / "lib64" / "libnvidia-ml.so.1"),
     )
+
+
+@pytest.mark.parametrize(
+    ("facts", "field", "expected"),
+    [
+        pytest.param({"recovery_action": 2}, "recovery_action", 2, id="recovery action"),
+        pytest.param({"rows_pending": 1}, "rows_pending", True, id="rows pending"),
+        pytest.param({"rows_failed": 1}, "rows_failed", True, id="rows failed"),
+        pytest.param({"pages_pending": 1}, "pages_pending", True, id="pages pending"),
+        pytest.param({"fabric_state": 2}, "fabric_state", 2, id="fabric in progress"),
+        pytest.param({"utilisation": 100}, "utilisation", 100, id="busy"),
+    ],
+)
+def test_how_it_is(node: Node, facts: dict[str, int], field: str, expected: object) -> None:
+    """Each fact is in its own place, of its own GPU."""
+    _, second = node.driver.gpus(2)
+    node.driver.change(second, **facts)
+    first, changed = read(node).gpus
+    assert getattr(changed, field) == expected
+    assert getattr(first, field) != expected
+
+
+UNTOLD = [
+    pytest.param("nvmlDeviceGetMemoryInfo", ("memory_total", "memory_used", "memory_free"), id="memory"),
+    pytest.param("nvmlDeviceGetUtilizationRates", ("utilisation",), id="utilisation"),
+    pytest.param("nvmlDeviceGetFieldValues", ("recovery_action",), id="recovery action"),
+    pytest.param("nvmlDeviceGetRemappedRows", ("rows_pending", "rows_failed"), id="remapped rows"),
+    pytest.param("nvmlDeviceGetRetiredPagesPendingStatus", ("pages_pending",), id="retired pages"),
+    pytest.param("nvmlDeviceGetGpuFabricInfoV", ("fabric_state", "fabric_status"), id="fabric"),
+]
+#: One that knows every question.
+TELLING = attrs.evolve(StubGpu(), recovery_action=0, pages_pending=0, fabric_state=3)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, Code.INVALID_ARGUMENT],
+    ids=["not supported", "no function", "not in this form"],
+)
+@pytest.mark.parametrize(("function", "fields"), UNTOLD)
+def test_what_is_not_told_is_none(node: Node, function: str, fields: tuple[str, ...], code: int) -> None:
+    """Of a GPU or driver that does not know the question: no fault, and the other answers are there."""
+    node.driver.set(gpus=(TELLING,))
+    (before,) = read(node).gpus
+    node.driver.fail(function, code)
+    (gpu,) = read(node).gpus
+    facts = attrs.asdict(before)
+    assert [facts[field] for field in fields] != [None] * len(fields)
+    assert attrs.asdict(gpu) == {**facts, **dict.fromkeys(fields)}
+
+
+@pytest.mark.parametrize(("function", "fields"), UNTOLD)
+def test_older_drivers(node: Node, function: str, fields: tuple[str, ...]) -> None:
+    """Whose library lacks the function. Memory they have under another name, which counts what is reserved as used."""
+    versions = {"nvmlDeviceGetMemoryInfo": "nvmlDeviceGetMemoryInfo_v2"}
+    driver = StubDriver(node.host, without=[versions.get(function, function)])
+    driver.set(gpus=(TELLING,))
+    (gpu,) = read(node).gpus
+    assert gpu.error == ""
+    if function in versions:
+        assert gpu.memory_used == TELLING.reserved
+    else:
+        assert [getattr(gpu, field) for field in fields] == [None] * len(fields)
+
+
+@pytest.mark.parametrize("code", [999, Code.GPU_IS_LOST, 16], ids=["unknown", "lost", "reset required"])
+@pytest.mark.parametrize(("function", "fields"), UNTOLD)
+def test_a_question_that_fails(node: Node, function: str, fields: tuple[str, ...], code: int) -> None:
+    """The GPU is reported with what the driver answered: it is known, and not to be trusted."""
+    node.driver.set(gpus=(TELLING, StubGpu(1)))
+    node.driver.fail(function, code, TELLING)
+    failing, other = read(node).gpus
+    assert failing.uuid == TELLING.uuid
+    assert failing.name == TELLING.name
+    assert function in failing.error
+    assert f"(NVML error {code})" in failing.error
+    assert other.error == ""
 
 
 @pytest.mark.parametrize(
@@ -72,8 +176,12 @@ def break_uuid(node: Node) -> None:
     node.driver.fail("nvmlDeviceGetUUID", Code.GPU_IS_LOST, StubGpu(1))
 
 
-def break_memory(node: Node) -> None:
-    node.driver.fail("nvmlDeviceGetMemoryInfo", 999, StubGpu(1))
+def break_name(node: Node) -> None:
+    node.driver.fail("nvmlDeviceGetName", 999, StubGpu(1))
+
+
+def break_handle(node: Node) -> None:
+    node.driver.change(StubGpu(1), lost=True)
 
 
 def remove_node(node: Node) -> None:
@@ -85,10 +193,11 @@ def remove_node(node: Node) -> None:
     [
         (break_minor, "nvmlDeviceGetMinorNumber: Not Supported"),
         (break_uuid, "nvmlDeviceGetUUID: GPU is lost"),
-        (break_memory, "nvmlDeviceGetMemoryInfo_v2: Unknown Error"),
+        (break_name, "nvmlDeviceGetName: Unknown Error"),
+        (break_handle, "nvmlDeviceGetHandleByIndex_v2: GPU is lost"),
         (remove_node, "nvidia1 is not there"),
     ],
-    ids=["minor", "uuid", "memory", "node"],
+    ids=["minor", "uuid", "name", "handle", "node"],
 )
 def test_one_gpu_in_trouble_does_not_take_the_others_with_it(
     node: Node, trouble: Callable[[Node], None], words: str
@@ -96,40 +205,110 @@ def test_one_gpu_in_trouble_does_not_take_the_others_with_it(
     """It is left out, and said so by number."""
     first, _, third = node.driver.gpus(3)
     trouble(node)
-    found = discover(node)
-    assert [device.uuid for device in found.devices] == [first.uuid, third.uuid]
-    assert len(found.problems) == 1
-    assert found.problems[0].startswith("GPU 1 is left out: ")
-    assert words in found.problems[0]
+    report = read(node)
+    assert [gpu.uuid for gpu in report.gpus] == [first.uuid, third.uuid]
+    assert len(report.problems) == 1
+    assert report.problems[0].startswith("GPU 1 is left out: ")
+    assert words in report.problems[0]
 
 
-def test_all_gpus_in_trouble_is_not_ready_with_each_reason(node: Node) -> None:
-    """So that the one log line says why."""
-    lost = node.driver.gpus(2)
-    for gpu in lost:
+def test_all_gpus_in_trouble(node: Node) -> None:
+    """A report of none, with each reason."""
+    for gpu in node.driver.gpus(2):
         node.driver.change(gpu, lost=True)
-    with pytest.raises(NotReadyError, match=r"no GPU to offer; GPU 0 is left out: .*; GPU 1 is left out: .*lost"):
-        discover(node)
+    report = read(node)
+    assert report.gpus == ()
+    assert [problem[:20] for problem in report.problems] == ["GPU 0 is left out: n", "GPU 1 is left out: n"]
 
 
-@pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND], ids=["not supported", "no function"])
-def test_memory_that_is_not_told_is_none(node: Node, code: int) -> None:
-    """Unified memory, and drivers older than the question."""
-    node.driver.fail("nvmlDeviceGetMemoryInfo", code)
-    (device,) = discover(node).devices
-    assert device.memory_bytes is None
+def test_no_gpu(node: Node) -> None:
+    """A report of none: what to make of that is the caller's."""
+    node.driver.set(gpus=())
+    report = read(node)
+    assert (report.gpus, report.problems, report.unasked) == ((), (), ())
+
+
+@pytest.mark.parametrize("function", ["nvmlDeviceGetCount", "nvmlSystemGetDriverVersion"])
+def test_a_driver_that_fails(node: Node, function: str) -> None:
+    """Is the caller's to see to: it is about no GPU."""
+    node.driver.fail(function, 999)
+    with pytest.raises(nvml.NvmlError, match=function):
+        read(node)
+
+
+class TestSkip:
+    @pytest.mark.parametrize("skipped", [(0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+    def test_those_are_left_alone(self, node: Node, skipped: Collection[int]) -> None:
+        """They are named, and no call about them is made but for their UUID."""
+        gpus = node.driver.gpus(3)
+        uuids = [gpus[number].uuid for number in skipped]
+        report = read(node, skip=uuids)
+        assert list(report.unasked) == uuids
+        assert [gpu.uuid for gpu in report.gpus] == [gpu.uuid for gpu in gpus if gpu.uuid not in uuids]
+        for gpu in gpus:
+            asked = {call.split()[0] for call in node.driver.call_log() if call.endswith(gpu.uuid)}
+            assert (asked == {"nvmlDeviceGetUUID"}) is (gpu.uuid in uuids)
+
+    def test_one_that_is_not_there(self, node: Node) -> None:
+        """Is not said to be."""
+        assert read(node, skip=("GPU-x",)).unasked == ()
+
+    def test_it_is_there_but_in_trouble(self, node: Node) -> None:
+        """Then it is a problem: that much could be asked."""
+        gpu, other = node.driver.gpus(2)
+        node.driver.change(gpu, lost=True)
+        report = read(node, skip=(gpu.uuid,))
+        assert [reported.uuid for reported in report.gpus] == [other.uuid]
+        assert (len(report.problems), report.unasked) == (1, ())
+
+
+class TestAsking:
+    def test_whom_the_calls_are_about(self, node: Node) -> None:
+        """Told before the first call about each GPU, and again before those that are about none."""
+        first, skipped, last = node.driver.gpus(3)
+        told: list[tuple[str, int]] = []
+
+        def asking(uuid: str) -> None:
+            told.append((uuid, len(node.driver.call_log())))
+
+        read(node, skip=(skipped.uuid,), asking=asking)
+        assert [uuid for uuid, _ in told] == ["", first.uuid, "", "", last.uuid, ""]
+        calls = node.driver.call_log()
+        for (uuid, since), (_, until) in zip(told, [*told[1:], ("", len(calls))], strict=True):
+            about = {call.partition(" ")[2] for call in calls[since:until] if not call.startswith("nvmlDeviceGetUUID")}
+            assert about <= {uuid}, (uuid, calls[since:until])
 
 
 def test_the_library_is_shut_down_each_time(node: Node) -> None:
     """Nothing stays open between attempts."""
     for _ in range(3):
-        discover(node)
+        read(node)
     assert node.driver.calls("nvmlInit") == node.driver.calls("nvmlShutdown") == 3
 
 
-def test_both_missing_nodes_are_named(node: Node) -> None:
-    """With what to do about the one that nothing has asked for yet."""
-    (node.dev / "nvidiactl").unlink()
-    (node.dev / "nvidia-uvm").unlink()
-    with pytest.raises(NotReadyError, match=r"nvidiactl and .*nvidia-uvm not there yet; `nvidia-modprobe -u -c 0`"):
-        discover(node)
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        pytest.param(["nvidiactl"], r"/nvidiactl not there yet$", id="nvidiactl"),
+        pytest.param(["nvidia-uvm"], r"/nvidia-uvm not there yet; `nvidia-modprobe -u -c 0` on the host", id="uvm"),
+        pytest.param(
+            ["nvidiactl", "nvidia-uvm"],
+            r"/nvidiactl and .*/nvidia-uvm not there yet; `nvidia-modprobe -u -c 0` on the host",
+            id="both",
+        ),
+    ],
+)
+def test_missing_nodes_are_named(node: Node, missing: list[str], words: str) -> None:
+    """All at once, with what to do about the one that nothing has asked for yet."""
+    for name in missing:
+        (node.dev / name).unlink()
+    with pytest.raises(NotReadyError, match=words):
+        read(node)
+
+
+def test_optional_nodes(node: Node) -> None:
+    """Those that are there, in the same order each time."""
+    (node.dev / "nvidia-uvm-tools").unlink()
+    node.make_nodes("nvidia-modeset")
+    (gpu,) = read(node).gpus
+    assert gpu.device_nodes == ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-modeset")

@@ -117,6 +117,87 @@ class TestReplace:
             assert not inventory.changed.is_set()
 
 
+class TestWithhold:
+    def test_listed_and_released(self) -> None:
+        """The numbers that are withheld are the GPU's own until others are; the GPU is the same otherwise."""
+        inventory = Inventory([FIRST, SECOND])
+        inventory.withhold({"GPU-b": frozenset({1, 2})})
+        assert inventory.devices == (FIRST, attrs.evolve(SECOND, withheld=frozenset({1, 2})))
+        assert inventory.find("GPU-b::1") is inventory.devices[1]
+        inventory.withhold({"GPU-a": frozenset({0})})
+        assert inventory.devices == (attrs.evolve(FIRST, withheld=frozenset({0})), SECOND)
+        inventory.withhold({})
+        assert inventory.devices == (FIRST, SECOND)
+
+    def test_readers_are_woken_once(self) -> None:
+        """By a change of what is withheld, and not when it is said again."""
+        inventory = Inventory([FIRST])
+        numbers = {"GPU-a": frozenset({1})}
+        for withheld, wakes in ((numbers, True), (dict(numbers), False), ({}, True), ({}, False)):
+            changed = inventory.changed
+            inventory.withhold(withheld)
+            assert changed.is_set() is wakes
+
+    def test_kept_when_the_gpus_change(self) -> None:
+        """What is withheld stays so when the driver has news, and when the GPU was away in between."""
+        inventory = Inventory([FIRST, SECOND])
+        inventory.withhold({"GPU-a": frozenset({1})})
+        inventory.replace([SICK, SECOND])
+        assert inventory.devices == (attrs.evolve(SICK, withheld=frozenset({1})), SECOND)
+        inventory.replace([SECOND])
+        assert list(inventory.devices) == [SECOND]
+        inventory.replace([FIRST, SECOND])
+        assert inventory.devices == (attrs.evolve(FIRST, withheld=frozenset({1})), SECOND)
+
+    def test_the_same_news_wakes_nobody(self) -> None:
+        """The driver's word knows nothing of withheld shares; it is no change for that."""
+        inventory = Inventory([FIRST])
+        inventory.withhold({"GPU-a": frozenset({1})})
+        changed = inventory.changed
+        inventory.replace([FIRST])
+        assert not changed.is_set()
+
+    def test_a_gpu_that_is_not_there(self) -> None:
+        """Shares of a GPU that is not there are withheld from nobody."""
+        inventory = Inventory([FIRST])
+        changed = inventory.changed
+        inventory.withhold({"GPU-z": frozenset({0})})
+        assert not changed.is_set()
+
+
+class TestWaitFilled:
+    @pytest.mark.parametrize("seconds", [0, 5], ids=["there already", "later"])
+    def test_wait_filled(self, seconds: int) -> None:
+        """It waits for the first GPU, over changes that bring none."""
+
+        async def main() -> None:
+            inventory = Inventory([] if seconds else [FIRST])
+
+            async def fill() -> None:
+                inventory.changed.set()  # a change without a GPU
+                inventory.changed = trio.Event()
+                await trio.sleep(seconds)
+                inventory.replace([FIRST])
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fill)
+                started = trio.current_time()
+                await inventory.wait_filled()
+                assert trio.current_time() - started == pytest.approx(seconds)
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+    def test_cancelled(self) -> None:
+        """It can be given up."""
+
+        async def main() -> None:
+            with trio.move_on_after(1) as scope:
+                await Inventory().wait_filled()
+            assert scope.cancelled_caught
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 class TestReader:
     def test_change_while_sending(self) -> None:
         """A reader that takes `changed` before `devices` misses nothing that happens while it sends."""

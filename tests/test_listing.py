@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgpu.api import v1beta1_pb2
 from sgpu.device import Device, Health
 from sgpu.listing import TooManySharesError, check_size, list_bytes, v1alpha_list, v1beta1_list
 from sgpu.rpc import MAX_MESSAGE_BYTES
@@ -73,6 +75,17 @@ class TestLists:
             (entry.ID, entry.health) for entry in v1beta1_list(devices).devices
         ]
 
+    @pytest.mark.parametrize("build", [v1beta1_list, v1alpha_list])
+    def test_withheld(self, build: Callable[[list[Device]], v1beta1_pb2.ListAndWatchResponse]) -> None:
+        """Shares that are withheld are listed as unhealthy, and the others of their GPU are not."""
+        devices = [attrs.evolve(gpu(0, shares=3), withheld=frozenset({0, 2})), gpu(1, shares=1)]
+        assert [(entry.ID[-1], entry.health) for entry in build(devices).devices] == [
+            ("0", "Unhealthy"),
+            ("1", "Healthy"),
+            ("2", "Unhealthy"),
+            ("0", "Healthy"),
+        ]
+
     def test_no_devices(self) -> None:
         """No GPUs make an empty list, which is a message as well."""
         assert v1beta1_list([]).SerializeToString() == b""
@@ -110,6 +123,7 @@ class TestListBytes:
         """The size is that of the worst case: a GPU that fails later does not make the list too large."""
         healthy = [gpu(shares=50)]
         assert list_bytes(healthy) == list_bytes([gpu(shares=50, healthy=False)])
+        assert list_bytes(healthy) == list_bytes([attrs.evolve(healthy[0], withheld=frozenset(range(25)))])
         assert v1beta1_list(healthy).ByteSize() < list_bytes(healthy)
 
     def test_v1alpha_is_no_larger(self) -> None:

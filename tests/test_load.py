@@ -8,9 +8,11 @@ from pathlib import Path
 import attrs
 import pytest
 
-from sgpu.load import Flags, Loaded, UsageError, load, parse_flags
+from sgpu.load import RULE_KINDS, Flags, Loaded, UsageError, load, parse_flags
+from sgpu.policy import Policy, Rule
 from sgpu.rpc import MAX_PATH_BYTES
-from sgpu.settings import KNOBS, Settings
+from sgpu.settings import KNOBS, Settings, endpoint
+from sgpu.xids import XidPolicy
 
 pytestmark = pytest.mark.pure
 
@@ -23,6 +25,17 @@ OTHER = {
     "resource-name": "example.com/gpu",
     "dev-directory": "/host/dev",
     "sysfs-directory": "/host/sys",
+    "placement": "pack",
+    "multi-share": "strict-distinct",
+    "memory-watermark": "0.8",
+    "sample-interval": "2.5",
+    "pod-resources-socket": "/run/pods.sock",
+    "framework-hints": "false",
+    "health-interval": "1.5",
+    "driver-timeout": "20",
+    "ignore-xids": "13, 31",
+    "critical-xids": "79,80",
+    "state-file": "state.json",
     "simulate": "2",
     "simulate-faults": "faults",
     "log-format": "json",
@@ -258,7 +271,7 @@ class TestFile:
     )
     def test_nothing_in_it(self, config: Path, content: str) -> None:
         """A file that sets nothing is a file."""
-        assert load_file(config, content) == load({}, {})
+        assert load_file(config, content) == attrs.evolve(load({}, {}), file=str(config))
 
     def test_as_in_a_config_map(self, config: Path) -> None:
         """Several settings with their types, comments between them."""
@@ -299,8 +312,8 @@ class TestFile:
         ],
     )
     def test_wrong_value(self, config: Path, content: str, line: str) -> None:
-        """A wrong type or value is told with the setting, the file and what it takes."""
-        assert file_refusal(config, content) == line.format(config)
+        """A wrong type or value is told with the setting, the place in the file and what it takes."""
+        assert file_refusal(config, f"# a comment\n{content}") == line.format(f"{config}:2")
 
     @pytest.mark.parametrize(
         ("content", "key"),
@@ -315,8 +328,9 @@ class TestFile:
         ],
     )
     def test_unknown_key(self, config: Path, content: str, key: str) -> None:
-        """An unknown key is told with the file and the keys there are."""
-        assert file_refusal(config, content) == f"unknown key {key} in {config} (it takes: {', '.join(KNOBS)})"
+        """An unknown key is told with its place and the keys there are."""
+        line = file_refusal(config, f"v: 1\n\n{content}")
+        assert line == f"unknown key {key} ({config}:3); the file takes: {', '.join(KNOBS)}, gpus"
 
     @pytest.mark.parametrize(
         "content",
@@ -389,6 +403,197 @@ class TestFile:
         assert "can't be read" in refusal({"config": "/missing/a\nb"})
 
 
+class TestPolicy:
+    """The file's key `gpus`: what each GPU is offered as."""
+
+    def test_none(self) -> None:
+        """Without rules, all GPUs are offered as the settings say."""
+        loaded = load({"resource-name": "example.com/gpu"}, {"SGPU_GPU_DUPLICATION_FACTOR": "7"})
+        assert loaded.policy == Policy("example.com/gpu", 7)
+        assert loaded.file == ""
+
+    def test_rules(self, config: Path) -> None:
+        """Each entry is a rule that knows its place; what an entry does not say is left open."""
+        loaded = load_file(
+            config,
+            """\
+gpu-duplication-factor: 7
+gpus:
+  - uuid: GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d
+    shares: 1
+    resource: example.com/whole-gpu
+  - name: "*A100*"
+    shares: 40
+
+  - {pci-bus-id: 0000:05:00.0, exclude: true}
+""",
+        )
+        rules = loaded.policy.rules
+        assert loaded.policy == Policy("deepomatic.com/shared-gpu", 7, rules)
+        assert rules == (
+            Rule("", uuid="GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d", shares=1, resource="example.com/whole-gpu"),
+            Rule("", name="*A100*", shares=40),
+            Rule("", pci_bus_id="0000:05:00.0", exclude=True),
+        )
+        assert [rule.place for rule in rules] == [f"{config}:{line}" for line in (3, 6, 9)]
+        assert loaded.file == str(config)
+
+    @pytest.mark.parametrize(
+        ("entry", "rule"),
+        [
+            pytest.param("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1), id="uuid in small letters"),
+            pytest.param("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1), id="bus id"),
+            pytest.param("{name: T4, shares: 100000}", Rule("", name="T4", shares=100_000), id="most shares"),
+            pytest.param("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2), id="in any order"),
+        ],
+    )
+    def test_taken(self, config: Path, entry: str, rule: Rule) -> None:
+        """All that an entry can say."""
+        assert load_file(config, f"gpus: [{entry}]").policy.rules == (rule,)
+
+    def test_no_rules(self, config: Path) -> None:
+        """An empty list is one."""
+        assert load_file(config, "gpus: []").policy == load({}, {}).policy
+
+    @pytest.mark.parametrize(
+        ("value", "place"),
+        [
+            pytest.param("", 2, id="nothing"),
+            pytest.param("GPU-a", 2, id="word"),
+            pytest.param("{uuid: GPU-a, shares: 1}", 2, id="mapping"),
+        ],
+    )
+    def test_not_a_list(self, config: Path, value: str, place: int) -> None:
+        """It takes a list."""
+        assert file_refusal(config, f"v: 1\ngpus: {value}\n") == (
+            f"gpus ({config}:{place}) takes a list of entries, as in `- uuid: …`"
+        )
+
+    @pytest.mark.parametrize("item", ["", "GPU-a", "[uuid, GPU-a]", "1"], ids=["nothing", "word", "list", "number"])
+    def test_not_a_mapping(self, config: Path, item: str) -> None:
+        """An entry that is no mapping is told with its own place."""
+        line = file_refusal(config, f"gpus:\n- {{name: T4, shares: 1}}\n- {item}\n")
+        assert line == f"gpus: an entry ({config}:3) is a mapping, as in `uuid: …`"
+
+    @pytest.mark.parametrize(
+        ("entry", "line"),
+        [
+            pytest.param("{shares: 1}", "an entry ({}) takes exactly one of uuid, pci-bus-id, name", id="no selector"),
+            pytest.param("{}", "an entry ({}) takes exactly one of uuid, pci-bus-id, name", id="nothing in it"),
+            pytest.param(
+                "{uuid: GPU-a, name: T4, shares: 1}",
+                "an entry ({}) takes exactly one of uuid, pci-bus-id, name",
+                id="two selectors",
+            ),
+            pytest.param(
+                "{uuuid: GPU-a, shares: 1}",
+                f"unknown key 'uuuid' ({{}}); an entry takes {', '.join(RULE_KINDS)}",
+                id="unknown key",
+            ),
+            pytest.param(
+                "{name: T4, 1: 1}",
+                f"unknown key 1 ({{}}); an entry takes {', '.join(RULE_KINDS)}",
+                id="no text for a key",
+            ),
+            pytest.param(
+                '{name: T4, "a\\nb": 1}',
+                rf"unknown key 'a\nb' ({{}}); an entry takes {', '.join(RULE_KINDS)}",
+                id="newline",
+            ),
+            pytest.param(
+                "{name: T4}", "an entry ({}) says nothing: it takes shares, resource or exclude too", id="says nothing"
+            ),
+            pytest.param(
+                "{name: T4, exclude: false}",
+                "an entry ({}) says nothing: it takes shares, resource or exclude too",
+                id="says as much as nothing",
+            ),
+            pytest.param(
+                "{name: T4, exclude: true, shares: 1}",
+                "an entry ({}) that excludes takes neither shares nor resource",
+                id="excluded, with shares",
+            ),
+            pytest.param(
+                "{name: T4, exclude: true, resource: a.b/c}",
+                "an entry ({}) that excludes takes neither shares nor resource",
+                id="excluded, with a resource",
+            ),
+            pytest.param(
+                "{uuid: MIG-a, shares: 1}",
+                "uuid: 'MIG-a' ({}) is not a GPU's UUID, as `nvidia-smi -L` shows it",
+                id="no GPU's UUID",
+            ),
+            pytest.param(
+                "{uuid: 17, shares: 1}",
+                "uuid: 17 ({}) is not a GPU's UUID, as `nvidia-smi -L` shows it",
+                id="number for a UUID",
+            ),
+            pytest.param(
+                "{pci-bus-id: '3b:00', shares: 1}",
+                "pci-bus-id: '3b:00' ({}) is not a PCI bus id, as in 0000:3b:00.0",
+                id="no bus id",
+            ),
+            pytest.param(
+                "{name: '', shares: 1}",
+                "name: '' ({}) is not a pattern of product names, as in *A100*",
+                id="empty name",
+            ),
+            pytest.param(
+                "{name: [T4], shares: 1}",
+                "name: ['T4'] ({}) is not a pattern of product names, as in *A100*",
+                id="list for a name",
+            ),
+            pytest.param(
+                "{name: T4, shares: 0}", "shares: 0 ({}) is not a whole number from 1 to 100000", id="too few shares"
+            ),
+            pytest.param(
+                "{name: T4, shares: 100001}",
+                "shares: 100001 ({}) is not a whole number from 1 to 100000",
+                id="too many shares",
+            ),
+            pytest.param(
+                "{name: T4, shares: '1'}", "shares: '1' ({}) is not a whole number from 1 to 100000", id="quoted number"
+            ),
+            pytest.param(
+                "{name: T4, shares: true}", "shares: True ({}) is not a whole number from 1 to 100000", id="boolean"
+            ),
+            pytest.param(
+                "{name: T4, shares: }", "shares: None ({}) is not a whole number from 1 to 100000", id="empty"
+            ),
+            pytest.param(
+                "{name: T4, resource: gpu}",
+                "resource: 'gpu' ({}) is not the name of an extended resource, "
+                "as in example.com/name (not kubernetes.io)",
+                id="bad resource name",
+            ),
+            pytest.param("{name: T4, exclude: 1}", "exclude: 1 ({}) is not true or false", id="number for a boolean"),
+        ],
+    )
+    def test_refused(self, config: Path, entry: str, line: str) -> None:
+        """What is wrong with an entry is told in one line with its place."""
+        told = file_refusal(config, f"gpus:\n# first\n- {{name: V100, shares: 1}}\n- {entry}\n")
+        assert told == f"gpus: {line.format(f'{config}:4')}"
+
+    @pytest.mark.parametrize("selector", ["uuid: GPU-a", "pci-bus-id: '3b:00.0'", "name: '*'"])
+    def test_the_same_twice(self, config: Path, selector: str) -> None:
+        """Two entries for the same GPUs are refused, whatever GPUs there are, with both places."""
+        told = file_refusal(
+            config, f"gpus:\n- {{name: T4, shares: 1}}\n- {{{selector}, shares: 1}}\n- {{{selector}, exclude: true}}\n"
+        )
+        rule = selector.replace("'", "")
+        assert told == f"gpus: `{rule}` ({config}:3) and `{rule}` ({config}:4) are about the same GPUs"
+
+    def test_key_twice(self, config: Path) -> None:
+        """A key that stands twice in an entry is refused with its line."""
+        assert file_refusal(config, "gpus:\n- name: T4\n  shares: 1\n  shares: 2\n") == (
+            f"-config {config} (command line) has 'shares' twice, the second time in line 4"
+        )
+
+    def test_not_by_a_variable(self) -> None:
+        """Rules come from the file alone."""
+        assert load({}, {"SGPU_GPUS": "x"}) == load({}, {})
+
+
 class TestWrongText:
     @pytest.mark.parametrize(
         ("name", "text", "takes"),
@@ -407,6 +612,17 @@ class TestWrongText:
             pytest.param("dev-directory", "dev", "an absolute path", id="relative dev"),
             pytest.param("sysfs-directory", "./sys", "an absolute path", id="relative sys"),
             pytest.param("log-format", "JSON", "text or json", id="capitals"),
+            pytest.param("placement", "binpack", "spread or pack", id="another word"),
+            pytest.param("multi-share", "strict", "distinct or same or strict-distinct", id="half a word"),
+            pytest.param("memory-watermark", "95", "a number from 0 to 1", id="percent"),
+            pytest.param("memory-watermark", "95%", "a number from 0 to 1", id="percent sign"),
+            pytest.param("memory-watermark", "-0.5", "a number from 0 to 1", id="negative part"),
+            pytest.param("memory-watermark", "nan", "a number from 0 to 1", id="not a number"),
+            pytest.param("sample-interval", "0", "a number of seconds from 0.1 to 3600", id="no interval"),
+            pytest.param("sample-interval", "5s", "a number of seconds from 0.1 to 3600", id="unit"),
+            pytest.param("pod-resources-socket", "kubelet.sock", "an absolute path", id="relative socket"),
+            pytest.param("framework-hints", "off", "true or false", id="off"),
+            pytest.param("ignore-xids", "13;31", "numbers with commas between, as in 13,31", id="no comma"),
             pytest.param("logtostderr", "maybe", "true or false", id="no boolean"),
             pytest.param("simulate-faults", "\0", "the path of a file", id="NUL"),
             pytest.param(
@@ -423,11 +639,26 @@ class TestWrongText:
         assert refusal({}, {variable(name): text}) == f"-{name}: {text!r} ({variable(name)}) is not {takes}"
 
 
+class TestXids:
+    def test_policy(self) -> None:
+        """The operator's say over XIDs comes as numbers."""
+        assert load({"ignore-xids": "13, 31", "critical-xids": "79"}, {}).xids == XidPolicy(
+            frozenset({13, 31}), frozenset({79})
+        )
+
+    def test_both(self) -> None:
+        """A number that is to be both is refused, with where each list came from."""
+        assert refusal({"ignore-xids": "13,79,48"}, {"SGPU_CRITICAL_XIDS": "79, 48"}) == (
+            "-ignore-xids (command line) and -critical-xids (SGPU_CRITICAL_XIDS) contradict each other: "
+            "both ignored and critical: 48, 79"
+        )
+
+
 class TestSocketPath:
     @staticmethod
     def directory(settings: Settings, surplus: int) -> str:
         """A plugin directory that makes the socket's path this many bytes longer than it may be."""
-        return "/" + "d" * (MAX_PATH_BYTES + surplus - len(settings.endpoint) - len("//"))
+        return "/" + "d" * (MAX_PATH_BYTES + surplus - len(endpoint(settings.resource_name)) - len("//"))
 
     def test_longest(self) -> None:
         """The longest path that a socket can have is taken."""
@@ -439,7 +670,8 @@ class TestSocketPath:
         directory = self.directory(Settings(), 1)
         assert refusal({}, {"SGPU_PLUGIN_DIRECTORY": directory}) == (
             "-plugin-directory (SGPU_PLUGIN_DIRECTORY) and -resource-name (default) are too long together: "
-            f"{directory}/{Settings().endpoint} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
+            f"{directory}/{endpoint(Settings().resource_name)} is the path of a socket, "
+            f"which takes at most {MAX_PATH_BYTES} bytes"
         )
 
     def test_bytes_count(self) -> None:
@@ -453,6 +685,14 @@ class TestSocketPath:
         load({"resource-name": name}, {})
         line = refusal({"resource-name": "y" * 40 + "." + name})
         assert line.startswith("-plugin-directory (default) and -resource-name (command line) are too long together")
+
+    def test_of_a_rule(self, config: Path) -> None:
+        """Each resource has a socket of its own: one that a rule names is told with its place."""
+        name = "y" * 60 + ".example.com/" + "x" * 40
+        assert file_refusal(config, f"gpus:\n- name: '*'\n  resource: {name}\n") == (
+            f"-plugin-directory (default) and gpus: resource ({config}:2) are too long together: "
+            f"/device-plugin/{endpoint(name)} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
+        )
 
     def test_trailing_slash(self) -> None:
         """Slashes that make no difference to the path do not count."""

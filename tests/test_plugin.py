@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,18 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from purerpc import StatusCode
 
 from sgpu import plugin
-from sgpu.allocation import HostPaths
-from sgpu.api import v1beta1_pb2
+from sgpu.allocation import HostPaths, Rules
+from sgpu.api import v1alpha_pb2, v1beta1_pb2
 from sgpu.device import Health
 from sgpu.inventory import Inventory
-from sgpu.plugin import DevicePlugin, Streams
+from sgpu.placement import MultiShare, Placement
+from sgpu.plugin import AlphaDevicePlugin, DevicePlugin, Offer, Streams
+from sgpu.rpc import RpcError
 from sgpu.simulation import simulated_devices
+from sgpu.usage import Holder, Sample, Usage
 
 PATHS = HostPaths(libraries=Path("/host"), libraries_in_container=Path("/container"), devices=Path("/dev"))
 
@@ -28,8 +32,39 @@ def virtual(test: Callable[[], Awaitable[None]]) -> None:
     trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def offer(
+    inventory: Inventory,
+    *,
+    placement: Placement = Placement.SPREAD,
+    multi_share: MultiShare = MultiShare.DISTINCT,
+    hints: bool = False,
+) -> Offer:
+    """This inventory, of whose use nothing is known."""
+    rules = Rules(framework_hints=hints, strict_distinct=multi_share is MultiShare.STRICT_DISTINCT)
+    return Offer(inventory, Usage(interval=5), PATHS, placement, multi_share, rules)
+
+
 def lists(inventory: Inventory, streams: Streams) -> AsyncIterator[v1beta1_pb2.ListAndWatchResponse]:
-    return DevicePlugin(inventory, PATHS, streams).ListAndWatch(v1beta1_pb2.Empty())
+    return DevicePlugin(offer(inventory), streams).ListAndWatch(v1beta1_pb2.Empty())
+
+
+async def prefer(made: Offer, available: Sequence[str], size: int = 1, must_include: Sequence[str] = ()) -> list[str]:
+    """The answer for one container."""
+    request = v1beta1_pb2.PreferredAllocationRequest()
+    request.container_requests.add(
+        available_deviceIDs=available, must_include_deviceIDs=must_include, allocation_size=size
+    )
+    answer = await DevicePlugin(made, Streams()).GetPreferredAllocation(request)
+    return list(answer.container_responses[0].deviceIDs)
+
+
+async def allocate(made: Offer, *containers: Sequence[str]) -> list[dict[str, str]]:
+    """What each container finds in its environment."""
+    request = v1beta1_pb2.AllocateRequest()
+    for share_ids in containers:
+        request.container_requests.add(devices_ids=share_ids)
+    answer = await DevicePlugin(made, Streams()).Allocate(request)
+    return [dict(response.envs) for response in answer.container_responses]
 
 
 class TestListAndWatch:
@@ -133,7 +168,7 @@ class TestStreams:
 
 def test_the_alpha_api_is_routed_on_the_same_socket() -> None:
     """Seven methods in all, two of them streams."""
-    table = plugin.plugin_routes(Inventory(), PATHS, Streams())
+    table = plugin.plugin_routes(offer(Inventory()), Streams())
     assert sorted(table) == [
         "/deviceplugin.DevicePlugin/Allocate",
         "/deviceplugin.DevicePlugin/ListAndWatch",
@@ -149,16 +184,122 @@ def test_the_alpha_api_is_routed_on_the_same_socket() -> None:
     ]
 
 
-def test_preferred_allocation_answers_each_container() -> None:
-    """With nothing where there is nothing to choose from, and never with an error."""
+class TestGetPreferredAllocation:
+    def test_each_container_is_answered(self) -> None:
+        """With nothing where there is nothing to choose from, and never with an error."""
 
-    async def check() -> None:
-        inventory = Inventory(simulated_devices(1, 2))
-        request = v1beta1_pb2.PreferredAllocationRequest()
-        request.container_requests.add(available_deviceIDs=["GPU-a::0", "GPU-b::0"], allocation_size=1)
-        request.container_requests.add(available_deviceIDs=["nonsense"], allocation_size=3)
-        request.container_requests.add()
-        answer = await DevicePlugin(inventory, PATHS, Streams()).GetPreferredAllocation(request)
-        assert [list(response.deviceIDs) for response in answer.container_responses] == [["GPU-a::0"], [], []]
+        async def check() -> None:
+            inventory = Inventory(simulated_devices(1, 2))
+            share = inventory.devices[0].share_ids()[1]
+            request = v1beta1_pb2.PreferredAllocationRequest()
+            request.container_requests.add(available_deviceIDs=[share, "GPU-b::0"], allocation_size=1)
+            request.container_requests.add(available_deviceIDs=["nonsense"], allocation_size=3)
+            request.container_requests.add()
+            request.container_requests.add(must_include_deviceIDs=["nonsense"], allocation_size=1)
+            answer = await DevicePlugin(offer(inventory), Streams()).GetPreferredAllocation(request)
+            assert [list(response.deviceIDs) for response in answer.container_responses] == [
+                [share],
+                [],
+                [],
+                ["nonsense"],
+            ]
 
-    virtual(partial(check))
+        virtual(check)
+
+    @pytest.mark.parametrize(
+        ("placement", "multi_share", "gpus"),
+        [
+            pytest.param(Placement.SPREAD, MultiShare.DISTINCT, [1, 0], id="spread"),
+            pytest.param(Placement.SPREAD, MultiShare.STRICT_DISTINCT, [1, 0], id="spread, strictly"),
+            pytest.param(Placement.SPREAD, MultiShare.SAME, [1, 1], id="spread on one"),
+            pytest.param(Placement.PACK, MultiShare.DISTINCT, [0, 1], id="pack"),
+            pytest.param(Placement.PACK, MultiShare.SAME, [0, 0], id="pack on one"),
+        ],
+    )
+    def test_the_operator_s_choice(self, placement: Placement, multi_share: MultiShare, gpus: list[int]) -> None:
+        """It decides, with what is known of the use at that moment."""
+
+        async def check() -> None:
+            first, second = sorted(simulated_devices(2, 4), key=lambda device: device.uuid)
+            made = offer(Inventory([first, second]), placement=placement, multi_share=multi_share)
+            made.usage.held({first.share_ids()[0]: Holder("default", "pod", "main")})
+            available = [*first.share_ids()[1:], *second.share_ids()]
+            chosen = await prefer(made, available, 2)
+            uuids = [first.uuid, second.uuid]
+            assert [uuids.index(share.partition("::")[0]) for share in chosen] == gpus
+
+        virtual(check)
+
+    def test_a_share_just_handed_out_counts(self) -> None:
+        """As used memory, before any model is loaded and the kubelet's list has it; for a minute."""
+
+        async def check() -> None:
+            first, second = sorted(simulated_devices(2, 4), key=lambda device: device.uuid)
+            made = offer(Inventory([first, second]))
+            samples = {first.uuid: Sample(16 << 30, 15 << 30, 0), second.uuid: Sample(16 << 30, 13 << 30, 0)}
+            available = [*first.share_ids()[1:3], *second.share_ids()[1:3]]
+
+            made.usage.sampled(samples, trio.current_time())
+            assert await prefer(made, available) == [first.share_ids()[1]]
+            await allocate(made, [first.share_ids()[0]])
+            assert await prefer(made, available) == [second.share_ids()[1]]
+            await trio.sleep(60)
+            made.usage.sampled(samples, trio.current_time())
+            assert await prefer(made, available) == [first.share_ids()[1]]
+
+        virtual(check)
+
+
+class TestAllocate:
+    def test_rules_and_memory(self) -> None:
+        """Each container is told its part of the memory; what is simulated gives no hints."""
+
+        async def check() -> None:
+            inventory = Inventory(simulated_devices(1, 4))
+            one, two, three, _ = inventory.devices[0].share_ids()
+            environments = await allocate(offer(inventory, hints=True), [one], [two, three])
+            assert [environment["SGPU_MEMORY_BYTES"] for environment in environments] == [str(4 << 30), str(8 << 30)]
+            assert not any("XLA_PYTHON_CLIENT_PREALLOCATE" in environment for environment in environments)
+
+        virtual(check)
+
+    def test_hints(self) -> None:
+        """A real GPU's container gets the hints."""
+
+        async def check() -> None:
+            inventory = Inventory([attrs.evolve(simulated_devices(1, 4)[0], simulated=False)])
+            (environment,) = await allocate(offer(inventory, hints=True), inventory.devices[0].share_ids()[:1])
+            assert environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+        virtual(check)
+
+    @pytest.mark.parametrize("alpha", [False, True], ids=["v1beta1", "v1alpha"])
+    def test_strict_distinct(self, alpha: bool) -> None:
+        """Two shares of one GPU are refused by either API, and nothing was handed out then."""
+
+        async def check() -> None:
+            made = offer(Inventory(simulated_devices(1, 4)), multi_share=MultiShare.STRICT_DISTINCT)
+            made.usage.held({})
+            share_ids = made.inventory.devices[0].share_ids()[:2]
+            call: Callable[[], Awaitable[object]] = partial(allocate, made, share_ids)
+            if alpha:
+                request = v1alpha_pb2.AllocateRequest(devicesIDs=share_ids)
+                call = partial(AlphaDevicePlugin(made, Streams()).Allocate, request)
+            with pytest.raises(RpcError, match="are not all of different GPUs") as refused:
+                await call()
+            assert refused.value.code is StatusCode.FAILED_PRECONDITION
+            assert made.usage.allocated(trio.current_time()) == frozenset()
+
+        virtual(check)
+
+    def test_what_was_handed_out_is_allocated(self) -> None:
+        """From that moment, whatever the kubelet's list has."""
+
+        async def check() -> None:
+            made = offer(Inventory(simulated_devices(1, 4)))
+            made.usage.held({})
+            share_ids = made.inventory.devices[0].share_ids()[:2]
+            await allocate(made, share_ids)
+            assert made.usage.allocated(trio.current_time()) == frozenset(share_ids)
+
+        virtual(check)

@@ -38,6 +38,7 @@ from rpc_peer import (
     goaway,
     header_block,
     headers,
+    http2_frame,
     message,
     ping,
     request,
@@ -179,6 +180,24 @@ class TestTogether:
                 return await channel.unary(ECHO, BytesValue(value=bytes(FITTING)), BytesValue)
 
         assert run(main) == BytesValue(value=bytes(FITTING))
+
+    def test_a_stream_may_be_longer_than_any_window(self) -> None:
+        """Who takes messages admits more."""
+        taken = 0
+
+        async def main() -> None:
+            nonlocal taken
+            async with (
+                channel_to(Methods().routes()) as channel,
+                aclosing(channel.streaming(FLOOD, text(""), BytesValue)) as responses,
+            ):
+                async for response in responses:
+                    taken += len(response.value)
+                    if taken > 3 * MAX_MESSAGE_BYTES:
+                        break
+
+        run(main)
+        assert taken > 3 * MAX_MESSAGE_BYTES
 
     def test_a_channel_takes_one_call_after_the_other(self) -> None:
         """Also after calls that failed, and after a stream that was left early."""
@@ -536,6 +555,16 @@ class TestPeers:
 
         run(main)
 
+    def test_a_peer_that_only_asked_may_go(self) -> None:
+        """The server ends, though it neither reads nor writes at that moment."""
+
+        async def main() -> None:
+            async with served(Methods().routes(), trio.testing.lockstep_stream_pair) as peer:
+                with trio.move_on_after(1):
+                    await peer.send(HELLO + 40_000 * ping())
+
+        run(main)
+
     def test_too_many_calls_close_the_connection(self, caplog: pytest.LogCaptureFixture) -> None:
         """They and all others are cancelled, and the log says why."""
         methods = Methods()
@@ -599,7 +628,7 @@ class TestServerCancellation:
             pytest.param(HELLO + 40_000 * ping(), False, id="writer and reader blocked"),
         ],
     )
-    def test_cancelled_is_not_swallowed(self, sent: bytes, *, reads: bool) -> None:
+    def test_cancelled_is_not_swallowed(self, sent: bytes, *, reads: bool, caplog: pytest.LogCaptureFixture) -> None:
         """All tasks end, at once."""
         methods = Methods()
         ours, theirs = trio.testing.lockstep_stream_pair()
@@ -624,6 +653,7 @@ class TestServerCancellation:
         run(main)
         assert scope.cancelled_caught
         assert methods.waiting == 0
+        assert not caplog.records
 
 
 #: What a server says by and by to the first call of a client.
@@ -715,6 +745,18 @@ class TestServers:
 
         async def main() -> BytesValue:
             async with channel_to_script(settings() + goaway() + BEGIN + FIRST + END) as channel:
+                return await channel.unary(ECHO, text(""), BytesValue)
+
+        assert run(main) == text("first")
+
+    def test_what_was_not_asked_for_is_ignored(self) -> None:
+        """A stream that the server pushes is no part of the answer."""
+        promise = http2_frame(0x5, 0x4, 1, bytes([0, 0, 0, 2]) + headers(2)[9:])
+        pushed = header_block(2, {":status": "200", "content-type": "application/grpc"})
+        pushed += data(2, message(), end=False) + header_block(2, {"grpc-status": "5"}, end=True)
+
+        async def main() -> BytesValue:
+            async with channel_to_script(BEGIN + promise + pushed + FIRST + END) as channel:
                 return await channel.unary(ECHO, text(""), BytesValue)
 
         assert run(main) == text("first")

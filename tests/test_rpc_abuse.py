@@ -57,6 +57,8 @@ OBJECTS: Final = 200
 RESIDENT: Final = 4_000_000
 #: Calls that a connection may have here: enough to be too many, few enough to make a thousand times.
 CALLS: Final = 8
+#: Calls that are made in one go.
+SOME: Final = 4
 SEED: Final = 2_026
 
 WIDE: Final = settings(initial_window_size=2**31 - 1) + window_update(0, 2**31 - 1 - 65535)
@@ -203,8 +205,8 @@ ABUSES: Final = [
 CALLS_ON_ONE_CONNECTION: Final[dict[str, Callable[[int], bytes]]] = {
     "good call": lambda stream: request(stream, ECHO),
     "long answer": lambda stream: request(stream, BIG, text("9999").SerializeToString()) + window_update(0, 10_021),
-    "late WINDOW_UPDATE": lambda stream: request(stream, ECHO) + window_update(max(stream - 4, 1), 1),
-    "late reset": lambda stream: request(stream, ECHO) + reset(max(stream - 4, 1)),
+    "late WINDOW_UPDATE": lambda stream: request(stream, ECHO) + window_update(max(stream - 10, 1), 1),
+    "late reset": lambda stream: request(stream, ECHO) + reset(max(stream - 10, 1)),
     "no message of the kind": lambda stream: request(stream, ECHO, b"\xff"),
     "bug in the handler": lambda stream: request(stream, BUG),
     "refusal": lambda stream: request(stream, REFUSE),
@@ -214,6 +216,7 @@ CALLS_ON_ONE_CONNECTION: Final[dict[str, Callable[[int], bytes]]] = {
     "many messages": lambda stream: headers(stream) + 5 * data(stream, message(), end=False) + reset(stream),
     "compressed message": lambda stream: headers(stream) + data(stream, message(b"x", compressed=True)),
     "too long a message": lambda stream: headers(stream) + data(stream, message(length=2**32 - 1), end=False),
+    "half a message": lambda stream: headers(stream) + data(stream, PART),
     "reset of a call": lambda stream: request(stream, WAIT) + reset(stream),
     "reset of a stream": lambda stream: request(stream, WATCH) + reset(stream),
     "reset of a request": lambda stream: headers(stream) + data(stream, PART, end=False) + reset(stream),
@@ -336,13 +339,15 @@ def test_a_bad_call_leaves_nothing_behind(sends: Callable[[int], bytes], tmp_pat
     async def main() -> None:
         async with serving(methods.routes(), tmp_path / "s"), connection(tmp_path / "s") as stream:
             reader = Reader(stream)
-            stream_ids = itertools.count(1, 4)
+            stream_ids = itertools.count(1, 2)
 
             async def call(times: int) -> None:
-                """The bad call, and a good one that is answered when both have been seen."""
-                for stream_id in itertools.islice(stream_ids, times):
-                    await stream.send_all(sends(stream_id) + request(stream_id + 2, ECHO))
-                    await reader.wait_end(stream_id + 2)
+                """Some bad calls, and a good one behind them that is answered when all have been seen."""
+                for _ in range(times // SOME):
+                    bad = b"".join(sends(stream_id) for stream_id in itertools.islice(stream_ids, SOME))
+                    good = next(stream_ids)
+                    await stream.send_all(bad + request(good, ECHO))
+                    await reader.wait_end(good)
 
             await stream.send_all(HELLO)
             await call(WARM_UP)

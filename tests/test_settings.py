@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
+from sgpu import settings
 from sgpu.settings import BOOLEAN, FILE, KNOBS, PATH, RESOURCE, Kind, Settings, choice, integer, is_extended_resource
 
 pytestmark = pytest.mark.pure
@@ -173,6 +174,17 @@ class TestSettings:
             "resource_name": "deepomatic.com/shared-gpu",
             "dev_directory": "/dev",
             "sysfs_directory": "/sys",
+            "placement": "spread",
+            "multi_share": "distinct",
+            "memory_watermark": 0.95,
+            "sample_interval": 5.0,
+            "pod_resources_socket": "/var/lib/kubelet/pod-resources/kubelet.sock",
+            "framework_hints": True,
+            "health_interval": 5.0,
+            "driver_timeout": 10.0,
+            "ignore_xids": "",
+            "critical_xids": "",
+            "state_file": "/run/sgpu/state.json",
             "simulate": 0,
             "simulate_faults": "",
             "log_format": "text",
@@ -213,7 +225,7 @@ class TestSettings:
     )
     def test_endpoint(self, resource: str, endpoint: str) -> None:
         """The socket is named after the resource, in a name without a slash. A domain has no underscore: no clash."""
-        assert Settings(resource_name=resource).endpoint == endpoint
+        assert settings.endpoint(resource) == endpoint
 
 
 @pytest.mark.parametrize("text", ["1_0", " 1", "1 ", "٣", "0x10", "1e1", "", "+", "9" * 5000])

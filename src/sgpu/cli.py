@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import attrs
 
 from sgpu import __version__
 from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
@@ -50,22 +53,25 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if "print-config" in flags.actions:
         print(_effective(loaded), end="")
         return OK
-    return _run(loaded)
+    return _run(loaded, partial(load, flags.values, environment))
 
 
-def _run(loaded: Loaded) -> int:
+def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
     import trio
 
     from sgpu import daemon, listing, logs, rpc
     from sgpu.nurseries import find_error
+    from sgpu.policy import PolicyConflictError
 
     logs.configure(loaded.settings.log_format, loaded.settings.v)
     try:
-        trio.run(daemon.run, loaded.settings)
+        trio.run(daemon.run, loaded, reload)
     except Exception as error:
-        # Both end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
+        # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
         if too_many := find_error(error, listing.TooManySharesError):
             return _fail(too_many, USAGE)
+        if conflict := find_error(error, PolicyConflictError):
+            return _fail(conflict, USAGE)
         if in_use := find_error(error, rpc.AddressInUseError):
             return _fail(in_use, FAILED)
         raise
@@ -96,6 +102,12 @@ def _effective(loaded: Loaded) -> str:
     for name in KNOBS:
         value = getattr(loaded.settings, name.replace("-", "_"))
         lines.append(f"{name}: {_as_yaml(value)}  # {printable(loaded.origins[name])}\n")
+    if loaded.policy.rules:
+        lines.append("gpus:\n")
+    for rule in loaded.policy.rules:
+        fields = {name.replace("_", "-"): value for name, value in attrs.asdict(rule).items() if name != "place"}
+        given = {name: value for name, value in fields.items() if value not in ("", None, False)}
+        lines.append(f"  - {_as_yaml(given)}  # {printable(rule.place)}\n")
     return "".join(lines)
 
 

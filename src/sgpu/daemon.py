@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,44 +15,99 @@ from typing import Final
 
 import trio
 
-from sgpu import __version__, discovery, kubelet, listing, plugin, rpc, simulation
-from sgpu.allocation import HostPaths
+from sgpu import __version__, plugin, simulation, state
+from sgpu.allocation import HostPaths, Rules
+from sgpu.catalog import Catalog
+from sgpu.driver import watch_driver
 from sgpu.inventory import Inventory
-from sgpu.kubelet import PluginDirectory, RegistrationFailedError
+from sgpu.load import Loaded
 from sgpu.logs import OnChange
+from sgpu.monitor import Memory, Monitor
 from sgpu.nurseries import race
+from sgpu.placement import MultiShare, Placement
+from sgpu.reload import keep_configured
+from sgpu.report import Orders
+from sgpu.sampler import Sampling, sample
+from sgpu.session import keep_registered
 from sgpu.settings import Settings
+from sgpu.usage import Sample, Usage
+from sgpu.xids import XidPolicy
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between attempts to find GPUs, and to register. Growing, so that neither a driver that comes up nor a
-#: kubelet that is just about to listen is waited for longer than need be, and an absent one costs little.
-FIRST_RETRY: Final = 0.001
-LAST_RETRY: Final = 5.0
-#: Seconds without a ListAndWatch stream after which a registration counts as lost. A kubelet opens it at once.
-STREAM_GRACE: Final = 10.0
-#: Seconds that the kubelet gets to let go of the old session's connection. Its own clean-up takes milliseconds;
-#: a registration before it is done would be cleaned up with it.
-DRAIN_TIMEOUT: Final = 2.0
+#: Seconds that a resource which is offered no longer stays registered: time for the kubelet to hear of it.
+FAREWELL: Final = 2.0
 #: Seconds between looks at the file of simulated faults.
 SIMULATION_INTERVAL: Final = 0.2
 
 
-async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT.
+async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+    """Run until SIGTERM or SIGINT. `reload` reads the settings again and raises UsageError; it may block.
 
-    Raises, in exception groups, listing.TooManySharesError and rpc.AddressInUseError: nothing can be done about
-    those from here. All else is waited out.
+    Raises, in exception groups, listing.TooManySharesError, PolicyConflictError and rpc.AddressInUseError: nothing
+    can be done about those from here. All else is waited out.
     """
-    logger.info("sgpu %s offers %s from %s", __version__, settings.resource_name, _source(settings))
-    inventory = Inventory()
+    settings = loaded.settings
+    logger.info("sgpu %s offers GPUs from %s", __version__, _source(settings))
+    usage = Usage(settings.sample_interval)
+    catalog = Catalog(loaded.policy)
+    sampling = Sampling(Path(settings.pod_resources_socket), settings.sample_interval, settings.memory_watermark)
+    node = Inventory()
     async with trio.open_nursery() as nursery:
         stop_on_signal(nursery.cancel_scope)
         if settings.simulate:
-            await nursery.start(simulate, settings, inventory)
+            nursery.start_soon(simulate, settings, node)
         else:
-            await find_gpus(settings, inventory)
-        nursery.start_soon(keep_registered, settings, inventory)
+            nursery.start_soon(watch_gpus, settings, loaded.xids, node, usage)
+        nursery.start_soon(keep_divided, node, catalog)
+        nursery.start_soon(keep_offered, settings, catalog, usage)
+        nursery.start_soon(sample, sampling, catalog, usage)
+        nursery.start_soon(keep_configured, loaded, reload, catalog)
+
+
+async def keep_divided(node: Inventory, catalog: Catalog) -> None:
+    """Pass on each change of the node's GPUs."""
+    await node.wait_filled()
+    while True:
+        changed = node.changed
+        catalog.replace(node.devices)
+        await changed.wait()
+
+
+async def keep_offered(settings: Settings, catalog: Catalog, usage: Usage) -> None:
+    """A registration for each resource, side by side: one that fails does not stop the others."""
+    offered: set[str] = set()
+
+    async def offer(resource: str) -> None:
+        inventory = catalog.inventories[resource]
+
+        async def register() -> None:
+            await inventory.wait_filled()
+            await keep_registered(Path(settings.plugin_directory), resource, _offer(settings, inventory, usage))
+
+        while resource in catalog.policy.resources():  # it can be wanted again while it is being left
+            await race(register, partial(_unwanted, catalog, resource))
+        offered.remove(resource)
+        catalog.drop(resource)
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            changed = catalog.changed
+            for resource in catalog.inventories.keys() - offered:
+                offered.add(resource)
+                nursery.start_soon(offer, resource)
+            await changed.wait()
+
+
+async def _unwanted(catalog: Catalog, resource: str) -> None:
+    """Until a resource is offered no longer, and the kubelet has had time to hear that it has no devices any more."""
+    while True:
+        if resource in catalog.policy.resources():
+            await catalog.changed.wait()
+        else:
+            await trio.sleep(FAREWELL)
+            if resource not in catalog.policy.resources():
+                return
 
 
 def stop_on_signal(scope: trio.CancelScope) -> None:
@@ -76,42 +131,41 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
         signal.signal(number, handler)
 
 
-async def find_gpus(settings: Settings, inventory: Inventory) -> None:
-    """Return once the inventory has GPUs. Until then, try again and again, and say so when the reason changes."""
-    places = discovery.Places(
-        host_path=Path(settings.host_path),
-        dev_directory=Path(settings.dev_directory),
-        sysfs_directory=Path(settings.sysfs_directory),
+async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, usage: Usage) -> None:
+    """Keep the inventory true to what the driver says, and what it should not forget on disk."""
+    path, boot_id = Path(settings.state_file), state.boot_id()
+    keep = bool(settings.state_file)
+    memory = await trio.to_thread.run_sync(state.load, path, boot_id) if keep else Memory()
+    monitor = Monitor(inventory, settings.gpu_duplication_factor, xids, memory, sampled=partial(_sampled, usage))
+    orders = Orders(
+        host_path=settings.host_path,
+        dev_directory=settings.dev_directory,
+        sysfs_directory=settings.sysfs_directory,
+        interval=min(settings.health_interval, settings.sample_interval),
     )
-    waiting = OnChange(logger, logging.WARNING)
-    delays = _growing_delays()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_driver, orders, monitor, settings.driver_timeout)
+        if keep:
+            nursery.start_soon(keep_state, path, boot_id, monitor)
+
+
+async def keep_state(path: Path, boot_id: str, monitor: Monitor) -> None:
+    """Write the monitor's memory whenever it changes."""
+    trouble = OnChange(logger, logging.WARNING)
     while True:
+        changed = monitor.memory_changed
         try:
-            # Abandoned when we are told to stop: the driver may never answer.
-            found = await trio.to_thread.run_sync(
-                discovery.discover, places, settings.gpu_duplication_factor, abandon_on_cancel=True
-            )
-            break
-        except discovery.NotReadyError as error:
-            waiting.report(f"waiting for a GPU: {error}")
-        await trio.sleep(next(delays))
-    for problem in found.problems:
-        logger.warning("%s", problem)
-    listing.check_size(found.devices)
-    logger.info("driver %s (%s)", found.driver_version, found.library)
-    for device in found.devices:
-        logger.info("GPU %s: %s at %s, %d shares", device.uuid, device.name, device.pci_bus_id, device.shares)
-    inventory.replace(found.devices)
+            await trio.to_thread.run_sync(state.save, path, boot_id, monitor.memory)
+            trouble.clear()
+        except OSError as error:
+            trouble.report(f"{path} can't be written, so that a restart forgets what is down: {error}")
+        await changed.wait()
 
 
-async def simulate(
-    settings: Settings, inventory: Inventory, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
+async def simulate(settings: Settings, inventory: Inventory) -> None:
     """Offer simulated GPUs, faulty for as long as the file of faults says so."""
     devices = simulation.simulated_devices(settings.simulate, settings.gpu_duplication_factor)
-    listing.check_size(devices)
     inventory.replace(devices)
-    task_status.started()
     while settings.simulate_faults:
         before = {device.uuid: device.health for device in inventory.devices}
         faults = await trio.to_thread.run_sync(simulation.read_faults, Path(settings.simulate_faults))
@@ -122,104 +176,19 @@ async def simulate(
         await trio.sleep(SIMULATION_INTERVAL)
 
 
-async def keep_registered(settings: Settings, inventory: Inventory) -> None:
-    """One session after the other: each ends when the kubelet restarts or forgets us."""
-    trouble = OnChange(logger, logging.WARNING)
-    delays = _growing_delays()
-    while True:
-        try:
-            reason = await session(settings, inventory, trouble)
-        except OSError as error:  # the directory is not there yet, or is just being made anew
-            trouble.report(f"waiting for {settings.plugin_directory}: {error}")
-            await trio.sleep(next(delays))
-        else:
-            logger.info("registering again: %s", reason)
-            delays = _growing_delays()
+def _sampled(usage: Usage, samples: Mapping[str, Sample]) -> None:
+    usage.sampled(samples, trio.current_time())
 
 
-async def session(settings: Settings, inventory: Inventory, trouble: OnChange) -> str:
-    """Listen, register, and serve until another registration is due. Returns why it is.
-
-    Raises OSError when the plugin directory can't be used, rpc.AddressInUseError when another instance serves there.
-    """
-    streams = plugin.Streams()
-    table = plugin.plugin_routes(inventory, _host_paths(settings), streams)
-    socket = Path(settings.plugin_directory) / settings.endpoint
-    # The watch comes first, so that no change is missed; a listening socket already queues connections.
-    with kubelet.open_directory(socket.parent) as directory, rpc.listen(socket) as listener:
-        ours = rpc.identity(socket)
-        async with trio.open_nursery() as connections:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(directory.watch)
-                handler = partial(rpc.serve_connection, table)
-                nursery.start_soon(partial(trio.serve_listeners, handler, [listener], handler_nursery=connections))
-                reason = await race(
-                    partial(_socket_gone, directory, socket, ours),
-                    partial(_forgotten, settings, directory, streams, trouble),
-                )
-                nursery.cancel_scope.cancel()
-            # End the streams and let the kubelet hang up: it then forgets whatever has our name, so that it must not
-            # be told of a new registration before.
-            streams.ending.set()
-            connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
-    return reason
-
-
-async def _socket_gone(directory: PluginDirectory, socket: Path, ours: rpc.Identity | None) -> str:
-    """A kubelet that starts removes all sockets, ours too, before it makes its own."""
-    await directory.wait_until(lambda: rpc.identity(socket) != ours)
-    return f"{socket} was removed"
-
-
-async def _forgotten(settings: Settings, directory: PluginDirectory, streams: plugin.Streams, trouble: OnChange) -> str:
-    """Register, however often it takes, then wait until the kubelet is another or has no stream open."""
-    delays = _growing_delays()
-    while True:
-        with kubelet.pinned(directory.kubelet_socket) as pin:
-            if await _register(settings, directory, trouble):
-                return await race(partial(_kubelet_replaced, directory, pin), partial(_stream_lost, streams))
-            with trio.move_on_after(next(delays)) as scope:
-                await directory.wait_until(lambda: rpc.identity(directory.kubelet_socket) != pin)
-            if not scope.cancelled_caught:
-                delays = _growing_delays()  # a socket that was just made is about to be listened on
-
-
-async def _register(settings: Settings, directory: PluginDirectory, trouble: OnChange) -> bool:
-    try:
-        version = await kubelet.register(
-            directory.kubelet_socket, settings.endpoint, settings.resource_name, plugin.options()
-        )
-    except RegistrationFailedError as error:
-        trouble.report(f"not registered: {error}")
-        return False
-    trouble.clear()
-    logger.info("registered %s with the kubelet (%s)", settings.resource_name, version)
-    return True
-
-
-async def _kubelet_replaced(directory: PluginDirectory, registered: rpc.Identity | None) -> str:
-    await directory.wait_until(lambda: rpc.identity(directory.kubelet_socket) not in (None, registered))
-    return "the kubelet restarted"
-
-
-async def _stream_lost(streams: plugin.Streams) -> str:
-    await streams.wait_lost(STREAM_GRACE)
-    return f"the kubelet has had no ListAndWatch stream open for {STREAM_GRACE:.0f} s"
-
-
-def _growing_delays() -> Iterator[float]:
-    delay = FIRST_RETRY
-    while True:
-        yield delay
-        delay = min(2 * delay, LAST_RETRY)
-
-
-def _host_paths(settings: Settings) -> HostPaths:
-    return HostPaths(
+def _offer(settings: Settings, inventory: Inventory, usage: Usage) -> plugin.Offer:
+    paths = HostPaths(
         libraries=PurePosixPath(settings.host_path),
         libraries_in_container=PurePosixPath(settings.container_path),
         devices=PurePosixPath(settings.dev_directory),
     )
+    multi_share = MultiShare(settings.multi_share)
+    rules = Rules(settings.framework_hints, strict_distinct=multi_share is MultiShare.STRICT_DISTINCT)
+    return plugin.Offer(inventory, usage, paths, Placement(settings.placement), multi_share, rules)
 
 
 def _source(settings: Settings) -> str:

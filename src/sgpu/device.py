@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import attrs
@@ -39,11 +40,24 @@ class Device:
     health: Health = Health.HEALTHY
     reason: str = ""
     simulated: bool = False
+    #: The numbers of shares that are free and should not be given away now: to be listed as unhealthy.
+    withheld: frozenset[int] = frozenset()
+    #: The numbers of shares beyond `shares` that containers still have from when there were more of them.
+    kept: tuple[int, ...] = ()
 
     def share_ids(self) -> list[str]:
         """The ids of all shares, in order."""
         prefix = self.uuid + SEPARATOR
-        return [f"{prefix}{number}" for number in range(self.shares)]
+        return [f"{prefix}{number}" for number in self.numbers()]
+
+    def share_health(self) -> list[Health]:
+        """The health of all shares, in the same order."""
+        return [Health.UNHEALTHY if number in self.withheld else self.health for number in self.numbers()]
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of all shares, in order."""
+        yield from range(self.shares)
+        yield from self.kept
 
 
 @attrs.frozen

@@ -1,23 +1,41 @@
-"""NVML → devices. Blocks as long as the driver does: run it in a thread. Knows neither gRPC nor the kubelet."""
+"""The driver's answers as a report. Blocks as long as the driver does: it runs in the driver's process (`probe`).
+
+Knows neither gRPC nor the kubelet.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 
 from sgpu import nvml
-from sgpu.device import Device
+from sgpu.nvml import Code, Handle, Library, NvmlError
+from sgpu.report import GpuReport, Report
 
 #: Without these no CUDA program starts. `nvidia-uvm` appears only when something first asks for it.
 REQUIRED_NODES: Final = ("nvidiactl", "nvidia-uvm")
 #: Given to containers where the host has them: debuggers and profilers, display.
 OPTIONAL_NODES: Final = ("nvidia-uvm-tools", "nvidia-modeset")
+#: A question that a GPU or a driver does not know is no fault of either.
+_NO_ANSWER: Final = frozenset(
+    {
+        Code.INVALID_ARGUMENT,
+        Code.NOT_SUPPORTED,
+        Code.NO_PERMISSION,
+        Code.FUNCTION_NOT_FOUND,
+        Code.NO_DATA,
+        Code.ARGUMENT_VERSION_MISMATCH,
+    }
+)
+
+Answer = TypeVar("Answer")
 
 
 class NotReadyError(Exception):
-    """There is nothing to offer yet: no library, driver, device nodes or GPU. The message says what is missing."""
+    """There is nothing to offer yet: no driver, device nodes or GPU. The message says what is missing."""
 
 
 @attrs.frozen
@@ -29,47 +47,35 @@ class Places:
     sysfs_directory: Path
 
 
-@attrs.frozen
-class Discovery:
-    """What was found. `problems` has a line for each GPU that had to be left out."""
+def read(
+    library: Library, places: Places, *, skip: Collection[str] = (), asking: Callable[[str], None] = lambda uuid: None
+) -> Report:
+    """Everything the driver says of its GPUs, in NVML's order, but for those whose UUID is in `skip`.
 
-    devices: tuple[Device, ...]
-    problems: tuple[str, ...]
-    driver_version: str
-    library: Path
-
-
-def discover(places: Places, shares: int) -> Discovery:
-    """Every GPU that can be shared now, in NVML's order, each with `shares` shares.
-
-    A GPU that fails to answer is left out, and does not take the others with it. Raises NotReadyError when nothing
-    can be offered.
+    A GPU that fails to answer is reported as a problem, and does not take the others with it. `asking` is told
+    whom the calls are about that come next. Raises NotReadyError where no GPU could be used.
     """
-    try:
-        with nvml.open_library(places.host_path) as library:
-            found = _discover(library, places, shares)
-    except nvml.LibraryNotFoundError as error:
-        raise NotReadyError(f"{error}; install the driver, or set -host-path to where its libraries are") from error
-    except nvml.NvmlError as error:
-        raise NotReadyError(f"the NVIDIA driver is not ready: {error}") from error
-    if not found.devices:
-        raise NotReadyError("; ".join(("the NVIDIA driver has no GPU to offer", *found.problems)))
-    return found
-
-
-def _discover(library: nvml.Library, places: Places, shares: int) -> Discovery:
     shared_nodes = _shared_nodes(places.dev_directory)
-    devices, problems = [], []
+    gpus, problems, unasked = [], [], []
     for index in range(library.count()):
+        asking("")
         try:
-            devices.append(_device(library, index, places, shares, shared_nodes))
-        except (nvml.NvmlError, NotReadyError) as error:
+            handle = library.handle(index)
+            uuid = library.uuid(handle)
+            if uuid in skip:
+                unasked.append(uuid)
+                continue
+            asking(uuid)
+            gpus.append(_gpu(library, handle, uuid, places, shared_nodes))
+        except (NvmlError, NotReadyError) as error:
             problems.append(f"GPU {index} is left out: {error}")
-    return Discovery(
-        devices=tuple(devices),
+    asking("")
+    return Report(
+        gpus=tuple(gpus),
         problems=tuple(problems),
+        unasked=tuple(unasked),
         driver_version=library.driver_version(),
-        library=library.path,
+        library=str(library.path),
     )
 
 
@@ -82,29 +88,48 @@ def _shared_nodes(dev_directory: Path) -> tuple[str, ...]:
     return REQUIRED_NODES + tuple(name for name in OPTIONAL_NODES if (dev_directory / name).exists())
 
 
-def _device(library: nvml.Library, index: int, places: Places, shares: int, shared_nodes: tuple[str, ...]) -> Device:
-    handle = library.handle(index)
+def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nodes: tuple[str, ...]) -> GpuReport:
+    """One GPU. What it is must be told, or it can't be offered; of how it is, a failing answer is part."""
     node = f"nvidia{library.minor_number(handle)}"
     if not (places.dev_directory / node).exists():
         raise NotReadyError(f"{places.dev_directory / node} is not there")
     bus_id = library.pci_bus_id(handle)
-    return Device(
-        uuid=library.uuid(handle),
+    identity = GpuReport(
+        uuid=uuid,
         name=library.name(handle),
         pci_bus_id=bus_id,
-        shares=shares,
         device_nodes=(node, *shared_nodes),
-        memory_bytes=_memory_bytes(library, handle),
         numa_node=numa_node(places.sysfs_directory, bus_id),
+    )
+    try:
+        return _with_answers(identity, library, handle)
+    except NvmlError as error:
+        return attrs.evolve(identity, error=str(error))
+
+
+def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport:
+    """How the GPU is, as far as it and its driver know the questions."""
+    if memory := _ask(library.memory, handle):
+        gpu = attrs.evolve(gpu, memory_total=memory.total, memory_used=memory.used, memory_free=memory.free)
+    if rows := _ask(library.remapped_rows, handle):
+        gpu = attrs.evolve(gpu, rows_pending=rows.pending, rows_failed=rows.failed)
+    if fabric := _ask(library.fabric, handle):
+        gpu = attrs.evolve(gpu, fabric_state=fabric.state, fabric_status=fabric.status)
+    return attrs.evolve(
+        gpu,
+        utilisation=_ask(library.utilisation, handle),
+        recovery_action=_ask(library.recovery_action, handle),
+        pages_pending=_ask(library.retired_pages_pending, handle),
     )
 
 
-def _memory_bytes(library: nvml.Library, handle: nvml.Handle) -> int | None:
+def _ask(question: Callable[[Handle], Answer], handle: Handle) -> Answer | None:
+    """The answer, or None from a GPU or driver that does not know the question."""
     try:
-        return library.memory(handle).total
+        return question(handle)
     except nvml.NvmlError as error:
-        if error.code in (nvml.Code.NOT_SUPPORTED, nvml.Code.FUNCTION_NOT_FOUND):
-            return None  # GPUs that share the machine's memory have none of their own to report
+        if error.code in _NO_ANSWER:
+            return None
         raise
 
 

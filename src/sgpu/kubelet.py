@@ -1,14 +1,13 @@
-"""The kubelet as seen from here: its directory of sockets, and registering with it. Knows nothing of NVML."""
+"""The kubelet as seen from here: its socket, and registering with it. Knows nothing of NVML."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import inotify_simple
 import trio
 from google.protobuf.message import Message
 from purerpc import StatusCode
@@ -21,54 +20,10 @@ SOCKET: Final = "kubelet.sock"
 REGISTER_TIMEOUT: Final = 15
 #: What kubelets that know the service but not the version say, after the version.
 VERSION_REFUSED: Final = "is not supported by kubelet"
-#: What tells that a name in the directory may mean another file now.
-_CHANGES: Final = (
-    inotify_simple.flags.CREATE
-    | inotify_simple.flags.DELETE
-    | inotify_simple.flags.MOVED_FROM
-    | inotify_simple.flags.MOVED_TO
-    | inotify_simple.flags.DELETE_SELF
-    | inotify_simple.flags.MOVE_SELF
-    | inotify_simple.flags.ONLYDIR
-)
 
 
 class RegistrationFailedError(Exception):
     """The kubelet is not there, or did not take the registration. The message says which, and what it answered."""
-
-
-class PluginDirectory:
-    """The directory of sockets, and a way to wait for changes in it. Needs `watch` to run."""
-
-    def __init__(self, path: Path, inotify: inotify_simple.INotify) -> None:
-        self.path = path
-        self.kubelet_socket = path / SOCKET
-        self._inotify = inotify
-        self._changed = trio.Event()
-
-    async def watch(self) -> None:
-        """Notice changes, for ever."""
-        while True:
-            await trio.lowlevel.wait_readable(self._inotify.fileno())
-            self._inotify.read(timeout=0)  # what changed is looked up, not read: events can be lost, files can't
-            self._changed.set()
-            self._changed = trio.Event()
-
-    async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Return once `condition` holds; it is asked now and after each change. It must not block."""
-        while True:
-            changed = self._changed
-            if condition():
-                return
-            await changed.wait()
-
-
-@contextmanager
-def open_directory(path: Path) -> Iterator[PluginDirectory]:
-    """The plugin directory, changes to which are queued from here on. Raises OSError when it can't be watched."""
-    with inotify_simple.INotify(nonblocking=True) as inotify:
-        inotify.add_watch(path, _CHANGES)
-        yield PluginDirectory(path, inotify)
 
 
 @contextmanager

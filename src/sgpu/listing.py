@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
 
 import attrs
 
 from sgpu.api import v1alpha_pb2, v1beta1_pb2
-from sgpu.device import Device, Health
+from sgpu.device import SEPARATOR, Device, Health
 from sgpu.rpc import MAX_MESSAGE_BYTES
 
 
@@ -21,10 +22,8 @@ def v1beta1_list(devices: Sequence[Device]) -> v1beta1_pb2.ListAndWatchResponse:
     response = v1beta1_pb2.ListAndWatchResponse()
     for device in devices:
         topology = _topology(device)
-        health = device.health.value
-        response.devices.extend(
-            v1beta1_pb2.Device(ID=share_id, health=health, topology=topology) for share_id in device.share_ids()
-        )
+        for share_id, health in zip(device.share_ids(), device.share_health(), strict=True):
+            response.devices.add(ID=share_id, health=health.value, topology=topology)
     return response
 
 
@@ -32,9 +31,19 @@ def v1alpha_list(devices: Sequence[Device]) -> v1alpha_pb2.ListAndWatchResponse:
     """The same for the kubelets that know no topology."""
     response = v1alpha_pb2.ListAndWatchResponse()
     for device in devices:
-        health = device.health.value
-        response.devices.extend(v1alpha_pb2.Device(ID=share_id, health=health) for share_id in device.share_ids())
+        for share_id, health in zip(device.share_ids(), device.share_health(), strict=True):
+            response.devices.add(ID=share_id, health=health.value)
     return response
+
+
+def content(devices: Sequence[Device]) -> tuple[object, ...]:
+    """What the lists above say, to tell whether another one would be news to the kubelet."""
+    return tuple(
+        (device.uuid, device.shares, device.kept, device.numa_node, device.health, device.withheld)
+        if device.health is Health.HEALTHY
+        else (device.uuid, device.shares, device.kept, device.numa_node, device.health)
+        for device in devices
+    )
 
 
 def check_size(devices: Sequence[Device]) -> None:
@@ -64,12 +73,16 @@ def _device_bytes(device: Device) -> int:
     size, first, digits = 0, 0, 1
     while first < device.shares:
         end = min(10**digits, device.shares)
-        entry = v1beta1_pb2.Device(
-            ID=f"{device.uuid}::{first}", health=Health.UNHEALTHY.value, topology=_topology(device)
-        )
-        size += (end - first) * v1beta1_pb2.ListAndWatchResponse(devices=[entry]).ByteSize()
+        size += (end - first) * _entry_bytes(device, first)
         first, digits = end, digits + 1
-    return size
+    kept = Counter(len(str(number)) for number in device.kept)
+    return size + sum(count * _entry_bytes(device, 10 ** (digits - 1)) for digits, count in kept.items())
+
+
+def _entry_bytes(device: Device, number: int) -> int:
+    health = Health.UNHEALTHY.value  # the longer word
+    entry = v1beta1_pb2.Device(ID=f"{device.uuid}{SEPARATOR}{number}", health=health, topology=_topology(device))
+    return v1beta1_pb2.ListAndWatchResponse(devices=[entry]).ByteSize()
 
 
 def _topology(device: Device) -> v1beta1_pb2.TopologyInfo | None:

@@ -5,15 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from sgpu.logs import printable
+from sgpu.policy import BUS_ID, Policy, Rule
 from sgpu.rpc import MAX_PATH_BYTES
-from sgpu.settings import BOOLEAN, KNOBS, Kind, Settings
+from sgpu.settings import BOOLEAN, KNOBS, RESOURCE, SHARES, Kind, Settings, endpoint
+from sgpu.xids import XidPolicy, parse_numbers
+
+if TYPE_CHECKING:
+    from sgpu.configfile import Entry
 
 ENVIRONMENT_PREFIX: Final = "SGPU_"
+#: What an entry of `gpus` in the file names GPUs by, and all that it takes.
+SELECTORS: Final = ("uuid", "pci-bus-id", "name")
+RULE_KINDS: Final = {
+    "uuid": Kind("a GPU's UUID, as `nvidia-smi -L` shows it", str, lambda value: value.upper().startswith("GPU-")),
+    "pci-bus-id": Kind("a PCI bus id, as in 0000:3b:00.0", str, lambda value: bool(BUS_ID.fullmatch(value))),
+    "name": Kind("a pattern of product names, as in *A100*", str, bool),
+    "shares": SHARES,
+    "resource": RESOURCE,
+    "exclude": BOOLEAN,
+}
 #: Flags that do something instead of setting something.
 ACTIONS: Final = ("help", "h", "version", "print-config")
 
@@ -36,10 +51,13 @@ class Flags:
 
 @attrs.frozen
 class Loaded:
-    """The effective settings, and for each the place that it came from."""
+    """The effective settings, for each the place that it came from, and what each GPU is offered as."""
 
     settings: Settings
     origins: Mapping[str, str]
+    policy: Policy
+    file: str = ""  # the -config file, if there is one
+    xids: XidPolicy = attrs.Factory(XidPolicy)
 
 
 def parse_flags(arguments: Sequence[str]) -> Flags:
@@ -84,10 +102,14 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
         values[name], origins[name] = value, origin
 
     config, config_origin = _config_path(flags, environment)
-    for name, value in _read_file(config, config_origin).items() if config else ():
-        if name not in KNOBS:
-            raise UsageError(f"unknown key {name!r} in {config} (it takes: {', '.join(KNOBS)})")
-        take(name, _check(name, value, config, _kind(name).from_file), config)
+    rules: tuple[Rule, ...] = ()
+    for name, entry in _read_file(config, config_origin).items() if config else ():
+        if name == "gpus":
+            rules = _rules(entry, config)
+        elif name in KNOBS:
+            take(name, _check(name, _plain(entry.value), f"{config}:{entry.line}", _kind(name).from_file), config)
+        else:
+            raise UsageError(f"unknown key {name!r} ({config}:{entry.line}); the file takes: {', '.join(KNOBS)}, gpus")
     for name in KNOBS:
         variable = _variable(name)
         if variable in environment:
@@ -96,8 +118,20 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
         if name in KNOBS:
             take(name, _check(name, text, "command line", _kind(name).from_text), "command line")
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
-    _check_socket_path(settings, origins)
-    return Loaded(settings, origins)
+    policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules)
+    _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
+    for rule in rules:
+        if rule.resource:
+            _check_socket_path(settings, rule.resource, f"gpus: resource ({rule.place})", origins)
+    return Loaded(settings, origins, policy, config, _xid_policy(settings, origins))
+
+
+def _xid_policy(settings: Settings, origins: Mapping[str, str]) -> XidPolicy:
+    try:
+        return XidPolicy(parse_numbers(settings.ignore_xids), parse_numbers(settings.critical_xids))
+    except ValueError as error:
+        places = f"-ignore-xids ({origins['ignore-xids']}) and -critical-xids ({origins['critical-xids']})"
+        raise UsageError(f"{places} contradict each other: {error}") from error
 
 
 def _config_path(flags: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, str]:
@@ -106,20 +140,46 @@ def _config_path(flags: Mapping[str, str], environment: Mapping[str, str]) -> tu
     return environment.get(_variable("config"), ""), _variable("config")
 
 
-def _read_file(path: str, origin: str) -> Mapping[str, object]:
-    import yaml  # here, because a daemon without a file should not pay for it
+def _read_file(path: str, origin: str) -> Mapping[str, Entry]:
+    from sgpu import configfile  # here, because a daemon without a file should not pay for YAML
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"-config {path} ({origin}) can't be read: {error}") from error
-    except Exception as error:  # beside its own errors PyYAML lets through whatever its constructors raise
-        raise UsageError(f"-config {path} ({origin}) is not YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"-config {path} ({origin}) takes a mapping of settings, as in `gpu-duplication-factor: 50`")
-    return {str(name): value for name, value in content.items()}
+        return configfile.read(Path(path))
+    except configfile.ConfigFileError as error:
+        raise UsageError(f"-config {path} ({origin}) {error}") from error
+
+
+def _rules(entry: Entry, path: str) -> tuple[Rule, ...]:
+    """The rules per GPU, the value of the file's key `gpus`."""
+    if not isinstance(entry.value, list):
+        raise UsageError(f"gpus ({path}:{entry.line}) takes a list of entries, as in `- uuid: …`")
+    rules = tuple(_rule(item.value, f"{path}:{item.line}") for item in entry.value)
+    for number, rule in enumerate(rules):
+        for other in rules[:number]:
+            if (rule.uuid, rule.pci_bus_id, rule.name) == (other.uuid, other.pci_bus_id, other.name):
+                raise UsageError(f"gpus: {other} and {rule} are about the same GPUs")
+    return rules
+
+
+def _rule(fields: object, place: str) -> Rule:
+    if not isinstance(fields, dict):
+        raise UsageError(f"gpus: an entry ({place}) is a mapping, as in `uuid: …`")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if not isinstance(name, str) or name not in RULE_KINDS:
+            raise UsageError(f"gpus: unknown key {name!r} ({place}); an entry takes {', '.join(RULE_KINDS)}")
+        kind = RULE_KINDS[name]
+        try:
+            values[name.replace("-", "_")] = kind.from_file(value)
+        except ValueError:
+            raise UsageError(f"gpus: {name}: {value!r} ({place}) is not {kind.takes}") from None
+    if sum(name in fields for name in SELECTORS) != 1:
+        raise UsageError(f"gpus: an entry ({place}) takes exactly one of {', '.join(SELECTORS)}")
+    if not values.keys() & {"shares", "resource"} and not values.get("exclude"):
+        raise UsageError(f"gpus: an entry ({place}) says nothing: it takes shares, resource or exclude too")
+    if values.get("exclude") and len(values) > 2:  # the selector and exclude
+        raise UsageError(f"gpus: an entry ({place}) that excludes takes neither shares nor resource")
+    return Rule(place=place, **values)
 
 
 def _check(name: str, value: object, origin: str, convert: Any) -> object:  # noqa: ANN401
@@ -129,12 +189,16 @@ def _check(name: str, value: object, origin: str, convert: Any) -> object:  # no
         raise UsageError(f"-{name}: {value!r} ({origin}) is not {_takes(name)}") from None
 
 
-def _check_socket_path(settings: Settings, origins: Mapping[str, str]) -> None:
-    path = PurePosixPath(settings.plugin_directory) / settings.endpoint
+def _plain(value: object) -> object:
+    return [entry.value for entry in value] if isinstance(value, list) else value
+
+
+def _check_socket_path(settings: Settings, resource: str, named: str, origins: Mapping[str, str]) -> None:
+    path = PurePosixPath(settings.plugin_directory) / endpoint(resource)
     if len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise UsageError(
-            f"-plugin-directory ({origins['plugin-directory']}) and -resource-name ({origins['resource-name']}) are "
-            f"too long together: {path} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
+            f"-plugin-directory ({origins['plugin-directory']}) and {named} are too long together: "
+            f"{path} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
         )
 
 

@@ -10,16 +10,19 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import attrs
 import trio
 from purerpc import StatusCode
 
 from sgpu import allocation, listing, placement
-from sgpu.allocation import Allocation, HostPaths
+from sgpu.allocation import Allocation, HostPaths, Rules
 from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
 from sgpu.device import Device
 from sgpu.inventory import Inventory
 from sgpu.nurseries import race
+from sgpu.placement import MultiShare, Placement
 from sgpu.rpc import Route, RpcError, routes
+from sgpu.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +62,23 @@ class Streams:
         self._changed = trio.Event()
 
 
+@attrs.frozen
+class Offer:
+    """One resource, and what decides who gets which part of it."""
+
+    inventory: Inventory
+    usage: Usage
+    paths: HostPaths
+    placement: Placement
+    multi_share: MultiShare
+    rules: Rules
+
+
 class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     """`v1beta1.DevicePlugin`, Kubernetes 1.10 and later."""
 
-    def __init__(self, inventory: Inventory, paths: HostPaths, streams: Streams) -> None:
-        self._inventory = inventory
-        self._paths = paths
+    def __init__(self, offer: Offer, streams: Streams) -> None:
+        self._offer = offer
         self._streams = streams
 
     async def GetDevicePluginOptions(self, _: v1beta1_pb2.Empty) -> v1beta1_pb2.DevicePluginOptions:
@@ -73,17 +87,24 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1beta1_pb2.Empty
     ) -> AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]:
-        async with aclosing(_watch(self._inventory, self._streams)) as changes:
+        async with aclosing(_watch(self._offer.inventory, self._streams)) as changes:
             async for devices in changes:
                 yield listing.v1beta1_list(devices)
 
     async def GetPreferredAllocation(
         self, request: v1beta1_pb2.PreferredAllocationRequest
     ) -> v1beta1_pb2.PreferredAllocationResponse:
+        offer = self._offer
+        loads = offer.usage.loads(offer.inventory.devices, trio.current_time())
         response = v1beta1_pb2.PreferredAllocationResponse()
         for container in request.container_requests:
             chosen = placement.preferred(
-                container.available_deviceIDs, container.must_include_deviceIDs, container.allocation_size
+                container.available_deviceIDs,
+                container.must_include_deviceIDs,
+                container.allocation_size,
+                loads,
+                offer.placement,
+                offer.multi_share,
             )
             response.container_responses.add(deviceIDs=chosen)
         return response
@@ -91,9 +112,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     async def Allocate(self, request: v1beta1_pb2.AllocateRequest) -> v1beta1_pb2.AllocateResponse:
         response = v1beta1_pb2.AllocateResponse()
         for container in request.container_requests:
-            allocated = _allocate(self._inventory, container.devices_ids)
+            allocated = _allocate(self._offer, container.devices_ids)
             response.container_responses.append(
-                v1beta1_pb2.ContainerAllocateResponse(**_fields(v1beta1_pb2, allocated, self._paths))
+                v1beta1_pb2.ContainerAllocateResponse(**_fields(v1beta1_pb2, allocated, self._offer.paths))
             )
         return response
 
@@ -104,21 +125,20 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
 class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
     """`deviceplugin.DevicePlugin`, Kubernetes 1.8 and 1.9: no options, one container a request."""
 
-    def __init__(self, inventory: Inventory, paths: HostPaths, streams: Streams) -> None:
-        self._inventory = inventory
-        self._paths = paths
+    def __init__(self, offer: Offer, streams: Streams) -> None:
+        self._offer = offer
         self._streams = streams
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1alpha_pb2.Empty
     ) -> AsyncGenerator[v1alpha_pb2.ListAndWatchResponse, None]:
-        async with aclosing(_watch(self._inventory, self._streams)) as changes:
+        async with aclosing(_watch(self._offer.inventory, self._streams)) as changes:
             async for devices in changes:
                 yield listing.v1alpha_list(devices)
 
     async def Allocate(self, request: v1alpha_pb2.AllocateRequest) -> v1alpha_pb2.AllocateResponse:
-        allocated = _allocate(self._inventory, request.devicesIDs)
-        return v1alpha_pb2.AllocateResponse(**_fields(v1alpha_pb2, allocated, self._paths))
+        allocated = _allocate(self._offer, request.devicesIDs)
+        return v1alpha_pb2.AllocateResponse(**_fields(v1alpha_pb2, allocated, self._offer.paths))
 
 
 def options() -> v1beta1_pb2.DevicePluginOptions:
@@ -126,28 +146,36 @@ def options() -> v1beta1_pb2.DevicePluginOptions:
     return v1beta1_pb2.DevicePluginOptions(get_preferred_allocation_available=True)
 
 
-def plugin_routes(inventory: Inventory, paths: HostPaths, streams: Streams) -> Mapping[str, Route]:
+def plugin_routes(offer: Offer, streams: Streams) -> Mapping[str, Route]:
     """Both versions of the API, to be served on one socket."""
-    servicers = (DevicePlugin(inventory, paths, streams), AlphaDevicePlugin(inventory, paths, streams))
+    servicers = (DevicePlugin(offer, streams), AlphaDevicePlugin(offer, streams))
     return routes(servicer.service for servicer in servicers)
 
 
 async def _watch(inventory: Inventory, streams: Streams) -> AsyncGenerator[Sequence[Device], None]:
-    """The devices, now and after each change, until the session ends. A slow reader gets the latest, not each."""
+    """The devices, now and after each change that the kubelet can see, until the session ends.
+
+    A slow reader gets the latest, not each.
+    """
     with streams.opened():
+        sent: tuple[object, ...] | None = None
         while not streams.ending.is_set():
             changed = inventory.changed
-            yield inventory.devices
+            if sent != (sent := listing.content(inventory.devices)):
+                yield inventory.devices
             await race(changed.wait, streams.ending.wait)
 
 
-def _allocate(inventory: Inventory, share_ids: Sequence[str]) -> Allocation:
+def _allocate(offer: Offer, share_ids: Sequence[str]) -> Allocation:
     try:
-        allocated = allocation.allocate(inventory, share_ids)
+        allocated = allocation.allocate(offer.inventory, share_ids, offer.rules)
     except allocation.UnknownShareError as error:
         raise _refusal(StatusCode.NOT_FOUND, error) from error
-    except allocation.UnhealthyShareError as error:
+    except (allocation.UnhealthyShareError, allocation.NotDistinctError) as error:
         raise _refusal(StatusCode.FAILED_PRECONDITION, error) from error
+    for share_id in share_ids:
+        if device := offer.inventory.find(share_id):
+            offer.usage.recent.give(device, share_id, trio.current_time())
     logger.debug("allocated %s", ", ".join(share_ids))
     return allocated
 

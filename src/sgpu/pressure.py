@@ -50,7 +50,9 @@ def withheld(devices: Iterable[Device], allocated: Set[str], pressed: Set[str]) 
     """
     return {
         device.uuid: frozenset(
-            number for number, share_id in enumerate(device.share_ids()) if share_id not in allocated
+            number
+            for number, share_id in zip(device.numbers(), device.share_ids(), strict=True)
+            if share_id not in allocated
         )
         for device in devices
         if device.uuid in pressed

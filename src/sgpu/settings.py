@@ -18,6 +18,8 @@ _DOMAIN_LENGTH: Final = 253 - len("requests.")
 _NAME_LENGTH: Final = 63
 #: As people write numbers; `int` takes more (underscores, blanks, other scripts' digits).
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
+_DECIMAL: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 #: What Go's flag package takes, in any case.
 _BOOLEANS: Final = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -36,12 +38,16 @@ class Kind:
         value: object = text
         if self.type is int:
             value = int(text) if _INTEGER.fullmatch(text) else text
+        elif self.type is float:
+            value = float(text) if _DECIMAL.fullmatch(text) else text
         elif self.type is bool:
             value = _BOOLEANS.get(text.lower())
         return self.from_file(value)
 
     def from_file(self, value: object) -> object:
         """The value of a key in the file, which has a type of its own. Raises ValueError."""
+        if self.type is float and type(value) is int:
+            value = float(value)
         if type(value) is not self.type or not self.check(value):
             raise ValueError(value)
         return value
@@ -71,11 +77,32 @@ def is_extended_resource(name: str) -> bool:
     )
 
 
+def seconds(low: float, high: float) -> Kind:
+    """A number of seconds in a range, both ends included."""
+    return Kind(f"a number of seconds from {low:g} to {high:g}", float, lambda value: low <= value <= high, "SECONDS")
+
+
+def fraction() -> Kind:
+    """A part of a whole."""
+    return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART")
+
+
+def _are_numbers(text: str) -> bool:
+    return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
+
+
 BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
 PATH: Final = Kind(
     "an absolute path", str, lambda value: PurePosixPath(value).is_absolute() and "\0" not in value, "PATH"
 )
-FILE: Final = Kind("the path of a file", str, lambda value: "\0" not in value, "FILE")
+FILE: Final = Kind(
+    "the path of a file",
+    str,
+    lambda value: "\0" not in value and (not value or bool(PurePosixPath(value).name)),
+    "FILE",
+)
+SHARES: Final = integer(1, 100_000)
+NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N")
 RESOURCE: Final = Kind(
     "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
 )
@@ -99,10 +126,33 @@ class Settings:
     plugin_directory: str = knob(
         "/device-plugin", PATH, "directory of kubelet.sock, where the plugin's own socket goes"
     )
-    gpu_duplication_factor: int = knob(100, integer(1, 100_000), "shares per GPU")
+    gpu_duplication_factor: int = knob(100, SHARES, "shares per GPU")
     resource_name: str = knob("deepomatic.com/shared-gpu", RESOURCE, "name of the extended resource")
     dev_directory: str = knob("/dev", PATH, "where the device nodes are")
     sysfs_directory: str = knob("/sys", PATH, "where the kernel tells the NUMA nodes of GPUs")
+    placement: str = knob("spread", choice("spread", "pack"), "which GPU a pod gets: the emptiest, or the fullest")
+    multi_share: str = knob(
+        "distinct",
+        choice("distinct", "same", "strict-distinct"),
+        "where several shares of one container come from: different GPUs, or one",
+    )
+    memory_watermark: float = knob(
+        0.95, fraction(), "part of a GPU's memory above which its free shares are withheld; 0: never"
+    )
+    sample_interval: float = knob(5.0, seconds(0.1, 3600), "seconds between two looks at memory, utilisation and pods")
+    pod_resources_socket: str = knob(
+        "/var/lib/kubelet/pod-resources/kubelet.sock", PATH, "socket on which the kubelet tells who has which share"
+    )
+    framework_hints: bool = knob(True, BOOLEAN, "keep TensorFlow and JAX from taking a whole GPU as they start")
+    health_interval: float = knob(5.0, seconds(0.1, 3600), "seconds between polls of the driver")
+    driver_timeout: float = knob(10.0, seconds(0.1, 3600), "seconds after which a call of the driver is given up")
+    ignore_xids: str = knob("", NUMBERS, "XIDs that are no fault of the GPU, beside those in docs/xids.md")
+    critical_xids: str = knob("", NUMBERS, "XIDs after which the GPU needs a reset, whatever docs/xids.md says")
+    state_file: str = knob(
+        "/run/sgpu/state.json",
+        FILE,
+        "what is down and why, for a restart in the same boot; empty: nothing is kept",
+    )
     simulate: int = knob(0, integer(0, 64), "number of simulated GPUs in place of the driver; 0: none")
     simulate_faults: str = knob(
         "", FILE, "with -simulate: file with the numbers of GPUs that are down, one to a line; read while running"
@@ -111,10 +161,10 @@ class Settings:
     v: int = knob(0, integer(0, 10), "verbosity of the log; 1 and more: debugging")
     logtostderr: bool = knob(True, BOOLEAN, "accepted for the manifests that have it; the log always goes there")
 
-    @property
-    def endpoint(self) -> str:
-        """The name of the plugin's socket: one to a resource, so that two daemons can serve two resources."""
-        return f"sgpu-{self.resource_name.replace('/', '_')}.sock"
+
+def endpoint(resource: str) -> str:
+    """The name of the plugin's socket: one to a resource, whoever serves it."""
+    return f"sgpu-{resource.replace('/', '_')}.sock"
 
 
 #: Flag (without the dash) → field.

@@ -419,6 +419,67 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
     return SUCCESS;
 }
 
+/* A fact that is "none" is one that this GPU does not support. */
+#define SUPPORTED(device, key) \
+    do { \
+        char none_[VALUE]; \
+        if (strcmp(fact(none_, device, key), "none") == 0) \
+            return NOT_SUPPORTED; \
+    } while (0)
+
+nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *utilization)
+{
+    ENTER_GPU(device);
+    SUPPORTED(device, "utilisation");
+    utilization->gpu = fact_number(device, "utilisation");
+    utilization->memory = 0;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldValue_t *values)
+{
+    ENTER_GPU(device);
+    for (int i = 0; i < count; i++) {
+        char value[VALUE];
+        bool known = values[i].fieldId == 230 && strcmp(fact(value, device, "recovery_action"), "none") != 0;
+        values[i].nvmlReturn = known ? SUCCESS : NOT_SUPPORTED;
+        values[i].valueType = 1; /* unsigned int */
+        if (known)
+            values[i].value.uiVal = fact_number(device, "recovery_action");
+    }
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correctable, unsigned int *uncorrectable,
+                                       unsigned int *pending, unsigned int *failed)
+{
+    ENTER_GPU(device);
+    SUPPORTED(device, "rows_pending");
+    *correctable = *uncorrectable = 0;
+    *pending = fact_number(device, "rows_pending");
+    *failed = fact_number(device, "rows_failed");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetRetiredPagesPendingStatus(nvmlDevice_t device, nvmlEnableState_t *pending)
+{
+    ENTER_GPU(device);
+    SUPPORTED(device, "pages_pending");
+    *pending = fact_number(device, "pages_pending");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetGpuFabricInfoV(nvmlDevice_t device, nvmlGpuFabricInfo_v2_t *info)
+{
+    ENTER_GPU(device);
+    if (info->version != (sizeof *info | 2 << 24))
+        return ARGUMENT_VERSION_MISMATCH;
+    SUPPORTED(device, "fabric_state");
+    info->status = fact_number(device, "fabric_status");
+    info->state = fact_number(device, "fabric_state");
+    return SUCCESS;
+}
+
 nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
 {
     ENTER_GPU(device);

@@ -17,12 +17,16 @@ class Code:
     """The `nvmlReturn_t` values that sgpu tells apart."""
 
     SUCCESS: Final = 0
+    INVALID_ARGUMENT: Final = 2
     NOT_SUPPORTED: Final = 3
+    NO_PERMISSION: Final = 4
     DRIVER_NOT_LOADED: Final = 9
     TIMEOUT: Final = 10
     FUNCTION_NOT_FOUND: Final = 13
     GPU_IS_LOST: Final = 15
     LIB_RM_VERSION_MISMATCH: Final = 18
+    NO_DATA: Final = 21
+    ARGUMENT_VERSION_MISMATCH: Final = 25
 
 
 class EventType:
@@ -30,6 +34,14 @@ class EventType:
 
     DOUBLE_BIT_ECC: Final = 0x2
     XID_CRITICAL: Final = 0x8
+    NON_FATAL_POISON: Final = 0x1000
+    FATAL_POISON: Final = 0x2000
+    GPU_UNAVAILABLE: Final = 0x4000
+    RECOVERY_ACTION: Final = 0x8000
+
+
+#: `NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`.
+FIELD_RECOVERY_ACTION: Final = 230
 
 
 #: NVML_DEVICE_NAME_V2_BUFFER_SIZE, the largest text any of the functions above fills (bytes).

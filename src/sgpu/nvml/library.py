@@ -40,6 +40,24 @@ class Memory:
 
 
 @attrs.frozen
+class RemappedRows:
+    """Rows of memory that Ampere and later replace by spare ones: one waits for a reset; there were no spare ones."""
+
+    pending: bool
+    failed: bool
+
+
+@attrs.frozen
+class Fabric:
+    """The NVSwitch fabric as a GPU sees it. `state`: 0 there is none, 1 not started, 2 in progress, 3 completed, and
+    only then `status` counts: the `nvmlReturn_t` it completed with.
+    """
+
+    state: int
+    status: int
+
+
+@attrs.frozen
 class Event:
     """One NVML event: the GPU's UUID, the `EventType` bit, and for an XID its number."""
 
@@ -122,6 +140,37 @@ class Library:
             memory = ffi.new("nvmlMemory_t *")
             self.call("nvmlDeviceGetMemoryInfo", handle, memory)
         return Memory(total=memory.total, used=memory.used, free=memory.free)
+
+    def utilisation(self, handle: Handle) -> int:
+        """Percent of the last sample period (up to a second) in which the GPU was busy."""
+        rates = ffi.new("nvmlUtilization_t *")
+        self.call("nvmlDeviceGetUtilizationRates", handle, rates)
+        return int(rates.gpu)
+
+    def recovery_action(self, handle: Handle) -> int:
+        """What the driver wants done: 0 nothing, 1 reset, 2 reboot, 3 drain of peers, 4 drain and reset."""
+        value = ffi.new("nvmlFieldValue_t *", {"fieldId": constants.FIELD_RECOVERY_ACTION})
+        self.call("nvmlDeviceGetFieldValues", handle, 1, value)
+        if value.nvmlReturn != Code.SUCCESS:  # each field has an answer of its own
+            raise NvmlError("nvmlDeviceGetFieldValues", value.nvmlReturn, self._error_text(value.nvmlReturn))
+        return int(value.value.uiVal)
+
+    def remapped_rows(self, handle: Handle) -> RemappedRows:
+        counts = ffi.new("unsigned int[4]")
+        self.call("nvmlDeviceGetRemappedRows", handle, counts, counts + 1, counts + 2, counts + 3)
+        return RemappedRows(pending=bool(counts[2]), failed=bool(counts[3]))
+
+    def retired_pages_pending(self, handle: Handle) -> bool:
+        """Whether a page of memory will be retired at the next reset (GPUs before Ampere)."""
+        pending = ffi.new("int *")
+        self.call("nvmlDeviceGetRetiredPagesPendingStatus", handle, pending)
+        return bool(pending[0])
+
+    def fabric(self, handle: Handle) -> Fabric:
+        info = ffi.new("nvmlGpuFabricInfo_v2_t *")
+        info.version = ffi.sizeof("nvmlGpuFabricInfo_v2_t") | 2 << 24  # NVML_STRUCT_VERSION(GpuFabricInfo, 2)
+        self.call("nvmlDeviceGetGpuFabricInfoV", handle, info)
+        return Fabric(state=int(info.state), status=int(info.status))
 
     @contextmanager
     def event_set(self) -> Iterator[EventSet]:

@@ -6,7 +6,7 @@ and channel are left out: they are TCP only, swallow `Cancelled`, and let a call
 
 from sgpu.rpc.client import Channel, open_channel, unary_call
 from sgpu.rpc.protocol import MAX_MESSAGE_BYTES, BrokenPeerError, RpcError
-from sgpu.rpc.routes import Route, routes
+from sgpu.rpc.routing import Route, routes
 from sgpu.rpc.server import serve_connection
 from sgpu.rpc.unix import MAX_PATH_BYTES, AddressInUseError, Identity, identity, listen
 

@@ -23,7 +23,7 @@ from sgpu.rpc.protocol import (
     quoted,
     status,
 )
-from sgpu.rpc.routes import Route
+from sgpu.rpc.routing import Route
 
 logger = logging.getLogger(__name__)
 

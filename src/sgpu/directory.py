@@ -1,0 +1,57 @@
+"""A directory, and a way to wait for changes in it, with inotify. Trio only: knows neither kubelet nor settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import inotify_simple
+import trio
+
+#: What tells that a name in the directory may mean another file now, or a file other content.
+_CHANGES: Final = (
+    inotify_simple.flags.CREATE
+    | inotify_simple.flags.DELETE
+    | inotify_simple.flags.CLOSE_WRITE
+    | inotify_simple.flags.MOVED_FROM
+    | inotify_simple.flags.MOVED_TO
+    | inotify_simple.flags.DELETE_SELF
+    | inotify_simple.flags.MOVE_SELF
+    | inotify_simple.flags.ONLYDIR
+)
+
+
+class Directory:
+    """A watched directory. Needs `watch` to run."""
+
+    def __init__(self, path: Path, inotify: inotify_simple.INotify) -> None:
+        self.path = path
+        #: Set, and replaced, at each change.
+        self.changed = trio.Event()
+        self._inotify = inotify
+
+    async def watch(self) -> None:
+        """Notice changes, for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._inotify.fileno())
+            self._inotify.read(timeout=0)  # what changed is looked up, not read: events can be lost, files can't
+            self.changed.set()
+            self.changed = trio.Event()
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once `condition` holds; it is asked now and after each change. It must not block."""
+        while True:
+            changed = self.changed
+            if condition():
+                return
+            await changed.wait()
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[Directory]:
+    """The directory, changes to which are queued from here on. Raises OSError when it can't be watched."""
+    with inotify_simple.INotify(nonblocking=True) as inotify:
+        inotify.add_watch(path, _CHANGES)
+        yield Directory(path, inotify)

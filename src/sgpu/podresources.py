@@ -1,0 +1,52 @@
+"""Who has which share, from the kubelet's PodResources API: there is no deallocation to hear of. Knows no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Final
+
+import trio
+from purerpc import StatusCode
+
+from sgpu import rpc
+from sgpu.api import podresources_pb2
+from sgpu.usage import Holder
+
+#: Seconds. The kubelet answers from memory.
+TIMEOUT: Final = 5.0
+
+
+class PodResourcesError(Exception):
+    """The kubelet does not tell who has which share. The message says why."""
+
+
+async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str, Holder]:
+    """The container that has it, by share id, of every allocated share of these resources.
+
+    Raises PodResourcesError.
+    """
+    try:
+        with trio.fail_after(TIMEOUT):
+            answer = await rpc.unary_call(
+                socket,
+                "/v1.PodResourcesLister/List",
+                podresources_pb2.ListPodResourcesRequest(),
+                podresources_pb2.ListPodResourcesResponse,
+            )
+    except rpc.RpcError as error:
+        hint = "; it needs Kubernetes 1.20" if error.code is StatusCode.UNIMPLEMENTED else ""
+        raise PodResourcesError(f"the kubelet refuses on {socket}: {error}{hint}") from error
+    except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
+        raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}") from error
+    except trio.TooSlowError as error:
+        raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
+    return {
+        share_id: holder
+        for pod in answer.pod_resources
+        for container in pod.containers
+        for holder in (Holder(pod.namespace, pod.name, container.name),)  # one for all its shares
+        for devices in container.devices
+        if devices.resource_name in resources
+        for share_id in devices.device_ids
+    }

@@ -1,0 +1,124 @@
+"""Keeping one resource registered with the kubelet. Knows what ends a session; not what a GPU is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import trio
+
+from sgpu import kubelet, rpc
+from sgpu.directory import Directory, open_directory
+from sgpu.kubelet import RegistrationFailedError
+from sgpu.logs import OnChange
+from sgpu.nurseries import race
+from sgpu.plugin import Offer, Streams, options, plugin_routes
+from sgpu.settings import endpoint
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between attempts to register. Growing, so that a kubelet that is just about to listen is not waited for
+#: longer than need be, and an absent one costs little.
+FIRST_RETRY: Final = 0.001
+LAST_RETRY: Final = 5.0
+#: Seconds without a ListAndWatch stream after which a registration counts as lost. A kubelet opens it at once.
+STREAM_GRACE: Final = 10.0
+#: Seconds that the kubelet gets to let go of the old session's connection. Its own clean-up takes milliseconds;
+#: a registration before it is done would be cleaned up with it.
+DRAIN_TIMEOUT: Final = 2.0
+
+
+async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoReturn:
+    """Keep a resource registered in the plugin directory, for ever: one session after the other.
+
+    Each ends when the kubelet restarts or forgets us. Raises rpc.AddressInUseError.
+    """
+    trouble = OnChange(logger, logging.WARNING)
+    delays = _growing_delays()
+    while True:
+        try:
+            reason = await session(plugins, resource, offer, trouble)
+        except OSError as error:  # the directory is not there yet, or is just being made anew
+            trouble.report(f"waiting for {plugins}: {error}")
+            await trio.sleep(next(delays))
+        else:
+            logger.info("registering again: %s", reason)
+            delays = _growing_delays()
+
+
+async def session(plugins: Path, resource: str, offer: Offer, trouble: OnChange) -> str:
+    """Listen, register, and serve until another registration is due. Returns why it is.
+
+    Raises OSError when the plugin directory can't be used, rpc.AddressInUseError when another instance serves there.
+    """
+    streams = Streams()
+    table = plugin_routes(offer, streams)
+    socket = plugins / endpoint(resource)
+    # The watch comes first, so that no change is missed; a listening socket already queues connections.
+    with open_directory(plugins) as directory, rpc.listen(socket) as listener:
+        ours = rpc.identity(socket)
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(directory.watch)
+                handler = partial(rpc.serve_connection, table)
+                nursery.start_soon(partial(trio.serve_listeners, handler, [listener], handler_nursery=connections))
+                reason = await race(
+                    partial(_socket_gone, directory, socket, ours),
+                    partial(_forgotten, resource, directory, streams, trouble),
+                )
+                nursery.cancel_scope.cancel()
+            # End the streams and let the kubelet hang up: it then forgets whatever has our name, so that it must not
+            # be told of a new registration before.
+            streams.ending.set()
+            connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
+    return reason
+
+
+async def _socket_gone(directory: Directory, socket: Path, ours: rpc.Identity | None) -> str:
+    """A kubelet that starts removes all sockets, ours too, before it makes its own."""
+    await directory.wait_until(lambda: rpc.identity(socket) != ours)
+    return f"{socket} was removed"
+
+
+async def _forgotten(resource: str, directory: Directory, streams: Streams, trouble: OnChange) -> str:
+    """Register, however often it takes, then wait until the kubelet is another or has no stream open."""
+    delays = _growing_delays()
+    while True:
+        with kubelet.pinned(directory.path / kubelet.SOCKET) as pin:
+            if await _register(resource, directory, trouble):
+                return await race(partial(_kubelet_replaced, directory, pin), partial(_stream_lost, streams))
+            with trio.move_on_after(next(delays)) as scope:
+                await directory.wait_until(lambda: rpc.identity(directory.path / kubelet.SOCKET) != pin)
+            if not scope.cancelled_caught:
+                delays = _growing_delays()  # a socket that was just made is about to be listened on
+
+
+async def _register(resource: str, directory: Directory, trouble: OnChange) -> bool:
+    try:
+        version = await kubelet.register(directory.path / kubelet.SOCKET, endpoint(resource), resource, options())
+    except RegistrationFailedError as error:
+        trouble.report(f"not registered: {error}")
+        return False
+    trouble.clear()
+    logger.info("registered %s with the kubelet (%s)", resource, version)
+    return True
+
+
+async def _kubelet_replaced(directory: Directory, registered: rpc.Identity | None) -> str:
+    await directory.wait_until(lambda: rpc.identity(directory.path / kubelet.SOCKET) not in (None, registered))
+    return "the kubelet restarted"
+
+
+async def _stream_lost(streams: Streams) -> str:
+    await streams.wait_lost(STREAM_GRACE)
+    return f"the kubelet has had no ListAndWatch stream open for {STREAM_GRACE:.0f} s"
+
+
+def _growing_delays() -> Iterator[float]:
+    delay = FIRST_RETRY
+    while True:
+        yield delay
+        delay = min(2 * delay, LAST_RETRY)

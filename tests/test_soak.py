@@ -1,0 +1,354 @@
+"""Hundreds of random faults, restarts and reloads; after each, what the kubelet holds against what the stub says.
+
+The seed is printed; SGPU_SOAK_SEED gives another.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import attrs
+import grpc
+import pytest
+from daemon_process import DaemonProcess
+from fake_kubelet import FakeKubelet
+from node import RESOURCE, Node
+from stub_driver import StubDriver, StubGpu
+from watching import SHARES, check_updates, down_in, is_alive, started, wait_until
+
+from sgpu.nvml import Code
+
+STEPS: Final = 500
+#: Steps after which whatever is made once has been made.
+WARM_UP: Final = 60
+MOST_GPUS: Final = 5
+#: Bytes that the daemon's memory may grow by from then on: the allocator's, and no line per step.
+MOST_GROWTH: Final = 4_000_000
+#: Seconds. Fast, so that hundreds of steps take a minute; a call that only seems to hang is a fault like any other.
+FLAGS: Final = ("-health-interval", 0.1, "-driver-timeout", 0.5)
+#: Seconds after which a fault may be over by itself: the product's 60, less what a test may stall.
+UNCERTAIN_AFTER: Final = 50.0
+#: Seconds after which an event that was not heard happens again.
+REPEAT: Final = 0.5
+
+#: The words by which a reason is known.
+AWAY: Final = "its driver is not there"
+LOST: Final = "no longer answers"
+HANGS: Final = "has not answered"
+CRASHES: Final = "took its process down"
+ACTION: Final = "the driver asks to"
+ROWS: Final = "waits to be remapped"
+RESET_XIDS: Final = ("XID 79", "XID 48")
+TRANSIENT_XIDS: Final = ("XID 94", "XID 63")
+WORDS: Final = (AWAY, LOST, HANGS, CRASHES, ACTION, ROWS, *RESET_XIDS, *TRANSIENT_XIDS)
+
+
+@attrs.define
+class Model:
+    """What should be known of one GPU. `stub` is the GPU as it is; `seen` what the last poll that answered showed."""
+
+    stub: StubGpu
+    present: bool = True
+    call: str = ""  # HANGS or CRASHES
+    gone: bool = False
+    asked: bool = False
+    seen: frozenset[str] = frozenset()
+    faults: dict[str, float] = attrs.Factory(dict)  # when each was last told of
+
+    @property
+    def is_gone(self) -> bool:
+        return not self.present or self.stub.lost
+
+    @property
+    def answers(self) -> bool:
+        return not self.is_gone and not self.call
+
+    def poll(self) -> None:
+        """Bring it up to date with the stub, as a poll does."""
+        if not self.answers:
+            self.gone = self.gone or self.is_gone
+            return
+        action = ACTION if self.stub.recovery_action else ""
+        rows = ROWS if self.stub.rows_pending else ""
+        self.seen = frozenset({action, rows} - {""})
+        if self.gone or (self.asked and not self.seen):
+            self.faults = {xid: since for xid, since in self.faults.items() if xid in TRANSIENT_XIDS}
+        self.gone, self.asked = False, bool(action)
+
+    def reasons(self, *, away: bool) -> frozenset[str]:
+        """All that should be said against it. `away`: the driver has no GPU at all."""
+        silent = AWAY if away else "" if self.answers else LOST if self.is_gone else self.call
+        return frozenset({silent, *self.seen, *self.faults} - {""})
+
+    def uncertain(self) -> frozenset[str]:
+        """Those that may be over by now."""
+        return frozenset(xid for xid, since in self.faults.items() if time.monotonic() - since > UNCERTAIN_AFTER)
+
+
+class Soak:
+    """The node under test, the model of it, and the steps that change both."""
+
+    def __init__(self, node: Node, kubelet: FakeKubelet, daemon: DaemonProcess, chance: random.Random) -> None:
+        self.node = node
+        self.kubelet = kubelet
+        self.daemon = daemon
+        self.chance = chance
+        self.models = [Model(gpu) for gpu in node.driver.state.gpus]
+        self.registrations = 1
+        self.version = 550
+        self.repeats = 0
+
+    # The stub as the models have it
+
+    def apply(self) -> None:
+        calls = {
+            f"nvmlDeviceGetMemoryInfo.{model.stub.uuid}": "hang" if model.call == HANGS else "crash"
+            for model in self.models
+            if model.call
+        }
+        gpus = [model.stub for model in self.models if model.present]
+        self.node.driver.set(gpus=gpus, calls=calls)
+
+    def change(self, model: Model, **facts: object) -> None:
+        model.stub = attrs.evolve(model.stub, **facts)  # type: ignore[arg-type]  # as the fields have it
+        self.apply()
+
+    # The invariant
+
+    def reason(self, model: Model) -> frozenset[str]:
+        """The words that a pod is told of this GPU; none when it is given the share."""
+        try:
+            self.kubelet.allocate([f"{model.stub.uuid}::0"])
+        except grpc.RpcError as error:
+            return frozenset(word for word in WORDS if word in str(error.details()))
+        return frozenset()
+
+    def expected(self, model: Model) -> frozenset[str]:
+        return model.reasons(away=all(model.is_gone for model in self.models))
+
+    def agrees(self, model: Model) -> bool:
+        said, expected = self.reason(model), self.expected(model)
+        if not expected - model.uncertain() <= said <= expected:
+            return False
+        for xid in expected - said:  # over by itself, in due time
+            del model.faults[xid]
+        return True
+
+    def settle(self) -> None:
+        """Wait until reasons and lists are as they should be."""
+        for model in self.models:
+            model.poll()
+        # A shared wait first, because it is the kubelet who says when something changed.
+        self.kubelet.wait_for(lambda: len(self.kubelet.devices(RESOURCE)) == SHARES * len(self.models), message="lists")
+        for model in self.models:
+            wait_until(partial(self.agrees, model), f"{self.expected(model)} against {model}")
+        down = {model.stub.uuid for model in self.models if self.expected(model)}
+        self.kubelet.wait_for(lambda: down_in(self.kubelet.devices(RESOURCE)) == down, message=f"{down} down")
+        assert len(self.kubelet.registrations) == self.registrations
+
+    # The steps. Each returns whether it could be taken.
+
+    def pick(self, condition: Callable[[Model], object]) -> Model | None:
+        fitting = [model for model in self.models if condition(model)]
+        return self.chance.choice(fitting) if fitting else None
+
+    def is_quiet(self) -> bool:
+        """Whether every GPU answers, so that the library stays open and no event is missed."""
+        return all(model.answers for model in self.models)
+
+    def reset_xid(self) -> bool:
+        return self.xid(self.chance.choice(RESET_XIDS))
+
+    def transient_xid(self) -> bool:
+        return self.xid(self.chance.choice(TRANSIENT_XIDS))
+
+    def xid(self, xid: str) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model is None:
+            return False
+        heard = False
+        while not heard:
+            self.node.driver.xid(model.stub, int(xid.removeprefix("XID ")))
+            model.faults[xid] = time.monotonic()
+            deadline = time.monotonic() + (REPEAT if not self.is_quiet() else 10)
+            while not heard and time.monotonic() < deadline:
+                heard = xid in self.reason(model)
+            self.repeats += not heard
+            assert heard or not self.is_quiet(), f"{xid} of {model} was not heard"
+        return True
+
+    def application_xid(self) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model:
+            self.node.driver.xid(model.stub, self.chance.choice((13, 31, 43, 45, 68, 109)))
+        return model is not None
+
+    def lose(self) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model:
+            self.change(model, lost=True)
+        return model is not None
+
+    def find(self) -> bool:
+        model = self.pick(lambda model: model.stub.lost)
+        if model:
+            self.change(model, lost=False)
+        return model is not None
+
+    def vanish(self) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model:
+            model.present = False
+            self.apply()
+        return model is not None
+
+    def appear(self) -> bool:
+        model = self.pick(lambda model: not model.present)
+        if model:
+            model.present = True
+        elif len(self.models) < MOST_GPUS:
+            self.models.append(Model(attrs.evolve(StubGpu(len(self.models)), recovery_action=0)))
+        else:
+            return False
+        self.apply()
+        return True
+
+    def break_call(self) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model is None or any(model.call for model in self.models):
+            return False
+        model.call = self.chance.choice((HANGS, CRASHES))
+        self.apply()
+        return True
+
+    def mend_call(self) -> bool:
+        model = self.pick(lambda model: model.call)
+        if model:
+            model.call = ""
+            self.apply()
+        return model is not None
+
+    def toggle_action(self) -> bool:
+        model = self.pick(lambda model: model.answers and model.stub.recovery_action is not None)
+        if model:
+            self.change(model, recovery_action=0 if model.stub.recovery_action else self.chance.choice((1, 2, 4)))
+        return model is not None
+
+    def toggle_rows(self) -> bool:
+        model = self.pick(lambda model: model.answers)
+        if model:
+            self.change(model, rows_pending=int(not model.stub.rows_pending))
+        return model is not None
+
+    def restart_kubelet(self) -> bool:
+        self.kubelet.restart()
+        return self.registered_again()
+
+    def delete_socket(self) -> bool:
+        self.node.socket.unlink()
+        return self.registered_again()
+
+    def registered_again(self) -> bool:
+        self.registrations += 1
+        self.kubelet.wait_registrations(self.registrations)
+        return True
+
+    def reload_driver(self) -> bool:
+        """Unloaded, and loaded again."""
+        if any(model.call for model in self.models) or all(model.is_gone for model in self.models):
+            return False
+        since = len(self.daemon.lines)
+        self.node.driver.set(calls={"nvmlInit": Code.DRIVER_NOT_LOADED, "nvmlDeviceGetCount": 999})
+        self.daemon.wait_log("Driver Not Loaded", since=since)
+        self.apply()
+        return self.driver_is_new()
+
+    def replace_driver(self) -> bool:
+        """By another version, at the same path."""
+        if not any(model.answers for model in self.models):
+            return False
+        since = len(self.daemon.lines)
+        self.version += 1
+        self.node.driver = StubDriver(self.node.host)
+        self.node.driver.set(driver_version=f"{self.version}.1")
+        self.apply()
+        self.daemon.wait_log(f"driver {self.version}.1", since=since)
+        return self.driver_is_new()
+
+    def driver_is_new(self) -> bool:
+        for model in self.models:
+            model.gone = True
+        return True
+
+    def mend_everything(self) -> None:
+        for model in self.models:
+            model.call, model.present = "", True
+            model.stub = attrs.evolve(
+                model.stub,
+                lost=False,
+                rows_pending=0,
+                recovery_action=None if model.stub.recovery_action is None else 0,
+            )
+        self.apply()
+
+
+#: How often each step is taken, relatively.
+WEIGHTS: Final = {
+    Soak.reset_xid: 12,
+    Soak.transient_xid: 5,
+    Soak.application_xid: 6,
+    Soak.lose: 8,
+    Soak.find: 12,
+    Soak.vanish: 4,
+    Soak.appear: 5,
+    Soak.break_call: 2,
+    Soak.mend_call: 6,
+    Soak.toggle_action: 16,
+    Soak.toggle_rows: 16,
+    Soak.restart_kubelet: 3,
+    Soak.delete_socket: 2,
+    Soak.reload_driver: 2,
+    Soak.replace_driver: 1,
+}
+
+
+@pytest.mark.soak
+def test_the_kubelet_always_ends_up_knowing_what_the_driver_says(node: Node) -> None:
+    """After each of hundreds of random steps; and neither descriptors, threads, processes nor memory have grown."""
+    seed = int(os.environ.get("SGPU_SOAK_SEED") or random.randrange(1 << 32))
+    print(f"SGPU_SOAK_SEED={seed}")
+    chance = random.Random(seed)
+    node.driver.set(gpus=[attrs.evolve(StubGpu(number), recovery_action=0 if number else None) for number in range(3)])
+    began = time.monotonic()
+    with FakeKubelet(node.plugins) as kubelet, started(node, *FLAGS) as daemon:
+        kubelet.wait_devices(3 * SHARES)
+        soak = Soak(node, kubelet, daemon, chance)
+        steps = 0
+        while steps < STEPS:
+            (step,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
+            if step(soak):
+                steps += 1
+                soak.settle()
+            if steps == WARM_UP:
+                before, memory = footprint(daemon), daemon.rss_bytes()
+        soak.mend_everything()
+        soak.settle()
+        wait_until(lambda: len([pid for pid in daemon.children() if is_alive(pid)]) == 1, "one child is left")
+        print(f"{before} at first, {footprint(daemon)} at last, {(daemon.rss_bytes() - memory) / 1e6:.1f} MB more")
+        wait_until(lambda: all(now <= then for now, then in zip(footprint(daemon), before, strict=True)), "as before")
+        grown = daemon.rss_bytes() - memory
+        assert grown < MOST_GROWTH
+        check_updates(kubelet)
+        assert "Traceback" not in daemon.logs
+        daemon.terminate()
+    print(f"{steps} steps in {time.monotonic() - began:.0f} s; {soak.repeats} events had to be repeated")
+
+
+def footprint(daemon: DaemonProcess) -> tuple[int, int, int]:
+    """Descriptors, threads, and children, be they only not reaped yet."""
+    return (daemon.fd_count(), daemon.thread_count(), len(daemon.children()))

@@ -1,0 +1,114 @@
+"""What the kubelet was told of each GPU, and that it was told no more than that.
+
+A list in which one GPU has healthy and unhealthy shares, a list that repeats the one before, and a registration that
+was lost are failures wherever they happen: `watched` looks for them at the end of each test.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from daemon_process import DaemonProcess
+from fake_kubelet import FakeKubelet
+from node import RESOURCE, Node
+from stub_driver import StubGpu
+
+#: Shares of each GPU: more than one, and few enough to read in a failure.
+SHARES: Final = 4
+#: Seconds after which something that is due is taken not to come.
+TIMEOUT: Final = 10.0
+
+
+def down_in(healths: Mapping[str, str]) -> frozenset[str]:
+    """The UUIDs of the GPUs that are unhealthy, from health by share. All shares of a GPU must agree."""
+    words = defaultdict(set)
+    for share, word in healths.items():
+        words[share.partition("::")[0]].add(word)
+    assert all(len(said) == 1 for said in words.values()), f"shares of one GPU differ: {dict(words)}"
+    return frozenset(uuid for uuid, said in words.items() if "Unhealthy" in said)
+
+
+def history(kubelet: FakeKubelet) -> list[frozenset[str]]:
+    """Which GPUs were down, list by list."""
+    return [
+        down_in({device.ID: device.health for device in listed.response.devices}) for listed in kubelet.lists[RESOURCE]
+    ]
+
+
+def wait_down(kubelet: FakeKubelet, *gpus: StubGpu, timeout: float = TIMEOUT) -> float:
+    """Wait until the kubelet holds these GPUs for unhealthy and no others; returns when it was told."""
+    uuids = {gpu.uuid for gpu in gpus}
+    kubelet.wait_for(
+        lambda: kubelet.devices(RESOURCE) and down_in(kubelet.devices(RESOURCE)) == uuids, timeout, f"{uuids} down"
+    )
+    return kubelet.lists[RESOURCE][-1].time
+
+
+def uuids(*gpus: StubGpu) -> frozenset[str]:
+    return frozenset(gpu.uuid for gpu in gpus)
+
+
+def shares(*gpus: StubGpu) -> set[str]:
+    """The ids of all their shares."""
+    return {f"{gpu.uuid}::{number}" for gpu in gpus for number in range(SHARES)}
+
+
+@contextmanager
+def watched(node: Node, *flags: str | float) -> Iterator[tuple[FakeKubelet, DaemonProcess]]:
+    """A kubelet that has every GPU of the node's driver, and the daemon it has them from."""
+    with FakeKubelet(node.plugins) as kubelet, started(node, *flags) as daemon:
+        kubelet.wait_devices(SHARES * len(node.driver.state.gpus))
+        yield kubelet, daemon
+        check_updates(kubelet)
+        assert len(kubelet.registrations) == 1
+
+
+def started(node: Node, *flags: str | float) -> DaemonProcess:
+    """The daemon, to be entered, with SHARES shares of each GPU."""
+    return node.daemon("-gpu-duplication-factor", SHARES, *flags)
+
+
+def check_updates(kubelet: FakeKubelet) -> None:
+    """Every list was news."""
+    history(kubelet)
+    # The session it was sent in matters: a kubelet that restarts must be told what it was told before.
+    bounds = [registration.time for registration in kubelet.registrations]
+    previous = None
+    for listed in kubelet.lists[RESOURCE]:
+        said = (sum(bound <= listed.time for bound in bounds), listed.response)
+        assert said != previous, f"the same list twice: {down_in({d.ID: d.health for d in listed.response.devices})}"
+        previous = said
+
+
+def wait_until(condition: Callable[[], object], message: str, timeout: float = TIMEOUT) -> None:
+    """For what nobody tells of: asks every few milliseconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {message}"
+        time.sleep(0.005)
+
+
+def wait_listening(node: Node) -> None:
+    """Wait until the driver's process waits for events once more than it did: a poll was made, sets are registered."""
+    before = node.driver.calls("nvmlEventSetWait")
+    wait_until(lambda: node.driver.calls("nvmlEventSetWait") > before, "the driver's process waits for events")
+
+
+def wait_polls(node: Node, number: int = 2) -> None:
+    """Wait for that many polls to come back."""
+    before = node.driver.calls("nvmlSystemGetDriverVersion")
+    wait_until(lambda: node.driver.calls("nvmlSystemGetDriverVersion") >= before + number, f"{number} polls")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. One that only waits to be reaped does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
