@@ -266,7 +266,7 @@ class TestKeep:
         """What is offered is not put at stake for what is kept."""
         catalog = Catalog(policy(shares=MANY))
         catalog.replace((A,))
-        catalog.keep({SHARED: {f"GPU-a::{number}" for number in range(MANY, MANY + 45_000)}})
+        catalog.keep({SHARED: {f"GPU-a::{number}" for number in range(MANY, MANY + 60_000)}})
         assert offered(catalog) == {SHARED: {"GPU-a": MANY}}
         assert [level for level, _ in messages()] == [logging.ERROR]
 

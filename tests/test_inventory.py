@@ -9,6 +9,7 @@ import trio.testing
 
 from sgpu.device import Device, Health
 from sgpu.inventory import Inventory
+from sgpu.simulation import simulated_devices
 
 pytestmark = pytest.mark.pure
 
@@ -241,3 +242,25 @@ class TestReader:
                 await changed.wait()
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+class TestGive:
+    """A share that a container gets is in use, and one in use is never withheld."""
+
+    def test_a_withheld_share_that_is_given_away_is_no_longer_withheld(self) -> None:
+        """The kubelet chose it just before it heard. The others stay withheld."""
+        (device,) = simulated_devices(1, 4)
+        inventory = Inventory([device])
+        inventory.withhold({device.uuid: frozenset({1, 2, 3})})
+        changed = inventory.changed
+        inventory.give([f"{device.uuid}::2", "no share"])
+        assert inventory.devices[0].withheld == {1, 3}
+        assert changed.is_set()
+
+    def test_a_share_that_is_not_withheld_is_no_news(self) -> None:
+        """As for most."""
+        (device,) = simulated_devices(1, 4)
+        inventory = Inventory([device])
+        changed = inventory.changed
+        inventory.give([f"{device.uuid}::2"])
+        assert not changed.is_set()

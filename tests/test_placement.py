@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgpu.device import Share
-from sgpu.placement import GpuLoad, MultiShare, Placement, is_distinct, preferred
+from sgpu.placement import GpuLoad, MultiShare, Placement, preferred
 
 pytestmark = pytest.mark.pure
 
@@ -214,26 +214,6 @@ class TestRequest:
         endless = f"GPU-a::{'9' * 5000}"
         assert preferred([endless, *ids("a1")], [], 2, gpus(a=0), SPREAD, SAME) == ids("a1")
         assert preferred(ids("a1"), [endless], 2, gpus(a=0), SPREAD, SAME) == [endless, *ids("a1")]
-
-
-class TestIsDistinct:
-    @pytest.mark.parametrize(
-        ("share_ids", "distinct"),
-        [
-            pytest.param("", True, id="none"),
-            pytest.param("a0", True, id="one"),
-            pytest.param("a0 b0", True, id="two GPUs"),
-            pytest.param("a0 b0 a1", False, id="a GPU twice"),
-            pytest.param("a0 a0", False, id="a share twice"),
-        ],
-    )
-    def test_is_distinct(self, share_ids: str, distinct: bool) -> None:
-        """Whether each share is of another GPU."""
-        assert is_distinct(ids(share_ids)) is distinct
-
-    def test_uuid_with_separator(self) -> None:
-        """A UUID is all before the last separator, as elsewhere."""
-        assert is_distinct(["MIG::a::0", "MIG::b::0"])
 
 
 share_ids = st.builds("GPU-{}::{}".format, st.sampled_from("abcx"), st.integers(0, 12))

@@ -48,6 +48,8 @@ from rpc_peer import (
 from sgpu.rpc import unary_call
 from sgpu.rpc.protocol import Protocol
 
+pytestmark = pytest.mark.soak
+
 TIMES: Final = 1000
 #: So many first, for all that is made once: caches, interned strings, the allocator's arenas.
 WARM_UP: Final = 50

@@ -6,7 +6,19 @@ import attrs
 import pytest
 
 from sgpu import settings
-from sgpu.settings import BOOLEAN, FILE, KNOBS, PATH, RESOURCE, Kind, Settings, choice, integer, is_extended_resource
+from sgpu.settings import (
+    BOOLEAN,
+    FILE,
+    KNOBS,
+    NUMBERS,
+    PATH,
+    RESOURCE,
+    Kind,
+    Settings,
+    choice,
+    integer,
+    is_extended_resource,
+)
 
 pytestmark = pytest.mark.pure
 
@@ -239,3 +251,12 @@ def test_what_only_python_takes_for_a_number_is_refused(text: str) -> None:
 def test_booleans_as_go_takes_them(text: str, value: bool) -> None:
     """Existing manifests have them."""
     assert BOOLEAN.from_text(text) is value
+
+
+def test_a_single_number_of_a_list_can_be_one_to_yaml() -> None:
+    """`critical-xids: 79` means the list of it. `true` is none, though Python counts it as 1."""
+    assert NUMBERS.from_file(79) == "79"
+    assert NUMBERS.from_text("79, 13") == "79, 13"
+    for value in (True, -1, 1.5, None):
+        with pytest.raises(ValueError):  # noqa: PT011  # it has the value for a message
+            NUMBERS.from_file(value)

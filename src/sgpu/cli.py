@@ -90,7 +90,7 @@ def _help() -> str:
         value = str(field.default).lower() if isinstance(field.default, bool) else field.default
         default = f" (default {value})" if value not in ("", 0) else ""
         lines.append(f"  -{name} {kind.example}\n        {field.metadata['meaning']}{default}\n")
-    lines.append("  -config FILE\n        YAML file with the settings above, as in `gpu-duplication-factor: 50`\n")
+    lines.append("  -config FILE\n        YAML file with the settings above, and with rules per GPU under `gpus`\n")
     lines.append("  -print-config\n        show the effective settings and where each came from\n")
     lines.append("  -version, -help\n        show that, and exit\n")
     return "".join(lines)
@@ -113,5 +113,7 @@ def _effective(loaded: Loaded) -> str:
 
 def _as_yaml(value: object) -> str:
     """JSON, which is YAML too. Characters that YAML would not read back from JSON's escapes are left as they are."""
+    if isinstance(value, float):
+        return f"{value:.9f}".rstrip("0").rstrip(".")  # no exponent, which YAML takes for text
     text = json.dumps(value, ensure_ascii=False)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

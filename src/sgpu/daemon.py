@@ -48,6 +48,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     can be done about those from here. All else is waited out.
     """
     settings = loaded.settings
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `keep_configured` listens, which reads the file once more
     logger.info("sgpu %s offers GPUs from %s", __version__, _source(settings))
     usage = Usage(settings.sample_interval)
     catalog = Catalog(loaded.policy)

@@ -34,6 +34,17 @@ class Inventory:
         self._withheld = numbers
         self.replace(self.devices)
 
+    def give(self, share_ids: Iterable[str]) -> None:
+        """A container gets these shares: from now on they are in use, and those are never withheld."""
+        given = [share for share_id in share_ids if (share := Share.parse(share_id))]
+        if any(share.number in self._withheld.get(share.uuid, ()) for share in given):
+            self.withhold(
+                {
+                    uuid: numbers - {share.number for share in given if share.uuid == uuid}
+                    for uuid, numbers in self._withheld.items()
+                }
+            )
+
     def find(self, share_id: str) -> Device | None:
         """The GPU that a share id names, or None when there is no such GPU or it has no such share."""
         share = Share.parse(share_id)

@@ -87,9 +87,7 @@ class Monitor:
             self._reports[gpu.uuid] = gpu
             condition = self._conditions.get(gpu.uuid, Condition())
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
-        self._sampled(
-            {gpu.uuid: Sample(gpu.memory_total, gpu.memory_free, gpu.utilisation) for gpu in self._reports.values()}
-        )
+        self._sampled({gpu.uuid: Sample(gpu.memory_total, gpu.memory_free, gpu.utilisation) for gpu in report.gpus})
         for uuid in gone:
             self._conditions[uuid] = health.silent(
                 self._conditions[uuid], "the driver no longer answers for it", gone=True

@@ -84,11 +84,6 @@ def preferred(
     return chosen
 
 
-def is_distinct(share_ids: Iterable[str]) -> bool:
-    """Whether no two of the shares are of one GPU."""
-    return all(count == 1 for count in Counter(map(_uuid, share_ids)).values())
-
-
 def _uuid(share_id: str) -> str:
     return share_id.rpartition(SEPARATOR)[0]
 

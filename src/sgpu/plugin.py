@@ -176,6 +176,7 @@ def _allocate(offer: Offer, share_ids: Sequence[str]) -> Allocation:
     for share_id in share_ids:
         if device := offer.inventory.find(share_id):
             offer.usage.recent.give(device, share_id, trio.current_time())
+    offer.inventory.give(share_ids)
     logger.debug("allocated %s", ", ".join(share_ids))
     return allocated
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import attrs
 import trio
@@ -23,7 +23,9 @@ from sgpu.usage import Sample, Usage
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
+GIB: Final = 1 << 30
+#: Failures in a row after which it counts as not known who has which share.
+TOLERATED: Final = 3
 
 
 @attrs.frozen
@@ -39,6 +41,7 @@ async def sample(sampling: Sampling, catalog: Catalog, usage: Usage) -> NoReturn
     """For ever: ask the kubelet who has which share, keep those known, and withhold what should not be given away."""
     trouble = OnChange(logger, logging.WARNING)
     pressed: frozenset[str] = frozenset()
+    failures = 0
     while True:
         try:
             # Each resource by itself: a share's id does not say as which of them it was given away.
@@ -47,7 +50,12 @@ async def sample(sampling: Sampling, catalog: Catalog, usage: Usage) -> NoReturn
             usage.held({share_id: holder for holders in held.values() for share_id, holder in holders.items()})
             catalog.keep({resource: frozenset(holders) for resource, holders in held.items()})
             trouble.clear()
+            failures = 0
         except PodResourcesError as error:
+            failures += 1
+            if usage.holders is not None and failures < TOLERATED:
+                await trio.sleep(sampling.interval)  # a kubelet that restarts; what it said last holds a while longer
+                continue
             usage.held(None)
             trouble.report(f"which shares are in use is not known, so that none is withheld: {error}")
         pressed = withhold(sampling.watermark, catalog.inventories.values(), usage, pressed, trio.current_time())

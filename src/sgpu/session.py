@@ -45,7 +45,7 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoRetur
             trouble.report(f"waiting for {plugins}: {error}")
             await trio.sleep(next(delays))
         else:
-            logger.info("registering again: %s", reason)
+            logger.info("registering %s again: %s", resource, reason)
             delays = _growing_delays()
 
 
@@ -100,7 +100,7 @@ async def _register(resource: str, directory: Directory, trouble: OnChange) -> b
     try:
         version = await kubelet.register(directory.path / kubelet.SOCKET, endpoint(resource), resource, options())
     except RegistrationFailedError as error:
-        trouble.report(f"not registered: {error}")
+        trouble.report(f"{resource} is not registered: {error}")
         return False
     trouble.clear()
     logger.info("registered %s with the kubelet (%s)", resource, version)

@@ -32,6 +32,8 @@ class Kind:
     type: type
     check: Callable[[Any], bool]
     example: str = "VALUE"
+    #: A type that YAML may give the same thing in a file: `5` for seconds, `79` for a list of one number.
+    also: object = None
 
     def from_text(self, text: str) -> object:
         """The value of a flag or an environment variable. Raises ValueError."""
@@ -46,8 +48,8 @@ class Kind:
 
     def from_file(self, value: object) -> object:
         """The value of a key in the file, which has a type of its own. Raises ValueError."""
-        if self.type is float and type(value) is int:
-            value = float(value)
+        if type(value) is self.also:
+            value = self.type(value)
         if type(value) is not self.type or not self.check(value):
             raise ValueError(value)
         return value
@@ -79,12 +81,14 @@ def is_extended_resource(name: str) -> bool:
 
 def seconds(low: float, high: float) -> Kind:
     """A number of seconds in a range, both ends included."""
-    return Kind(f"a number of seconds from {low:g} to {high:g}", float, lambda value: low <= value <= high, "SECONDS")
+    return Kind(
+        f"a number of seconds from {low:g} to {high:g}", float, lambda value: low <= value <= high, "SECONDS", int
+    )
 
 
 def fraction() -> Kind:
     """A part of a whole."""
-    return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART")
+    return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART", int)
 
 
 def _are_numbers(text: str) -> bool:
@@ -102,7 +106,7 @@ FILE: Final = Kind(
     "FILE",
 )
 SHARES: Final = integer(1, 100_000)
-NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N")
+NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N", int)
 RESOURCE: Final = Kind(
     "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
 )
