@@ -19,6 +19,8 @@ from stub_driver import GIB, StubGpu
 
 from sgpu.daemon import FAREWELL
 
+pytestmark = pytest.mark.soak
+
 WHOLE = "example.com/whole-gpu"
 #: Of a GPU that is shared, unless the test says otherwise.
 SHARES = 4

@@ -14,6 +14,8 @@ from stub_driver import GIB, StubGpu
 
 from sgpu.nvml import Code
 
+pytestmark = pytest.mark.soak
+
 SHARES = 4
 #: Often enough for a test, and seldom enough that a sample is not stale by the time it is looked at.
 FLAGS = ("-gpu-duplication-factor", SHARES, "-sample-interval", 0.2)
