@@ -6,10 +6,6 @@ import pytest
 from node import Node, new_node
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: a minute of random faults, for once in a while")
-
-
 @pytest.fixture
 def node() -> Iterator[Node]:
     """A node with a stub driver for one GPU."""

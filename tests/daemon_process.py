@@ -166,9 +166,10 @@ class DaemonProcess:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def pss_bytes(self) -> int:
-        """Proportional memory: what it shares with other processes counts in part."""
-        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+        """Proportional memory, its children's included: what processes share is divided among them."""
+        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (self.pid, *self.children())]
+        lines = [line for rollup in rollups for line in rollup.splitlines() if line.startswith("Pss:")]
+        return sum(int(line.split()[1]) * 1024 for line in lines)
 
     def cpu_seconds(self) -> float:
         """Processor time of its living threads, children not included."""
