@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sgpu.api import v1beta1_pb2
 from sgpu.device import Device, Health
-from sgpu.listing import TooManySharesError, check_size, list_bytes, v1alpha_list, v1beta1_list
+from sgpu.listing import TooManySharesError, check_size, content, list_bytes, v1alpha_list, v1beta1_list
 from sgpu.rpc import MAX_MESSAGE_BYTES
 
 pytestmark = pytest.mark.pure
@@ -184,3 +184,30 @@ def named_factor(devices: list[Device]) -> int:
     match = re.search(r"at most (\d+)", str(refused.value))
     assert match
     return int(match[1])
+
+
+class TestContent:
+    """What the kubelet can see of a list: more of the same is no news to it."""
+
+    HEALTHY = Device("GPU-a", "a card", "00000000:01:00.0", 2, ("nvidia0",))
+    DOWN = attrs.evolve(HEALTHY, health=Health.UNHEALTHY, reason="one reason")
+
+    @pytest.mark.parametrize(
+        ("one", "other", "same"),
+        [
+            (DOWN, attrs.evolve(DOWN, reason="another"), True),
+            (DOWN, attrs.evolve(DOWN, withheld=frozenset({1})), True),
+            (HEALTHY, attrs.evolve(HEALTHY, name="another", memory_bytes=1, device_nodes=()), True),
+            (HEALTHY, attrs.evolve(HEALTHY, withheld=frozenset({1})), False),
+            (HEALTHY, attrs.evolve(HEALTHY, shares=3), False),
+            (HEALTHY, attrs.evolve(HEALTHY, kept=(7,)), False),
+            (HEALTHY, attrs.evolve(HEALTHY, numa_node=0), False),
+            (HEALTHY, attrs.evolve(HEALTHY, uuid="GPU-b"), False),
+            (HEALTHY, DOWN, False),
+        ],
+        ids=["reason", "withheld of a GPU that is down", "facts", "withheld", "shares", "kept", "numa", "uuid", "down"],
+    )
+    def test_content(self, one: Device, other: Device, same: bool) -> None:
+        """Equal exactly when the lists are."""
+        assert (content([one]) == content([other])) is same
+        assert (v1beta1_list([one]) == v1beta1_list([other])) is same
