@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Set
 from contextlib import suppress
+from typing import Final
 
 import trio
 
@@ -16,7 +17,8 @@ from sgpu.policy import Policy, PolicyConflictError, divide
 
 logger = logging.getLogger(__name__)
 
-REFUSALS = (listing.TooManySharesError, PolicyConflictError)
+#: What rules and GPUs together can be refused for.
+REFUSALS: Final = (listing.TooManySharesError, PolicyConflictError)
 
 
 class Catalog:

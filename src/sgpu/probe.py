@@ -17,9 +17,11 @@ from typing import Final
 
 from sgpu import nvml
 from sgpu.discovery import NotReadyError, Places, read
+from sgpu.files import content_identity
 from sgpu.nvml import Code, EventSet, EventType, Library, NvmlError
 from sgpu.nvml.search import candidates
 from sgpu.report import Asking, DriverEvent, EventKind, Message, NotReady, Orders, Report, decode_orders, encode
+from sgpu.retry import growing_delays
 
 #: Seconds between attempts to reach a driver that is not there, growing.
 FIRST_RETRY: Final = 0.02
@@ -138,10 +140,7 @@ class Probe:
         return True
 
     def _growing_delays(self) -> Iterator[float]:
-        delay = FIRST_RETRY
-        while True:
-            yield delay
-            delay = min(2 * delay, LAST_RETRY, self._orders.interval)
+        return growing_delays(FIRST_RETRY, min(LAST_RETRY, self._orders.interval))
 
     def _register(self, library: Library, events: EventSet, skip: Collection[str]) -> None:
         """Register whatever can be: to be registered twice does no harm, and not to be able to is no fault."""
@@ -161,7 +160,7 @@ class Probe:
 
     def _files(self) -> tuple[object, ...]:
         """Which libraries there are to load."""
-        return tuple(map(_identity, candidates(self._places.host_path)))
+        return tuple(map(content_identity, candidates(self._places.host_path)))
 
 
 @contextmanager
@@ -173,15 +172,6 @@ def _event_set(library: Library) -> Iterator[EventSet | None]:
         except NvmlError:
             events = None
         yield events
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Which file a path leads to, links followed. A file rewritten in place counts as another."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _names(directory: Path) -> list[str]:

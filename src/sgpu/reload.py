@@ -15,13 +15,12 @@ from typing import Final, NoReturn
 
 import trio
 
-from sgpu import listing
-from sgpu.catalog import Catalog
+from sgpu.catalog import REFUSALS, Catalog
 from sgpu.directory import open_directory
+from sgpu.files import content_identity
 from sgpu.load import Loaded, UsageError
 from sgpu.logs import OnChange
 from sgpu.nurseries import race
-from sgpu.policy import PolicyConflictError
 from sgpu.settings import KNOBS, Settings
 
 logger = logging.getLogger(__name__)
@@ -54,11 +53,11 @@ async def keep_configured(loaded: Loaded, reload: Callable[[], Loaded], catalog:
         while True:
             # Taken before anything is read, so that a change meanwhile is one more. And it is read once right away:
             # it can have changed since the process started.
-            hung_up, seen = hangups.changed, _identity(Path(loaded.file))
+            hung_up, seen = hangups.changed, content_identity(Path(loaded.file))
             try:
                 new = await trio.to_thread.run_sync(reload, abandon_on_cancel=True)
                 catalog.apply(new.policy)
-            except (UsageError, listing.TooManySharesError, PolicyConflictError) as error:
+            except (UsageError, *REFUSALS) as error:
                 logger.error("the settings stay as they were: %s", error)
             else:
                 if new.policy != policy:
@@ -82,7 +81,7 @@ async def _file_changed(file: str, seen: tuple[int, ...] | None) -> None:
     path = Path(file)
 
     def changed() -> bool:
-        return _identity(path) not in (None, seen)
+        return content_identity(path) not in (None, seen)
 
     while not changed():
         try:
@@ -90,7 +89,7 @@ async def _file_changed(file: str, seen: tuple[int, ...] | None) -> None:
         except OSError:  # it is gone; it may come back
             await trio.sleep(RETRY)
     last = None
-    while last != (last := _identity(path)):  # noqa: ASYNC110  # what ends is that nothing happens
+    while last != (last := content_identity(path)):  # noqa: ASYNC110  # what ends is that nothing happens
         await trio.sleep(SETTLING_TIME)
 
 
@@ -99,20 +98,12 @@ async def _directory_changed(path: Path, enough: Callable[[], bool]) -> None:
 
     Raises OSError.
     """
-    before = _identity(path)
+    before = content_identity(path)
     with open_directory(path) as directory:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(directory.watch)
-            await directory.wait_until(lambda: enough() or _identity(path) != before)
+            await directory.wait_until(lambda: enough() or content_identity(path) != before)
             nursery.cancel_scope.cancel()
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -16,6 +15,7 @@ from sgpu.kubelet import RegistrationFailedError
 from sgpu.logs import OnChange
 from sgpu.nurseries import race
 from sgpu.plugin import Offer, Streams, options, plugin_routes
+from sgpu.retry import growing_delays
 from sgpu.settings import endpoint
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoRetur
     Each ends when the kubelet restarts or forgets us. Raises rpc.AddressInUseError.
     """
     trouble = OnChange(logger, logging.WARNING)
-    delays = _growing_delays()
+    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
         try:
             reason = await session(plugins, resource, offer, trouble)
@@ -46,7 +46,7 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoRetur
             await trio.sleep(next(delays))
         else:
             logger.info("registering %s again: %s", resource, reason)
-            delays = _growing_delays()
+            delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
 
 async def session(plugins: Path, resource: str, offer: Offer, trouble: OnChange) -> str:
@@ -85,7 +85,7 @@ async def _socket_gone(directory: Directory, socket: Path, ours: rpc.Identity | 
 
 async def _forgotten(resource: str, directory: Directory, streams: Streams, trouble: OnChange) -> str:
     """Register, however often it takes, then wait until the kubelet is another or has no stream open."""
-    delays = _growing_delays()
+    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
         with kubelet.pinned(directory.path / kubelet.SOCKET) as pin:
             if await _register(resource, directory, trouble):
@@ -93,7 +93,9 @@ async def _forgotten(resource: str, directory: Directory, streams: Streams, trou
             with trio.move_on_after(next(delays)) as scope:
                 await directory.wait_until(lambda: rpc.identity(directory.path / kubelet.SOCKET) != pin)
             if not scope.cancelled_caught:
-                delays = _growing_delays()  # a socket that was just made is about to be listened on
+                delays = growing_delays(
+                    FIRST_RETRY, LAST_RETRY
+                )  # a socket that was just made is about to be listened on
 
 
 async def _register(resource: str, directory: Directory, trouble: OnChange) -> bool:
@@ -115,10 +117,3 @@ async def _kubelet_replaced(directory: Directory, registered: rpc.Identity | Non
 async def _stream_lost(streams: Streams) -> str:
     await streams.wait_lost(STREAM_GRACE)
     return f"the kubelet has had no ListAndWatch stream open for {STREAM_GRACE:.0f} s"
-
-
-def _growing_delays() -> Iterator[float]:
-    delay = FIRST_RETRY
-    while True:
-        yield delay
-        delay = min(2 * delay, LAST_RETRY)
