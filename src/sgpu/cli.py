@@ -6,23 +6,54 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, Final
 
 import attrs
 
 from sgpu import __version__
 from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
 from sgpu.logs import printable
-from sgpu.settings import KNOBS
+from sgpu.settings import KNOBS, Kind
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
+
+
+@attrs.frozen
+class Option:
+    """A flag that one command takes beside the settings."""
+
+    kind: Kind
+    default: Any
+    meaning: str
+
+
+@attrs.frozen
+class Command:
+    """Something to run in place of the daemon, with the same settings and options of its own; returns the exit code."""
+
+    summary: str
+    run: Callable[[Loaded, Mapping[str, Any]], int]
+    options: Mapping[str, Option] = attrs.Factory(dict)
+    takes_settings: bool = True
+
+
+def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
+    from sgpu.demo import demo  # here, because the daemon should not pay for it
+
+    return demo()
+
+
+#: The first word of a command line. Each imports what it needs when it is run.
+COMMANDS: Final = {
+    "demo": Command("show it working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
+}
 
 USAGE_TEXT = f"""\
 Offer each NVIDIA GPU of a Kubernetes node as many shared devices.
 
   sgpu [flags]   run the device plugin
-  sgpu demo      show it working on this machine, without a GPU or a cluster
-
+{"".join(f"  sgpu {name:<9} {command.summary}{chr(10)}" for name, command in COMMANDS.items())}
 Flags go as `-flag value` or `-flag=value`, with one dash or two. Each can also be set by an environment variable
 (-host-path by {ENVIRONMENT_PREFIX}HOST_PATH) and by a key in the -config file; flag beats environment beats file.
 
@@ -31,28 +62,29 @@ Flags go as `-flag value` or `-flag=value`, with one dash or two. Each can also 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the command and return its exit code."""
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    command = COMMANDS.get(name)
+    options = command.options if command else {}
     try:
-        flags = parse_flags(arguments)
+        flags = parse_flags(arguments[bool(name) :], {name: option.kind for name, option in options.items()})
         if flags.actions & {"help", "h"}:
-            print(_help(), end="")
+            print(_command_help(name, command) if command else _help(), end="")
             return OK
         if "version" in flags.actions:
             print(f"sgpu {__version__}")
             return OK
-        if flags.words == ("demo",):
-            if flags.values or flags.actions:
-                raise UsageError("demo takes no flags")
-            from sgpu.demo import demo  # here, because the daemon should not pay for it
-
-            return demo()
         if flags.words:
-            raise UsageError(f"unknown command {' '.join(flags.words)!r} (see -help)")
-        loaded = load(flags.values, environment)
+            raise UsageError(f"unknown command {' '.join((name, *flags.words)).strip()!r} (see -help)")
+        if command and not command.takes_settings and (flags.values or flags.actions):
+            raise UsageError(f"{name} takes no flags")
+        loaded = load(flags.values, environment if not command or command.takes_settings else {})
     except UsageError as error:
         return _fail(error, USAGE)
     if "print-config" in flags.actions:
         print(_effective(loaded), end="")
         return OK
+    if command:
+        return command.run(loaded, {name: flags.options.get(name, option.default) for name, option in options.items()})
     return _run(loaded, partial(load, flags.values, environment))
 
 
@@ -86,14 +118,26 @@ def _fail(error: BaseException, code: int) -> int:
 def _help() -> str:
     lines = [USAGE_TEXT]
     for name, field in KNOBS.items():
-        kind = field.metadata["kind"]
-        value = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        default = f" (default {value})" if value not in ("", 0) else ""
-        lines.append(f"  -{name} {kind.example}\n        {field.metadata['meaning']}{default}\n")
+        lines.append(_flag_help(name, field.metadata["kind"], field.default, field.metadata["meaning"]))
     lines.append("  -config FILE\n        YAML file with the settings above, and with rules per GPU under `gpus`\n")
     lines.append("  -print-config\n        show the effective settings and where each came from\n")
     lines.append("  -version, -help\n        show that, and exit\n")
     return "".join(lines)
+
+
+def _command_help(name: str, command: Command) -> str:
+    lines = [f"sgpu {name}: {command.summary}.\n"]
+    for option, about in command.options.items():
+        lines.append(_flag_help(option, about.kind, about.default, about.meaning))
+    if command.takes_settings:
+        lines.append("\nAnd the settings of the daemon, from the same flags, environment and file (see sgpu -help).\n")
+    return "".join(lines)
+
+
+def _flag_help(name: str, kind: Kind, value: object, meaning: str) -> str:
+    words = str(value).lower() if isinstance(value, bool) else value
+    default = f" (default {words})" if words not in ("", 0) else ""
+    return f"  -{name} {kind.example}\n        {meaning}{default}\n"
 
 
 def _effective(loaded: Loaded) -> str:

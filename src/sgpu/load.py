@@ -29,6 +29,7 @@ RULE_KINDS: Final = {
     "resource": RESOURCE,
     "exclude": BOOLEAN,
 }
+CONFIG: Final = Kind("the path of a YAML file", str, bool)
 #: Flags that do something instead of setting something.
 ACTIONS: Final = ("help", "h", "version", "print-config")
 
@@ -42,11 +43,14 @@ class UsageError(Exception):
 
 @attrs.frozen
 class Flags:
-    """A command line taken apart. `values` has the text of each flag that was given, the last one winning."""
+    """A command line taken apart. `values` has the text of each setting that was given, the last one winning;
+    `options` the value of each option of a command.
+    """
 
     values: Mapping[str, str]
     actions: frozenset[str]
     words: tuple[str, ...]
+    options: Mapping[str, Any] = attrs.Factory(dict)
 
 
 @attrs.frozen
@@ -60,11 +64,14 @@ class Loaded:
     xids: XidPolicy = attrs.Factory(XidPolicy)
 
 
-def parse_flags(arguments: Sequence[str]) -> Flags:
+def parse_flags(arguments: Sequence[str], options: Mapping[str, Kind] | None = None) -> Flags:
     """Take a command line apart as Go's `flag` package does: `-flag value`, `-flag=value`, one dash or two.
 
-    A boolean takes its value only behind `=`. Raises UsageError for a flag that is unknown or lacks its value.
+    A boolean takes its value only behind `=`. `options` are flags that a command takes beside the settings. Raises
+    UsageError for a flag that is unknown or lacks its value.
     """
+    options = options or {}
+    kinds = {**{name: _kind(name) for name in KNOBS}, "config": CONFIG, **options}
     values: dict[str, str] = {}
     actions: set[str] = set()
     words: list[str] = []
@@ -77,17 +84,22 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
         else:
             name, equals, value = argument[2 if argument.startswith("--") else 1 :].partition("=")
             if name in ACTIONS:
-                if _check(name, value if equals else "true", "command line", BOOLEAN.from_text):
+                if _check(name, value if equals else "true", "command line", BOOLEAN, BOOLEAN.from_text):
                     actions.add(name)
                 continue
-            if name not in KNOBS and name != "config":
+            if name not in kinds:
                 raise UsageError(f"unknown flag {argument.split('=')[0]} (see -help)")
             if not equals:
-                value = "true" if _is_boolean(name) else next(rest, "")
+                value = "true" if kinds[name].type is bool else next(rest, "")
             if not value and (name == "config" or not equals):
-                raise UsageError(f"-{name} (command line) needs a value: {_takes(name)}")
+                raise UsageError(f"-{name} (command line) needs a value: {kinds[name].takes}")
             values[name] = value
-    return Flags(values, frozenset(actions), tuple(words))
+    chosen = {
+        name: _check(name, values.pop(name), "command line", kind, kind.from_text)
+        for name, kind in options.items()
+        if name in values
+    }
+    return Flags(values, frozenset(actions), tuple(words), chosen)
 
 
 def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
@@ -107,16 +119,17 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
         if name == "gpus":
             rules = _rules(entry, config)
         elif name in KNOBS:
-            take(name, _check(name, _plain(entry.value), f"{config}:{entry.line}", _kind(name).from_file), config)
+            kind = _kind(name)
+            take(name, _check(name, _plain(entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
         else:
             raise UsageError(f"unknown key {name!r} ({config}:{entry.line}); the file takes: {', '.join(KNOBS)}, gpus")
     for name in KNOBS:
         variable = _variable(name)
         if variable in environment:
-            take(name, _check(name, environment[variable], variable, _kind(name).from_text), variable)
+            take(name, _from_text(name, environment[variable], variable), variable)
     for name, text in flags.items():
         if name in KNOBS:
-            take(name, _check(name, text, "command line", _kind(name).from_text), "command line")
+            take(name, _from_text(name, text, "command line"), "command line")
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
     policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules)
     _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
@@ -182,11 +195,16 @@ def _rule(fields: object, place: str) -> Rule:
     return Rule(place=place, **values)
 
 
-def _check(name: str, value: object, origin: str, convert: Any) -> object:  # noqa: ANN401
+def _from_text(name: str, text: str, origin: str) -> object:
+    kind = _kind(name)
+    return _check(name, text, origin, kind, kind.from_text)
+
+
+def _check(name: str, value: object, origin: str, kind: Kind, convert: Any) -> object:  # noqa: ANN401
     try:
         return convert(value)
     except ValueError:
-        raise UsageError(f"-{name}: {value!r} ({origin}) is not {_takes(name)}") from None
+        raise UsageError(f"-{name}: {value!r} ({origin}) is not {kind.takes}") from None
 
 
 def _plain(value: object) -> object:
@@ -209,13 +227,3 @@ def _variable(name: str) -> str:
 def _kind(name: str) -> Kind:
     kind: Kind = KNOBS[name].metadata["kind"]
     return kind
-
-
-def _is_boolean(name: str) -> bool:
-    return name in KNOBS and _kind(name).type is bool
-
-
-def _takes(name: str) -> str:
-    if name in ACTIONS:
-        return BOOLEAN.takes
-    return _kind(name).takes if name in KNOBS else "the path of a YAML file"

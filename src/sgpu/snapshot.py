@@ -1,0 +1,100 @@
+"""What the daemon knows at one moment, as values: what metrics, probes and `status` show. Imports nothing of sgpu.
+
+Times are seconds since the epoch, memory is in bytes, utilisation in percent. None: not known, or the driver does not
+tell.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class ContainerUse:
+    """What one container has and takes of one GPU. Processes that belong to no pod are together under empty names.
+
+    `shares` is 0 for a container that uses the GPU without having been given a share of it.
+    """
+
+    namespace: str
+    pod: str
+    container: str
+    shares: int
+    memory_used: int | None = None
+    utilisation: int | None = None
+    processes: int = 0
+
+
+@attrs.frozen
+class GpuSnapshot:
+    """One GPU, whether or not it is healthy. `resource` is empty for one that is not offered.
+
+    `since`: when it became healthy or unhealthy, as far as the daemon has seen. `reason` is empty when it is healthy.
+    """
+
+    uuid: str
+    name: str
+    pci_bus_id: str
+    resource: str
+    healthy: bool
+    reason: str
+    since: float
+    memory_total: int | None
+    memory_used: int | None
+    memory_free: int | None
+    utilisation: int | None
+    shares: int
+    allocated: int | None
+    withheld: int
+    containers: tuple[ContainerUse, ...] = ()
+
+
+@attrs.frozen
+class ResourceSnapshot:
+    """One resource. `registered`: the kubelet took the last registration. `streams`: ListAndWatch streams open."""
+
+    name: str
+    registered: bool
+    streams: int
+
+
+@attrs.frozen
+class Snapshot:
+    """The whole node.
+
+    `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
+    if never. `holders_known`: the kubelet tells who has which share. `processes_known`: the driver's processes can be
+    told apart by container (the host's process ids and container logs can be seen from here).
+    """
+
+    version: str
+    time: float
+    driver_version: str
+    waiting: str
+    sampled_at: float | None
+    holders_known: bool
+    processes_known: bool
+    resources: tuple[ResourceSnapshot, ...]
+    gpus: tuple[GpuSnapshot, ...]
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """As JSON."""
+    return json.dumps(attrs.asdict(snapshot)).encode()
+
+
+def decode(text: bytes) -> Snapshot:
+    """What `encode` was given. Raises ValueError for anything else."""
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        resources = tuple(ResourceSnapshot(**resource) for resource in fields.pop("resources"))
+        gpus = tuple(
+            GpuSnapshot(**{**gpu, "containers": tuple(ContainerUse(**use) for use in gpu["containers"])})
+            for gpu in fields.pop("gpus")
+        )
+        return Snapshot(**fields, resources=resources, gpus=gpus)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not what a daemon of this version says: {error}") from error
