@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -68,6 +69,7 @@ def test_a_gpu_is_reported_with_all_its_facts(node: Node) -> None:
         unasked=(),
         driver_version="535.1",
         library=str(node.host / "lib64" / "libnvidia-ml.so.1"),
+        order=(gpu.uuid,),
     )
 
 
@@ -263,20 +265,68 @@ class TestSkip:
 
 
 class TestAsking:
+    def told(self, node: Node, **options: Any) -> list[tuple[str, list[str]]]:  # noqa: ANN401  # as read() has them
+        """Whom the calls were said to be about, and which were then made."""
+        begun: list[tuple[str, int]] = []
+        read(node, asking=lambda uuid: begun.append((uuid, len(node.driver.call_log()))), **options)
+        calls = node.driver.call_log()
+        ends = [start for _, start in begun[1:]] + [len(calls)]
+        return [(uuid, calls[start:end]) for (uuid, start), end in zip(begun, ends, strict=True)]
+
     def test_whom_the_calls_are_about(self, node: Node) -> None:
         """Told before the first call about each GPU, and again before those that are about none."""
         first, skipped, last = node.driver.gpus(3)
-        told: list[tuple[str, int]] = []
+        told = self.told(node, skip=(skipped.uuid,))
+        assert [uuid for uuid, calls in told if calls] == ["", "", first.uuid, "", "", last.uuid, ""]
+        for uuid, calls in told:
+            about = {call.partition(" ")[2] for call in calls if not call.startswith("nvmlDeviceGetUUID")}
+            assert about <= {uuid, ""}, (uuid, calls)
 
-        def asking(uuid: str) -> None:
-            told.append((uuid, len(node.driver.call_log())))
+    def test_by_its_place_too(self, node: Node) -> None:
+        """The first calls about a GPU are about it already, where it is known which has that place."""
+        first, skipped, last = gpus = node.driver.gpus(3)
+        told = self.told(node, known=[gpu.uuid for gpu in gpus], skip=(skipped.uuid,))
+        assert [uuid for uuid, _ in itertools.groupby(uuid for uuid, _ in told)] == ["", first.uuid, last.uuid, ""]
+        assert not any(skipped.uuid in call for _, calls in told for call in calls)
+        handles = [uuid for uuid, calls in told for call in calls if call.startswith("nvmlDeviceGetHandleByIndex")]
+        assert handles == [first.uuid, last.uuid]
 
-        read(node, skip=(skipped.uuid,), asking=asking)
-        assert [uuid for uuid, _ in told] == ["", first.uuid, "", "", last.uuid, ""]
-        calls = node.driver.call_log()
-        for (uuid, since), (_, until) in zip(told, [*told[1:], ("", len(calls))], strict=True):
-            about = {call.partition(" ")[2] for call in calls[since:until] if not call.startswith("nvmlDeviceGetUUID")}
-            assert about <= {uuid}, (uuid, calls[since:until])
+    def test_a_place_that_may_be_anothers(self, node: Node) -> None:
+        """When there are more or fewer than there were, none is taken for known."""
+        first, second = node.driver.gpus(2)
+        told = self.told(node, known=[second.uuid, first.uuid, "GPU-gone"])
+        assert [uuid for uuid, calls in told if calls] == ["", "", first.uuid, "", second.uuid, ""]
+
+
+def test_each_is_found_before_it_is_asked(node: Node) -> None:
+    """With its handle, so that events can be registered for; but for those that are left alone."""
+    first, skipped, last = node.driver.gpus(3)
+    found: list[tuple[str, int]] = []
+    read(
+        node,
+        skip=(skipped.uuid,),
+        found=lambda uuid, handle: found.append((uuid, node.driver.calls("nvmlDeviceGetName"))),
+    )
+    assert found == [(first.uuid, 0), (last.uuid, 1)]
+
+
+class TestOrder:
+    def test_all_of_them(self, node: Node) -> None:
+        """Also those that are left alone, and those that are in trouble."""
+        gpus = node.driver.gpus(4)
+        node.driver.fail("nvmlDeviceGetName", 999, gpus[2])
+        (node.dev / "nvidia3").unlink()
+        report = read(node, skip=(gpus[1].uuid,))
+        assert report.order == tuple(gpu.uuid for gpu in gpus)
+        assert report.nodeless == (gpus[3].uuid,)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_one_that_gives_no_handle(self, node: Node, known: bool) -> None:
+        """Has the name that its place had, if that is known."""
+        first, second = node.driver.gpus(2)
+        node.driver.change(second, lost=True)
+        report = read(node, known=(first.uuid, second.uuid) if known else ())
+        assert report.order == (first.uuid, second.uuid if known else "")
 
 
 def test_the_library_is_shut_down_each_time(node: Node) -> None:

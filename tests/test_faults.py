@@ -530,7 +530,6 @@ class TestHangs:
             wait_down(kubelet, other)
             assert history(kubelet) == [NOBODY, uuids(stuck), uuids(stuck, other), uuids(other)]
 
-    @pytest.mark.xfail(strict=True, reason="events that come while a call hangs go down with the process")
     def test_an_event_of_another_gpu_during_the_call_is_not_lost(self, node: Node) -> None:
         """It is told, at the latest when the call is given up."""
         stuck, other = node.driver.gpus(2)
@@ -541,13 +540,23 @@ class TestHangs:
             node.driver.xid(other, 79)
             wait_down(kubelet, stuck, other, timeout=3)
 
-    @pytest.mark.xfail(strict=True, reason="which GPU a call by index is about is not known")
     def test_a_call_that_never_returns_a_handle_takes_only_its_gpu_down(self, node: Node) -> None:
         """The first call about a GPU is as likely to hang as the others."""
         _, stuck = node.driver.gpus(2)
         with watched(node, *DEADLINE_FLAG) as (kubelet, _):
             node.driver.hang("nvmlDeviceGetHandleByIndex", stuck)
             wait_down(kubelet, stuck, timeout=3)
+
+    def test_an_event_while_it_goes_on_hanging_is_not_lost(self, node: Node) -> None:
+        """The others are watched by a process that leaves it alone."""
+        stuck, other = node.driver.gpus(2)
+        with watched(node, "-driver-timeout", 2) as (kubelet, _):
+            node.driver.hang("nvmlDeviceGetMemoryInfo", stuck)
+            wait_down(kubelet, stuck)
+            calls = node.driver.calls("nvmlDeviceGetMemoryInfo_v2", stuck)
+            wait_until(lambda: node.driver.calls("nvmlDeviceGetMemoryInfo_v2", stuck) > calls, "it is tried again")
+            node.driver.xid(other, 79)
+            wait_down(kubelet, stuck, other, timeout=1)
 
     def test_a_call_that_goes_on_hanging_is_no_news(self, node: Node) -> None:
         """It is tried again now and then, which neither the kubelet nor the other GPUs notice."""
@@ -560,9 +569,9 @@ class TestHangs:
             wait_until(again, "it was tried twice more")
             assert history(kubelet) == [NOBODY, uuids(stuck)]
             assert daemon.logs.count("are unhealthy") == 1
-            assert len([pid for pid in daemon.children() if is_alive(pid)]) <= 1
+            assert len([pid for pid in daemon.children() if is_alive(pid)]) <= 2  # one watches, one is a trial
 
-    @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetCount", "nvmlEventSetWait"])
+    @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetCount"])
     def test_a_driver_that_hangs_as_a_whole_takes_all_gpus_down(self, node: Node, function: str) -> None:
         """Until it answers."""
         gpus = node.driver.gpus(2)

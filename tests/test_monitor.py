@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -394,6 +396,14 @@ class TestBack:
         two.report(FIRST, SECOND)
         assert two.reasons == {"GPU-a": "", "GPU-b": ""}
 
+    def test_it_had_no_device_node(self, two: Watched) -> None:
+        """Which is no reset: what it had, it still has."""
+        two.xid(FIRST, 79)
+        two.report(SECOND, nodeless=("GPU-a",))
+        assert two.reasons["GPU-a"] == f"its device node is not there; {XID_79}"
+        two.report(FIRST, SECOND)
+        assert two.reasons["GPU-a"] == XID_79
+
     def test_the_driver_was_away(self, two: Watched) -> None:
         """All are down meanwhile, each still with what it had; when it is back, all are as new."""
         two.xid(FIRST, 79)
@@ -574,6 +584,22 @@ class TestRestored:
         watched.report(FIRST)
         assert watched.reasons == {"GPU-a": ""}
         assert watched.monitor.memory == Memory("550.1")
+
+
+class TestSince:
+    def test_of_the_last_change_of_health(self, two: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the reason is meanwhile; each GPU by itself."""
+        clock = itertools.count(100)
+        monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+        two.xid(FIRST, 79)
+        down, other = (device.since for device in two.inventory.devices)
+        assert down >= 100 > 0 < other < 1e12
+        two.report(SECOND)
+        two.report(FIRST, SECOND, THIRD)
+        assert two.inventory.devices[0].health is Health.HEALTHY
+        back, same, _ = (device.since for device in two.inventory.devices)
+        assert back > down
+        assert same == other
 
 
 class TestLog:

@@ -317,61 +317,104 @@ class TestEvents:
 
 
 class TestSuspects:
-    def test_they_are_left_alone_for_a_while(self, node: Node, start: Start) -> None:
-        """No call about them but for the UUID, and they are named; then they are asked like any other."""
+    def test_they_are_left_alone(self, node: Node, start: Start) -> None:
+        """No call about them but for the UUID, and they are named, in each report."""
         first, second = node.driver.gpus(2)
-        begin = time.monotonic()
-        running = start(suspects=(second.uuid,), suspect_delay=0.5)
-        before = running.report()
-        assert ([gpu.uuid for gpu in before.gpus], before.unasked) == ([first.uuid], (second.uuid,))
+        running = start(suspects=(second.uuid,))
+        reports = [running.report() for _ in range(3)]
+        assert [gpu.uuid for report in reports for gpu in report.gpus] == [first.uuid] * 3
+        assert {report.unasked for report in reports} == {(second.uuid,)}
         calls = {call.split()[0] for call in node.driver.call_log() if call.endswith(second.uuid)}
         assert calls == {"nvmlDeviceGetUUID"}
-        after = running.until(lambda message: isinstance(message, Report) and not message.unasked)
-        assert isinstance(after, Report)
-        assert [gpu.uuid for gpu in after.gpus] == [first.uuid, second.uuid]
-        assert time.monotonic() - begin >= 0.5
 
-    def test_events_of_suspects(self, node: Node, start: Start) -> None:
-        """Heard from when they are asked again."""
-        _, second = node.driver.gpus(2)
-        running = start(suspects=(second.uuid,), suspect_delay=0.3)
-        running.until(lambda message: isinstance(message, Report) and not message.unasked)
-        node.driver.xid(second, 79)
-        running.until(lambda message: message == DriverEvent(second.uuid, EventKind.XID, 79))
+    def test_by_their_place(self, node: Node, start: Start) -> None:
+        """Not even that, where it is known which place they have; and after the first poll it is."""
+        first, second = node.driver.gpus(2)
+        running = start(suspects=(second.uuid,), known=(first.uuid, second.uuid))
+        running.report()
+        running.report()
+        assert not any(call.endswith(second.uuid) for call in node.driver.call_log())
+        assert node.driver.calls("nvmlDeviceGetHandleByIndex") == 2
 
     def test_all_are_suspect(self, node: Node, start: Start) -> None:
         """Then there is a report all the same: the driver is there."""
-        running = start(suspects=tuple(gpu.uuid for gpu in node.driver.gpus(2)), suspect_delay=60.0)
+        running = start(suspects=tuple(gpu.uuid for gpu in node.driver.gpus(2)))
         assert running.report().gpus == ()
 
 
-class TestOpenedAnew:
-    def test_after_a_problem(self, node: Node, start: Start) -> None:
-        """A GPU that was reset answers only to new handles; it is back as soon as it is."""
-        first, second = node.driver.gpus(2)
-        lost = node.driver.change(second, lost=True)
-        running = start()
+class TestOnce:
+    def test_one_report(self, node: Node, start: Start) -> None:
+        """And the end, without having heard of events."""
+        running = start(once=True, interval=60.0)
         running.report()
-        running.report()
-        assert node.driver.calls("nvmlInit") >= 2
-        node.driver.change(lost, lost=False)
-        report = running.until(lambda message: isinstance(message, Report) and not message.problems)
-        assert isinstance(report, Report)
-        assert [gpu.uuid for gpu in report.gpus] == [first.uuid, second.uuid]
+        running.wait_end()
+        assert running.error is None
+        assert node.driver.calls("nvmlInit") == node.driver.calls("nvmlShutdown") == 1
 
-    def test_after_a_question_that_failed(self, node: Node, start: Start) -> None:
-        """The same."""
-        node.driver.fail("nvmlDeviceGetUtilizationRates", 999)
-        running = start()
-        assert running.report().gpus[0].error
+    @pytest.mark.parametrize("what", ["nvmlInit", "nvmlDeviceGetCount"])
+    def test_no_driver(self, node: Node, start: Start, what: str) -> None:
+        """Is an answer too."""
+        node.driver.fail(what, Code.DRIVER_NOT_LOADED)
+        running = start(once=True, interval=60.0)
+        assert "Driver Not Loaded" in not_ready(running.next())
+        running.wait_end()
+        assert running.error is None
+
+
+class TestHangs:
+    def test_events_come_all_the_while(self, node: Node, start: Start) -> None:
+        """Of other GPUs, while a call about one of them does not return."""
+        stuck, other = node.driver.gpus(2)
+        running = start(interval=0.2)
         running.report()
-        assert node.driver.calls("nvmlInit") >= 2
-        node.driver.works("nvmlDeviceGetUtilizationRates")
-        running.until(lambda message: isinstance(message, Report) and not message.gpus[0].error)
-        before = node.driver.calls("nvmlInit")
-        for _ in range(3):
+        node.driver.hang("nvmlDeviceGetMemoryInfo", stuck)
+        calls = node.driver.calls("nvmlDeviceGetMemoryInfo_v2", stuck)
+        deadline = time.monotonic() + TIMEOUT
+        while node.driver.calls("nvmlDeviceGetMemoryInfo_v2", stuck) == calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        node.driver.xid(other, 79)
+        assert running.until(lambda message: isinstance(message, DriverEvent)) == DriverEvent(
+            other.uuid, EventKind.XID, 79
+        )
+        node.driver.works("nvmlDeviceGetMemoryInfo", stuck)
+        running.until(is_report)
+
+    def test_waiting_for_events_hangs(self, node: Node, start: Start) -> None:
+        """Polls go on."""
+        node.driver.hang("nvmlEventSetWait")
+        running = start()
+        for _ in range(5):
             running.report()
-        assert node.driver.calls("nvmlInit") == before
+        assert node.driver.calls("nvmlInit") == 1
+        node.driver.works("nvmlEventSetWait")
+
+    def test_the_library_is_to_be_closed_and_it_hangs(self, node: Node) -> None:
+        """The process ends instead, without an error: another takes its place."""
+        node.driver.hang("nvmlEventSetWait")
+        orders = encode_orders(Orders(str(node.host), str(node.dev), str(node.sys), INTERVAL))
+        code = "from sgpu import probe; probe.EVENT_TIMEOUT = 0.3; probe.main()"
+        with subprocess.Popen([sys.executable, "-c", code, orders], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            while not isinstance(decode(process.stdout.readline()), Report):
+                pass
+            node.make_nodes("nvidia9")
+            assert process.wait(TIMEOUT) == 0
+
+
+class TestOpenedAnew:
+    @pytest.mark.parametrize("trouble", ["lost", "failing"])
+    def test_not_for_a_gpu_in_trouble(self, node: Node, start: Start, trouble: str) -> None:
+        """Events of the others would be missed; whether it is well again for others, the parent finds out."""
+        first, second = node.driver.gpus(2)
+        if trouble == "lost":
+            node.driver.change(second, lost=True)
+        else:
+            node.driver.fail("nvmlDeviceGetUtilizationRates", 999, second)
+        running = start()
+        for _ in range(4):
+            report = running.report()
+            assert [gpu.uuid for gpu in report.gpus if not gpu.error] == [first.uuid]
+        assert node.driver.calls("nvmlInit") == 1
 
     @pytest.mark.parametrize("change", ["made", "removed"])
     def test_after_a_device_node(self, node: Node, start: Start, change: str) -> None:
@@ -629,7 +672,7 @@ class TestEnd:
         """Those on the command line."""
         ran: list[Orders] = []
         monkeypatch.setattr(Probe, "run", lambda self: ran.append(self._orders))
-        orders = Orders("/h", "/d", "/s", 1.0, ("GPU-a",), 6.0)
+        orders = Orders("/h", "/d", "/s", 1.0, ("GPU-a",), ("GPU-b", "GPU-a"), once=True)
         monkeypatch.setattr(sys, "argv", ["probe", encode_orders(orders)])
         with standard_output(Told(), monkeypatch):
             probe.main()

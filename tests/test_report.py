@@ -157,7 +157,8 @@ class TestOrders:
             sysfs_directory=TEXTS,
             interval=st.floats(0.1, 3600),
             suspects=st.lists(TEXTS, max_size=3).map(tuple),
-            suspect_delay=st.floats(0, 1e6),
+            known=st.lists(TEXTS, max_size=3).map(tuple),
+            once=st.booleans(),
         )
     )
     def test_round_trip(self, orders: Orders) -> None:

@@ -27,7 +27,8 @@ class Device:
     """One GPU as the node offers it. `shares` of it can be allocated, numbered from 0.
 
     `memory_bytes` and `numa_node` are None where the driver or the machine does not tell. `device_nodes` are
-    what a container needs of /dev in order to use this GPU, relative to it. `reason` says why it is unhealthy.
+    what a container needs of /dev in order to use this GPU, relative to it. `reason` says why it is unhealthy;
+    `since` is when its health was last another, in seconds since the epoch.
     """
 
     uuid: str
@@ -39,6 +40,7 @@ class Device:
     numa_node: int | None = None
     health: Health = Health.HEALTHY
     reason: str = ""
+    since: float = attrs.field(default=0.0, eq=False)  # it never changes alone
     simulated: bool = False
     #: The numbers of shares that are free and should not be given away now: to be listed as unhealthy.
     withheld: frozenset[int] = frozenset()

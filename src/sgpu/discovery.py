@@ -5,7 +5,7 @@ Knows neither gRPC nor the kubelet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -38,6 +38,10 @@ class NotReadyError(Exception):
     """There is nothing to offer yet: no driver, device nodes or GPU. The message says what is missing."""
 
 
+class NoDeviceNodeError(Exception):
+    """The driver has the GPU, and no container could open it."""
+
+
 @attrs.frozen
 class Places:
     """Where to look: the libraries, the device nodes, and what the kernel says of PCI devices."""
@@ -48,27 +52,44 @@ class Places:
 
 
 def read(
-    library: Library, places: Places, *, skip: Collection[str] = (), asking: Callable[[str], None] = lambda uuid: None
+    library: Library,
+    places: Places,
+    *,
+    known: Sequence[str] = (),
+    skip: Collection[str] = (),
+    asking: Callable[[str], None] = lambda uuid: None,
+    found: Callable[[str, Handle], None] = lambda uuid, handle: None,
 ) -> Report:
     """Everything the driver says of its GPUs, in NVML's order, but for those whose UUID is in `skip`.
 
-    A GPU that fails to answer is reported as a problem, and does not take the others with it. `asking` is told
-    whom the calls are about that come next. Raises NotReadyError where no GPU could be used.
+    A GPU that fails to answer is reported as a problem, and does not take the others with it. `known` has the UUIDs
+    in the order of before, where that may still hold. `asking` is told whom the calls are about that come next, and
+    `found` of each GPU before it is asked. Raises NotReadyError where no GPU could be used.
     """
     shared_nodes = _shared_nodes(places.dev_directory)
-    gpus, problems, unasked = [], [], []
-    for index in range(library.count()):
-        asking("")
+    gpus, problems, unasked, nodeless, order = [], [], [], [], []
+    asking("")
+    count = library.count()
+    for index in range(count):
+        uuid = known[index] if len(known) == count else ""
         try:
-            handle = library.handle(index)
-            uuid = library.uuid(handle)
+            if uuid not in skip:  # by its place already, because that call may hang as well
+                asking(uuid)
+                handle = library.handle(index)
+                uuid = library.uuid(handle)
             if uuid in skip:
                 unasked.append(uuid)
                 continue
             asking(uuid)
+            found(uuid, handle)
             gpus.append(_gpu(library, handle, uuid, places, shared_nodes))
-        except (NvmlError, NotReadyError) as error:
+        except NoDeviceNodeError as error:
+            nodeless.append(uuid)
             problems.append(f"GPU {index} is left out: {error}")
+        except NvmlError as error:
+            problems.append(f"GPU {index} is left out: {error}")
+        finally:
+            order.append(uuid)
     asking("")
     return Report(
         gpus=tuple(gpus),
@@ -76,6 +97,8 @@ def read(
         unasked=tuple(unasked),
         driver_version=library.driver_version(),
         library=str(library.path),
+        nodeless=tuple(nodeless),
+        order=tuple(order),
     )
 
 
@@ -92,7 +115,7 @@ def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nod
     """One GPU. What it is must be told, or it can't be offered; of how it is, a failing answer is part."""
     node = f"nvidia{library.minor_number(handle)}"
     if not (places.dev_directory / node).exists():
-        raise NotReadyError(f"{places.dev_directory / node} is not there")
+        raise NoDeviceNodeError(f"{places.dev_directory / node} is not there")
     bus_id = library.pci_bus_id(handle)
     identity = GpuReport(
         uuid=uuid,

@@ -1,7 +1,7 @@
 """Is a GPU fit to be used, and on what evidence is it again? Pure: facts and times in, verdicts out.
 
-Knows neither trio, nor NVML's functions, nor Kubernetes. Times are seconds since the epoch, because they outlive the
-process (`state`).
+Knows neither trio, nor NVML's functions, nor Kubernetes. Times are seconds since the node was started: they outlive the
+process (`state`), and nobody sets that clock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Fault:
 class Condition:
     """All that is known against one GPU. `polled` is what the last poll showed, `unanswered` why there was none.
 
-    `unclean`: when a poll last showed something, in seconds since the epoch.
+    `unclean`: when a poll last showed something, in seconds since the node was started.
     `gone`: the driver did answer and no longer had this GPU, or is another than when it last answered for it.
     """
 

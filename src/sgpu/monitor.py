@@ -41,6 +41,11 @@ class Memory:
     faults: Mapping[str, tuple[Fault, ...]] = attrs.Factory(dict)
 
 
+def boot_time() -> float:
+    """Seconds since the node was started, which nobody sets: what a quarantine goes by."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Monitor:
     """All that is known of the node's GPUs, kept in the order in which they were first seen."""
 
@@ -50,7 +55,7 @@ class Monitor:
         shares: int,
         policy: XidPolicy,
         memory: Memory,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = boot_time,
         sampled: Callable[[Mapping[str, Sample]], None] = lambda samples: None,
     ) -> None:
         self._sampled = sampled
@@ -60,7 +65,10 @@ class Monitor:
         self._clock = clock
         self._reports: dict[str, GpuReport] = {}
         self._conditions = {uuid: Condition(faults=faults) for uuid, faults in memory.faults.items()}
-        self._driver_version = memory.driver_version
+        #: Empty as long as none was seen.
+        self.driver_version = memory.driver_version
+        #: Why there is no GPU to ask; empty if there is.
+        self.waiting = ""
         self._driver_away = False
         self._driver = OnChange(logger, logging.INFO)
         self._waiting = OnChange(logger, logging.WARNING)
@@ -72,14 +80,15 @@ class Monitor:
     def report(self, report: Report) -> None:
         """A poll that came back."""
         now = self._clock()
+        self.waiting = ""
         self._waiting.clear()
         self._problems.report("; ".join(report.problems)) if report.problems else self._problems.clear()
-        restarted = self._driver_away or self._driver_version not in ("", report.driver_version)
+        restarted = self._driver_away or self.driver_version not in ("", report.driver_version)
         if restarted:
             self._driver.clear()
             self._conditions = {uuid: health.reloaded(known) for uuid, known in self._conditions.items()}
         self._driver.report(f"driver {report.driver_version} ({report.library})")
-        self._driver_version, self._driver_away = report.driver_version, False
+        self.driver_version, self._driver_away = report.driver_version, False
         gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.unasked)
         for gpu in report.gpus:
             if gpu.uuid not in self._reports:
@@ -89,13 +98,14 @@ class Monitor:
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
         self._sampled({gpu.uuid: Sample(gpu.memory_total, gpu.memory_free, gpu.utilisation) for gpu in report.gpus})
         for uuid in gone:
-            self._conditions[uuid] = health.silent(
-                self._conditions[uuid], "the driver no longer answers for it", gone=True
-            )
+            nodeless = uuid in report.nodeless  # which no reset brings about
+            reason = "its device node is not there" if nodeless else "the driver no longer answers for it"
+            self._conditions[uuid] = health.silent(self._conditions[uuid], reason, gone=not nodeless)
         self._publish()
 
     def not_ready(self, trouble: NotReady) -> None:
         """There is no driver to ask, yet or any more."""
+        self.waiting = trouble.reason
         self._waiting.report(f"waiting for a GPU: {trouble.reason}")
         self._driver_away = self._driver_away or trouble.gone
         self.unanswered("", "its driver is not there")
@@ -132,14 +142,12 @@ class Monitor:
 
     def _publish(self) -> None:
         devices = tuple(self._device(report) for report in self._reports.values())
-        for device in devices:
-            _log_change(self._inventory.find_device(device.uuid), device)
         self._inventory.replace(devices)
         self._remember()
 
     def _remember(self) -> None:
         faults = {uuid: condition.faults for uuid, condition in self._conditions.items() if condition.faults}
-        memory = Memory(self._driver_version, faults)
+        memory = Memory(self.driver_version, faults)
         if memory != self.memory:
             self.memory = memory
             self.memory_changed.set()
@@ -147,7 +155,8 @@ class Monitor:
 
     def _device(self, report: GpuReport) -> Device:
         reasons = self._conditions[report.uuid].reasons
-        return Device(
+        before = self._inventory.find_device(report.uuid)
+        new = Device(
             uuid=report.uuid,
             name=report.name,
             pci_bus_id=report.pci_bus_id,
@@ -157,7 +166,10 @@ class Monitor:
             numa_node=report.numa_node,
             health=Health.UNHEALTHY if reasons else Health.HEALTHY,
             reason="; ".join(reasons),
+            since=time.time(),
         )
+        _log_change(before, new)
+        return attrs.evolve(new, since=before.since) if before and before.health is new.health else new
 
 
 def _log_change(old: Device | None, new: Device) -> None:

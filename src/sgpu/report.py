@@ -16,7 +16,8 @@ RECOVERY_XID: Final = 154
 class Orders:
     """What the driver's process is told when it starts: where to look, and a poll each `interval` seconds.
 
-    Suspects (UUIDs) are left alone for `suspect_delay` seconds.
+    Suspects (UUIDs) are left alone. `known` has the UUIDs in the driver's order, as a process before saw them: so
+    that the first call about a GPU, which is by its place, has a name. `once`: one answer is enough.
     """
 
     host_path: str
@@ -24,7 +25,8 @@ class Orders:
     sysfs_directory: str
     interval: float
     suspects: tuple[str, ...] = ()
-    suspect_delay: float = 0.0
+    known: tuple[str, ...] = ()
+    once: bool = False
 
 
 @attrs.frozen
@@ -58,7 +60,9 @@ class GpuReport:
 class Report:
     """One poll of the driver. `problems` has a line for each GPU that can't be offered, not even as unhealthy.
 
-    `unasked` are the UUIDs of those that are there and were left alone, because a call about them did not return.
+    `unasked` are the UUIDs of those that are there and were left alone, because a call about them did not return;
+    `nodeless` of those that the driver answers for and that have no device node. `order` has all UUIDs in the
+    driver's order, empty where it does not tell.
     """
 
     gpus: tuple[GpuReport, ...]
@@ -66,6 +70,8 @@ class Report:
     unasked: tuple[str, ...]
     driver_version: str
     library: str
+    nodeless: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -121,7 +127,7 @@ def encode_orders(orders: Orders) -> str:
 def decode_orders(text: str) -> Orders:
     """What `encode_orders` was given."""
     fields = json.loads(text)
-    return Orders(**{**fields, "suspects": tuple(fields["suspects"])})
+    return Orders(**{**fields, "suspects": tuple(fields["suspects"]), "known": tuple(fields["known"])})
 
 
 def encode(message: Message) -> bytes:
@@ -139,8 +145,8 @@ def decode(line: bytes) -> Message:
             fields["gpus"] = tuple(
                 GpuReport(**{**gpu, "device_nodes": tuple(gpu["device_nodes"])}) for gpu in fields["gpus"]
             )
-            fields["problems"] = tuple(fields["problems"])
-            fields["unasked"] = tuple(fields["unasked"])
+            for name in ("problems", "unasked", "nodeless", "order"):
+                fields[name] = tuple(fields[name])
         if kind is DriverEvent:
             fields["kind"] = EventKind(fields["kind"])
         return kind(**fields)

@@ -59,7 +59,9 @@ class Fabric:
 
 @attrs.frozen
 class Event:
-    """One NVML event: the GPU's UUID, the `EventType` bit, and for an XID its number."""
+    """One NVML event: the GPU's UUID (empty if it is none that was registered), the `EventType` bit, and for an XID its
+    number.
+    """
 
     uuid: str
     type: int
@@ -236,4 +238,4 @@ class EventSet:
             if error.code == Code.TIMEOUT:
                 return None
             raise
-        return Event(uuid=self._uuids[data.device], type=int(data.eventType), data=int(data.eventData))
+        return Event(uuid=self._uuids.get(data.device, ""), type=int(data.eventType), data=int(data.eventData))
