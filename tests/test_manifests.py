@@ -1,0 +1,217 @@
+"""What k8s/ has, Kubernetes takes: of 1.9, where the plugin API is as old, and of today. And it fits the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import kustomize
+import plain
+import pytest
+import yaml
+
+from sgpu import __version__
+from sgpu.settings import KNOBS, Settings
+
+# What `tox -e once` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
+pytestmark = pytest.mark.soak
+
+K8S = plain.DIRECTORY
+OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
+EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
+#: The plugin's manifests: all that run it.
+RUNNING = [K8S / "base", *(path for path in OVERLAYS if path.name != "monitoring")]
+#: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e once` sets it.
+OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
+
+
+def each_source() -> Iterator[Any]:
+    """Every file and every kustomization, as what it comes to."""
+    for path in [plain.PLAIN, *EXAMPLES]:
+        yield pytest.param(tuple(kustomize.load(path)), id=path.stem)
+    for directory in [K8S / "base", *OVERLAYS]:
+        yield pytest.param(kustomize.render(directory).objects, id=directory.name)
+
+
+SOURCES = tuple(each_source())
+
+
+@pytest.fixture(scope="session")
+def old_definitions() -> Mapping[str, Any]:
+    """The schemas of Kubernetes 1.9, which allow no field that they do not know."""
+    if not os.environ.get(OLD_SCHEMAS):
+        pytest.skip(f"{OLD_SCHEMAS} is not set; `tox -e once` sets it")
+    directory = Path(os.environ[OLD_SCHEMAS]) / "kubernetes_validate/kubernetes-json-schema/v1.9.0-local-strict"
+    definitions: Mapping[str, Any] = json.loads((directory / "_definitions.json").read_text())["definitions"]
+    return definitions
+
+
+def problems_in_old(thing: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[str]:
+    """What Kubernetes 1.9 does not take of an object, a line each."""
+    import jsonschema  # here and below, because it is only where `tox -e once` is
+
+    package = {"v1": "core.v1", "apps/v1": "apps.v1"}[thing["apiVersion"]]
+    schema = {"$ref": f"#/definitions/io.k8s.api.{package}.{thing['kind']}", "definitions": definitions}
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(thing)]
+
+
+def known(objects: tuple[Mapping[str, Any], ...]) -> list[Mapping[str, Any]]:
+    """Those of Kubernetes itself. The Prometheus operator's schema is nowhere to be had as a package."""
+    return [thing for thing in objects if thing["kind"] != "PodMonitor"]
+
+
+@pytest.mark.parametrize("objects", SOURCES)
+def test_kubernetes_1_9_takes_it(objects: tuple[Mapping[str, Any], ...], old_definitions: Mapping[str, Any]) -> None:
+    """Nothing is newer than the oldest release that the manifests are for."""
+    assert [problem for thing in known(objects) for problem in problems_in_old(thing, old_definitions)] == []
+
+
+@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("objects", SOURCES)
+def test_current_kubernetes_takes_it(objects: tuple[Mapping[str, Any], ...], version: str) -> None:
+    """Nothing has been taken out of the API since, or is spelt wrong."""
+    import kubernetes_validate
+
+    for thing in known(objects):
+        kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_the_checks_see_what_is_too_new_or_wrong(old_definitions: Mapping[str, Any]) -> None:
+    """A field that came with 1.20, and one that never was."""
+    import kubernetes_validate
+
+    (thing,) = kustomize.load(plain.PLAIN)
+    pod = thing["spec"]["template"]["spec"]
+    pod["containers"][0]["startupProbe"] = pod["containers"][0]["livenessProbe"]
+    assert "startupProbe" in " ".join(problems_in_old(thing, old_definitions))
+    pod["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagePolicy"):
+        kubernetes_validate.validate(thing, "1.25", strict=True)
+
+
+def test_the_plain_file_is_made_from_the_base() -> None:
+    """`tox -e generate` makes it anew."""
+    assert plain.PLAIN.read_text() == plain.plain(), "k8s/daemonset.yaml is not what k8s/base says: `tox -e generate`"
+    assert tuple(kustomize.load(plain.PLAIN)) == kustomize.render(K8S / "base").objects
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
+@pytest.mark.parametrize("directory", [K8S / "base", *OVERLAYS], ids=lambda path: path.name)
+def test_kubectl_makes_the_same_of_it(directory: Path) -> None:
+    """What the other tests look at is what kubectl would apply."""
+    rendered = kustomize.render(directory)
+    if rendered.remote:
+        pytest.skip(f"needs {rendered.remote[0]}")
+    output = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=True).stdout
+    assert tuple(yaml.safe_load_all(output)) == rendered.objects
+
+
+@pytest.mark.parametrize("directory", OVERLAYS, ids=lambda path: path.name)
+def test_what_others_publish_is_pinned(directory: Path) -> None:
+    """To a commit: what an overlay applies does not change by itself."""
+    for address in kustomize.render(directory).remote:
+        assert re.fullmatch(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/[\w./-]+\.yaml", address)
+
+
+def daemon_set(directory: Path) -> Mapping[str, Any]:
+    """The plugin's own object."""
+    (thing,) = (thing for thing in kustomize.render(directory).objects if thing["metadata"]["name"] == "sgpu")
+    return thing
+
+
+def container(directory: Path) -> Mapping[str, Any]:
+    """The plugin's own container."""
+    (found,) = daemon_set(directory)["spec"]["template"]["spec"]["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def settings_of(directory: Path) -> Settings:
+    """The settings that the daemon gets: all by variables, so that a command in the same container has them too."""
+    found = container(directory)
+    assert not found.keys() & {"args", "command"}
+    given = {
+        name: KNOBS[name].metadata["kind"].from_text(variable["value"])
+        for variable in found.get("env", ())
+        for name in (variable["name"].removeprefix("SGPU_").lower().replace("_", "-"),)
+    }
+    return Settings(**{name.replace("-", "_"): value for name, value in given.items()})
+
+
+def mounts(directory: Path) -> dict[str, tuple[str, bool]]:
+    """For each directory in the container, the one of the host and whether it can be written to."""
+    volumes = {
+        volume["name"]: volume["hostPath"]["path"]
+        for volume in daemon_set(directory)["spec"]["template"]["spec"]["volumes"]
+    }
+    return {
+        mount["mountPath"]: (volumes[mount["name"]], not mount.get("readOnly", False))
+        for mount in container(directory)["volumeMounts"]
+    }
+
+
+@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
+def test_what_the_settings_name_is_mounted(directory: Path) -> None:
+    """The kubelet's sockets, the state, and what the driver has: at the same path inside, where pods get it too."""
+    settings, mounted = settings_of(directory), mounts(directory)
+    assert mounted[settings.plugin_directory] == ("/var/lib/kubelet/device-plugins", True)
+    pod_resources = str(Path(settings.pod_resources_socket).parent)
+    assert mounted[pod_resources] == (pod_resources, False)
+    assert mounted[str(Path(settings.state_file).parent)] == ("/run/sgpu", True)
+    if not settings.simulate:
+        assert mounted[settings.dev_directory] == ("/dev", True)
+        above = (Path(settings.host_path), *Path(settings.host_path).parents)
+        assert any(mounted.get(str(path)) == (str(path), False) for path in above)
+
+
+@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
+def test_what_runs_may_no_more_than_it_needs(directory: Path) -> None:
+    """Privileged for the driver's sake only."""
+    pod, found = daemon_set(directory)["spec"]["template"]["spec"], container(directory)
+    simulated = settings_of(directory).simulate > 0
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["priorityClassName"] == "system-node-critical"
+    assert not pod.get("hostNetwork")
+    assert pod.get("hostPID", False) is not simulated
+    for each in (found, *pod.get("initContainers", ())):
+        security = each["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        if each is not found or simulated:
+            assert not security.get("privileged")
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
+def test_the_image_is_this_version(directory: Path) -> None:
+    """In every container, so that a new version is new in all of them."""
+    pod = daemon_set(directory)["spec"]["template"]["spec"]
+    images = {each["image"] for each in (*pod["containers"], *pod.get("initContainers", ()))}
+    assert images == {f"sgpu:{__version__}"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_ask_for_shares_and_tolerate_the_taints(path: Path) -> None:
+    """GKE's, and the one that the README proposes."""
+    asking = 0
+    for thing in kustomize.load(path):
+        pod = thing["spec"] if thing["kind"] == "Pod" else thing.get("spec", {}).get("template", {}).get("spec")
+        if pod:
+            shares = [each["resources"]["limits"].get(Settings().resource_name) for each in pod["containers"]]
+            asking += sum(map(bool, shares))
+            assert {"nvidia.com/gpu", Settings().resource_name} <= {each["key"] for each in pod["tolerations"]}
+    assert asking
+
+
+def test_overlays_are_a_few_lines() -> None:
+    """And those that the README names."""
+    assert {path.name for path in OVERLAYS} == {"gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated"}
+    readme = (K8S.parent / "README.md").read_text()
+    for path in OVERLAYS:
+        assert f"k8s/overlays/{path.name}" in readme
