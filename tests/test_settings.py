@@ -197,6 +197,7 @@ class TestSettings:
             "ignore_xids": "",
             "critical_xids": "",
             "state_file": "/run/sgpu/state.json",
+            "status_socket": "/run/sgpu/status.sock",
             "simulate": 0,
             "simulate_faults": "",
             "log_format": "text",

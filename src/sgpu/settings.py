@@ -157,6 +157,7 @@ class Settings:
         FILE,
         "what is down and why, for a restart in the same boot; empty: nothing is kept",
     )
+    status_socket: str = knob("/run/sgpu/status.sock", FILE, "socket on which `status` asks the daemon; empty: none")
     simulate: int = knob(0, integer(0, 64), "number of simulated GPUs in place of the driver; 0: none")
     simulate_faults: str = knob(
         "", FILE, "with -simulate: file with the numbers of GPUs that are down, one to a line; read while running"
