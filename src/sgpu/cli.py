@@ -13,7 +13,7 @@ import attrs
 from sgpu import __version__
 from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
 from sgpu.logs import printable
-from sgpu.settings import KNOBS, Kind
+from sgpu.settings import BOOLEAN, KNOBS, Kind, choice, seconds
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
@@ -44,9 +44,23 @@ def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
     return demo()
 
 
+def _status(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.status.command import status  # here, because the daemon should not pay for it
+
+    return status(loaded, options)
+
+
+_STATUS_OPTIONS: Final = {
+    "watch": Option(BOOLEAN, False, "show it again and again, until Ctrl-C"),
+    "interval": Option(seconds(0.1, 3600), 2.0, "with -watch: seconds from one time to the next"),
+    "o": Option(choice("text", "json"), "text", "a table for people, or all of it for programs"),
+    "no-color": Option(BOOLEAN, False, "no colours, as where NO_COLOR is set"),
+}
+
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
     "demo": Command("show it working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
+    "status": Command("show the GPUs of this node and who uses them, as its daemon knows it", _status, _STATUS_OPTIONS),
 }
 
 USAGE_TEXT = f"""\

@@ -1,0 +1,263 @@
+"""The command `status`: what it prints where, once and again and again, and its exit codes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+from daemon_process import TIMEOUT, short_directory
+from fake_status import GPU, SNAPSHOT, answering, http
+
+from sgpu.cli import FAILED, OK, USAGE, main
+from sgpu.snapshot import decode, encode
+
+#: How a terminal is told to show another screen, and to go back.
+ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"
+RED = "\x1b[1;31m"
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with short_directory() as directory:
+        yield directory / "status.sock"
+
+
+@pytest.fixture
+def daemon(path: Path) -> Iterator[Path]:
+    """A daemon that answers."""
+    with answering(path, lambda _: http(encode(SNAPSHOT))):
+        yield path
+
+
+class TestPlain:
+    """Standard output is no terminal."""
+
+    def test_table(self, daemon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A table without anything that only a terminal understands."""
+        assert main(["status", "-status-socket", str(daemon)], {}) == OK
+        captured = capsys.readouterr()
+        assert f"\n{GPU.uuid}  ███████░░░░░░░░" in captured.out
+        assert re.search(r"[^\n -~█░]| \n", captured.out) is None
+        assert captured.err == ""
+
+    def test_json(self, daemon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """All of it, for programs."""
+        assert main(["status", "-o=json", f"--status-socket={daemon}"], {}) == OK
+        assert decode(capsys.readouterr().out.encode()) == SNAPSHOT
+
+    def test_settings(self, daemon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The socket is the daemon's own setting, wherever that is from."""
+        assert main(["status"], {"SGPU_STATUS_SOCKET": str(daemon)}) == OK
+        assert GPU.uuid in capsys.readouterr().out
+
+    @pytest.mark.parametrize("output", ["text", "json"])
+    def test_no_daemon(self, path: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+        """One line on standard error, nothing on standard output, code 1."""
+        assert main(["status", "-o", output, f"-status-socket={path}"], {}) == FAILED
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"sgpu: no daemon answers on {path} (there is no such socket): ")
+        assert captured.err.count("\n") == 1
+
+    @pytest.mark.parametrize("flags", [["-o=yaml"], ["-interval=0"], ["-watch=maybe"], ["-o"], ["pods"]], ids=" ".join)
+    def test_usage(self, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+        """What it does not take is refused."""
+        assert main(["status", *flags], {}) == USAGE
+        assert capsys.readouterr().out == ""
+
+    def test_encoding(self, daemon: Path) -> None:
+        """Where there is only ASCII, bars are of that."""
+        done = run(daemon, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (OK, "")
+        assert "#######........" in done.stdout
+
+    def test_reader_is_gone(self, daemon: Path) -> None:
+        """As with `| head -1`: no traceback."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = subprocess.run(command(daemon), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        finally:
+            os.close(writing)
+        assert done.stderr == ""
+
+    @pytest.mark.soak
+    def test_watch(self, daemon: Path) -> None:
+        """Again and again, one below the other; as JSON a line each."""
+        with subprocess.Popen(
+            command(daemon, "-watch", "-interval=0.1", "-o=json"), stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            for _ in range(3):
+                assert decode(process.stdout.readline().encode()) == SNAPSHOT
+            process.send_signal(signal.SIGINT)
+            assert process.wait(TIMEOUT) == OK
+
+
+@pytest.mark.soak
+class TestTerminal:
+    """Standard output is a terminal."""
+
+    def test_colours(self, path: Path) -> None:
+        """What is wrong is red."""
+        gpu = attrs.evolve(GPU, healthy=False, reason="XID 79")
+        down = encode(attrs.evolve(SNAPSHOT, gpus=(gpu,)))
+        with answering(path, lambda _: http(down)), terminal(80, command(path)) as screen:
+            screen.wait_exit(OK)
+        assert f"{RED}unhealthy\x1b[0m" in screen.text
+
+    @pytest.mark.parametrize(
+        ("flags", "environment"),
+        [
+            pytest.param(["--no-color"], {}, id="flag"),
+            pytest.param([], {"NO_COLOR": "1"}, id="NO_COLOR"),
+            pytest.param([], {"TERM": "dumb"}, id="dumb terminal"),
+        ],
+    )
+    def test_no_colours(self, daemon: Path, flags: list[str], environment: dict[str, str]) -> None:
+        """Not for who does not want them."""
+        with terminal(80, command(daemon, *flags), **environment) as screen:
+            screen.wait_exit(OK)
+        assert GPU.uuid in screen.text
+        assert re.search(r"\x1b\[[0-9;]*[34][0-9]", screen.text) is None
+
+    def test_width(self, daemon: Path) -> None:
+        """It fits."""
+        with terminal(40, command(daemon)) as screen:
+            screen.wait_exit(OK)
+        lines = screen.plain.splitlines()
+        assert GPU.uuid in lines
+        assert max(map(len, lines)) == 40
+
+    def test_watch(self, path: Path) -> None:
+        """On a screen of its own, through a restart of the daemon and another size of the window, until Ctrl-C."""
+        with terminal(80, command(path, "--watch", "-interval=0.1")) as screen:
+            screen.wait_text("no daemon answers on")
+            with answering(path, lambda _: http(encode(SNAPSHOT))):
+                screen.wait_text("GPU, pod and container")
+            screen.wait_text("connection refused")
+            with answering(path, lambda _: http(encode(SNAPSHOT))):
+                screen.wait_text("GPU, pod and container")
+                screen.resize(40)
+                screen.wait_text("memory  ")
+                screen.process.send_signal(signal.SIGINT)
+                screen.wait_exit(OK)
+        assert screen.text.startswith(ENTER)
+        assert screen.text.count(LEAVE) == 1
+        assert "Traceback" not in screen.text
+
+    def test_resize(self, daemon: Path) -> None:
+        """It is drawn anew at once, not only when its time has come."""
+        with terminal(80, command(daemon, "-watch", "-interval=3600")) as screen:
+            screen.wait_text("GPU, pod and container")
+            screen.resize(40)
+            screen.wait_text("memory  ")
+
+    def test_more_than_fits(self, path: Path) -> None:
+        """It says how much is not shown."""
+        many = encode(attrs.evolve(SNAPSHOT, gpus=(GPU,) * 16))
+        with answering(path, lambda _: http(many)), terminal(80, command(path, "-watch")) as screen:
+            screen.wait_text("... and 46 more lines, for a higher window")
+
+
+def test_the_daemon_does_not_import_it() -> None:
+    """Nor what it is made with."""
+    code = "import sys, sgpu.daemon, sgpu.cli; print({'rich', 'sgpu.status'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout == "set()\n"
+    )
+
+
+def command(path: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "sgpu", "status", f"-status-socket={path}", *flags]
+
+
+def run(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(path), env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+class Screen:
+    """A process that has a terminal for its output, and what it has written."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ours: int) -> None:
+        self.process = process
+        self.text = ""
+        self._seen = 0
+        self._ours = ours
+        self._changed = threading.Condition()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    @property
+    def plain(self) -> str:
+        """Without control sequences."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
+
+    def wait_text(self, text: str) -> None:
+        """Wait for it to be written after what was waited for last."""
+
+        def found() -> bool:
+            return text in self.text[self._seen :]
+
+        with self._changed:
+            assert self._changed.wait_for(found, TIMEOUT), f"no {text!r} in {self.text[self._seen :]!r}"
+            self._seen = self.text.index(text, self._seen) + len(text)
+
+    def wait_exit(self, code: int) -> None:
+        assert self.process.wait(TIMEOUT) == code
+        self.reader.join()
+
+    def resize(self, columns: int) -> None:
+        set_size(self._ours, columns)
+        self.process.send_signal(signal.SIGWINCH)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                said = os.read(self._ours, 65536).decode()
+            except OSError:  # the other end is closed
+                return
+            with self._changed:
+                self.text += said
+                self._changed.notify_all()
+
+
+def set_size(terminal: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+@contextmanager
+def terminal(columns: int, arguments: list[str], **environment: str) -> Iterator[Screen]:
+    """Run it with a terminal of 24 lines."""
+    ours, theirs = os.openpty()
+    set_size(ours, columns)
+    dropped = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "COLORTERM")
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    process = subprocess.Popen(
+        arguments,
+        env={**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **environment},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    screen = Screen(process, ours)
+    try:
+        yield screen
+    finally:
+        process.kill()
+        process.wait()
+        screen.reader.join()
+        os.close(ours)
