@@ -52,6 +52,12 @@ class StubGpu:
     pages_pending: int | None = None
     fabric_state: int | None = None
     fabric_status: int = 0
+    # Processes by list: id and bytes of memory (NOT_AVAILABLE: not known).
+    compute: tuple[tuple[int, int], ...] | None = ()
+    graphics: tuple[tuple[int, int], ...] | None = ()
+    mps: tuple[tuple[int, int], ...] | None = ()
+    # How busy they were: process id, percent, and when (microseconds since the epoch; 0: a moment ago).
+    samples: tuple[tuple[int, int, int], ...] | None = ()
 
 
 @attrs.frozen
@@ -72,14 +78,22 @@ class StubState:
     #: Function, or function and UUID with a dot between: an NVML code, or what else it does.
     calls: Mapping[str, int | str] = attrs.Factory(dict)
     events: tuple[StubEvent, ...] = ()
+    #: Bytes by which the newest variants make an entry of a list of processes longer, as drivers 535.43 to 535.86 do.
+    process_surplus: int = 0
+    #: Whether samples from before the time that is asked for are told as well.
+    stale_samples: bool = False
 
     def lines(self) -> list[str]:
         """The state file's lines, which nvml_stub.c describes."""
         pairs: dict[str, object] = {"driver_version": self.driver_version, "gpus": len(self.gpus)}
+        pairs.update(process_surplus=self.process_surplus, stale_samples=int(self.stale_samples))
         for index, gpu in enumerate(self.gpus):
             pairs[f"gpu.{index}"] = gpu.uuid
             facts = attrs.asdict(gpu, filter=attrs.filters.exclude("number", "uuid"))
             pairs.update({f"{gpu.uuid}.{key}": _in_state(fact) for key, fact in facts.items()})
+            for key, fact in facts.items():
+                if isinstance(fact, tuple):
+                    pairs.update({f"{gpu.uuid}.{key}.{n}": " ".join(map(str, entry)) for n, entry in enumerate(fact)})
         pairs.update({f"call.{call}": answer for call, answer in self.calls.items()})
         pairs["events"] = len(self.events)
         for serial, event in enumerate(self.events, start=1):
@@ -166,9 +180,11 @@ class StubDriver:
         new.replace(self.path.parent / name)
 
 
-def _in_state(fact: str | int | None) -> str | int:
+def _in_state(fact: str | int | tuple[object, ...] | None) -> str | int:
     if fact is None:
         return "none"
+    if isinstance(fact, tuple):
+        return len(fact)
     return fact if isinstance(fact, str) else int(fact)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,7 +15,8 @@ from stub_driver import MIB, StubDriver, StubGpu
 from sgpu import discovery, nvml
 from sgpu.discovery import NotReadyError
 from sgpu.nvml import Code
-from sgpu.report import GpuReport, Report
+from sgpu.nvml.processes import COMPUTE, NOT_AVAILABLE, OTHERS
+from sgpu.report import GpuReport, ProcessReport, Report
 
 
 def places(node: Node) -> discovery.Places:
@@ -24,7 +26,7 @@ def places(node: Node) -> discovery.Places:
 def read(node: Node, **options: Any) -> Report:  # noqa: ANN401  # as read() has them
     """One poll, of a library that is opened for it."""
     with nvml.open_library(node.host) as library:
-        return discovery.read(library, places(node), **options)
+        return discovery.read(library, places(node), **{"interval": 5, **options})
 
 
 def test_a_gpu_is_reported_with_all_its_facts(node: Node) -> None:
@@ -42,6 +44,9 @@ def test_a_gpu_is_reported_with_all_its_facts(node: Node) -> None:
         rows_pending=0,
         pages_pending=0,
         fabric_state=3,
+        compute=((7, 2 * MIB), (5, NOT_AVAILABLE)),
+        graphics=((7, MIB),),
+        samples=((7, 30, 0),),
     )
     node.driver.set(gpus=(gpu,), driver_version="535.1")
     node.set_numa_node(gpu.bus_id, 1)
@@ -63,6 +68,7 @@ def test_a_gpu_is_reported_with_all_its_facts(node: Node) -> None:
                 pages_pending=False,
                 fabric_state=3,
                 fabric_status=0,
+                processes=(ProcessReport(5, None, 0), ProcessReport(7, 2 * MIB, 30)),
             ),
         ),
         problems=(),
@@ -148,6 +154,47 @@ def test_a_question_that_fails(node: Node, function: str, fields: tuple[str, ...
     assert function in failing.error
     assert f"(NVML error {code})" in failing.error
     assert other.error == ""
+
+
+class TestProcesses:
+    GPU = attrs.evolve(StubGpu(), compute=((7, MIB),), samples=((7, 30, 0),))
+
+    @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, 999, Code.GPU_IS_LOST])
+    @pytest.mark.parametrize("function", [COMPUTE, *OTHERS])
+    def test_not_told(self, node: Node, function: str, code: int) -> None:
+        """None, or those of the other lists; and whatever goes wrong there is no fault of the GPU."""
+        node.driver.set(gpus=(self.GPU,))
+        node.driver.fail(function, code)
+        (gpu,) = read(node).gpus
+        told = function in OTHERS and code in nvml.NO_ANSWER
+        assert gpu.processes == ((ProcessReport(7, MIB, 30),) if told else None)
+        assert gpu.error == ""
+
+    @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, 999])
+    def test_only_utilisation_is_not_told(self, node: Node, code: int) -> None:
+        """Then it is not known of any of them."""
+        node.driver.set(gpus=(self.GPU,))
+        node.driver.fail("nvmlDeviceGetProcessUtilization", code)
+        (gpu,) = read(node).gpus
+        assert gpu.processes == (ProcessReport(7, MIB, None),)
+
+    def test_of_the_last_interval(self, node: Node) -> None:
+        """How busy a process was before does not count."""
+        now = int(time.time() * 1e6)
+        samples = ((7, 30, now - 4_000_000), (7, 90, now - 60_000_000))
+        node.driver.set(gpus=(attrs.evolve(self.GPU, samples=samples),))
+        (gpu,) = read(node, interval=30).gpus
+        assert gpu.processes == (ProcessReport(7, MIB, 30),)
+        (gpu,) = read(node, interval=1).gpus
+        assert gpu.processes == (ProcessReport(7, MIB, 0),)
+
+    def test_a_gpu_in_trouble(self, node: Node) -> None:
+        """Is not asked for more."""
+        node.driver.set(gpus=(self.GPU,))
+        node.driver.fail("nvmlDeviceGetRemappedRows", Code.GPU_IS_LOST)
+        (gpu,) = read(node).gpus
+        assert gpu.processes is None
+        assert node.driver.calls(COMPUTE) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from stub_driver import FUNCTIONS, HEADER
 from sgpu.nvml import Code, EventType
 from sgpu.nvml._bindings import ffi
 from sgpu.nvml.constants import FIELD_RECOVERY_ACTION, TEXT_SIZE, VARIANTS
+from sgpu.nvml.processes import COMPUTE, LAYOUTS, NOT_AVAILABLE, OTHERS
 
 PACKAGE = "nvidia-nvml-dev-cu12"
 STRUCTURES = [
@@ -23,6 +24,9 @@ STRUCTURES = [
     "nvmlValue_t",
     "nvmlFieldValue_t",
     "nvmlGpuFabricInfo_v2_t",
+    "nvmlProcessInfo_v1_t",
+    "nvmlProcessInfo_v2_t",
+    "nvmlProcessUtilizationSample_t",
     "nvmlEventData_t",
 ]
 #: NVIDIA's names of the event types, which follow no rule.
@@ -132,6 +136,20 @@ def test_version(real_header: Path, structure: str) -> None:
 def test_field(real_header: Path) -> None:
     """The number of the field that is read."""
     check(real_header, is_true(f"NVML_FI_DEV_GET_GPU_RECOVERY_ACTION == {FIELD_RECOVERY_ACTION}"))
+
+
+def test_not_available(real_header: Path) -> None:
+    """What stands for a number that is not known."""
+    check(real_header, is_true(f"(unsigned long long)NVML_VALUE_NOT_AVAILABLE == {NOT_AVAILABLE}ULL"))
+
+
+@pytest.mark.parametrize("function", [COMPUTE, *OTHERS])
+def test_lists_of_processes(function: str) -> None:
+    """All variants are declared, newest first, each with the structure that it is called with."""
+    declared = {
+        name: layout for name, layout in re.findall(rf"\b({function}\w*)\(.*, (\w+) \*infos\);", HEADER.read_text())
+    }
+    assert list(declared.items()) == [(function + suffix, layout) for suffix, layout in LAYOUTS]
 
 
 @pytest.mark.parametrize("function", VARIANTS)

@@ -16,6 +16,7 @@ from sgpu.report import (
     Message,
     NotReady,
     Orders,
+    ProcessReport,
     Report,
     decode,
     decode_orders,
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.pure
 TEXTS = st.text(st.characters(), max_size=20)
 NUMBERS = st.none() | st.integers(0, 2**64 - 1)
 FLAGS = st.none() | st.booleans()
+PROCESSES = st.builds(ProcessReport, pid=st.integers(0, 2**32 - 1), memory=NUMBERS, utilisation=NUMBERS)
 GPUS = st.builds(
     GpuReport,
     uuid=TEXTS,
@@ -47,6 +49,7 @@ GPUS = st.builds(
     fabric_state=NUMBERS,
     fabric_status=NUMBERS,
     error=TEXTS,
+    processes=st.none() | st.lists(PROCESSES, max_size=3).map(tuple),
 )
 REPORTS = st.builds(
     Report,

@@ -5,32 +5,21 @@ Knows neither gRPC nor the kubelet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import attrs
 
 from sgpu import nvml
-from sgpu.nvml import Code, Handle, Library, NvmlError
-from sgpu.report import GpuReport, Report
+from sgpu.nvml import NO_ANSWER, Handle, Library, NvmlError
+from sgpu.report import GpuReport, ProcessReport, Report
 
 #: Without these no CUDA program starts. `nvidia-uvm` appears only when something first asks for it.
 REQUIRED_NODES: Final = ("nvidiactl", "nvidia-uvm")
 #: Given to containers where the host has them: debuggers and profilers, display.
 OPTIONAL_NODES: Final = ("nvidia-uvm-tools", "nvidia-modeset")
-#: A question that a GPU or a driver does not know is no fault of either.
-_NO_ANSWER: Final = frozenset(
-    {
-        Code.INVALID_ARGUMENT,
-        Code.NOT_SUPPORTED,
-        Code.NO_PERMISSION,
-        Code.FUNCTION_NOT_FOUND,
-        Code.NO_DATA,
-        Code.ARGUMENT_VERSION_MISMATCH,
-    }
-)
-
 Answer = TypeVar("Answer")
 
 
@@ -55,6 +44,7 @@ def read(
     library: Library,
     places: Places,
     *,
+    interval: float,
     known: Sequence[str] = (),
     skip: Collection[str] = (),
     asking: Callable[[str], None] = lambda uuid: None,
@@ -62,9 +52,10 @@ def read(
 ) -> Report:
     """Everything the driver says of its GPUs, in NVML's order, but for those whose UUID is in `skip`.
 
-    A GPU that fails to answer is reported as a problem, and does not take the others with it. `known` has the UUIDs
-    in the order of before, where that may still hold. `asking` is told whom the calls are about that come next, and
-    `found` of each GPU before it is asked. Raises NotReadyError where no GPU could be used.
+    A GPU that fails to answer is reported as a problem, and does not take the others with it. How busy its processes
+    keep a GPU is told of the last `interval` seconds. `known` has the UUIDs in the order of before, where that may
+    still hold. `asking` is told whom the calls are about that come next, and `found` of each GPU before it is asked.
+    Raises NotReadyError where no GPU could be used.
     """
     shared_nodes = _shared_nodes(places.dev_directory)
     gpus, problems, unasked, nodeless, order = [], [], [], [], []
@@ -82,7 +73,8 @@ def read(
                 continue
             asking(uuid)
             found(uuid, handle)
-            gpus.append(_gpu(library, handle, uuid, places, shared_nodes))
+            gpu = _gpu(library, handle, uuid, places, shared_nodes)
+            gpus.append(gpu if gpu.error else attrs.evolve(gpu, processes=_processes(library, handle, interval)))
         except NoDeviceNodeError as error:
             nodeless.append(uuid)
             problems.append(f"GPU {index} is left out: {error}")
@@ -146,12 +138,28 @@ def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport
     )
 
 
+def _processes(library: Library, handle: Handle, interval: float) -> tuple[ProcessReport, ...] | None:
+    """Who uses the GPU; None where that can't be had. Whatever goes wrong here says nothing of the GPU."""
+    try:
+        memory = nvml.memory_by_process(library, handle)
+    except NvmlError:
+        return None
+    try:
+        since = int((time.time() - interval) * 1e6)
+        busy: Mapping[int, int] | None = nvml.utilisation_by_process(library, handle, since)
+    except NvmlError:
+        busy = None
+    return tuple(
+        ProcessReport(pid, used, None if busy is None else busy.get(pid, 0)) for pid, used in sorted(memory.items())
+    )
+
+
 def _ask(question: Callable[[Handle], Answer], handle: Handle) -> Answer | None:
     """The answer, or None from a GPU or driver that does not know the question."""
     try:
         return question(handle)
     except nvml.NvmlError as error:
-        if error.code in _NO_ANSWER:
+        if error.code in NO_ANSWER:
             return None
         raise
 

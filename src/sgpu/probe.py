@@ -119,6 +119,7 @@ class Probe:
                 report = read(
                     library,
                     self._places,
+                    interval=self._orders.interval,
                     known=self._known,
                     skip=self._orders.suspects,
                     asking=self._ask,

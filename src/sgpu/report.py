@@ -30,12 +30,22 @@ class Orders:
 
 
 @attrs.frozen
+class ProcessReport:
+    """A process that uses a GPU: bytes of memory, and percent of the time since the last poll. None: not told."""
+
+    pid: int
+    memory: int | None
+    utilisation: int | None
+
+
+@attrs.frozen
 class GpuReport:
     """One GPU as the driver tells of it. None: it does not say (not supported, or older than the question).
 
     Memory in bytes, utilisation in percent of the last sample period. `recovery_action` is NVML's field 230: 0 is
     none. `fabric_state` is `nvmlGpuFabricState_t`, and `fabric_status` what NVML says of a fabric that is complete.
-    `error` is what NVML answered where a question failed that should not.
+    `error` is what NVML answered where a question failed that should not. `processes` are those that use it, by the
+    process ids that libnvidia-ml's own process sees.
     """
 
     uuid: str
@@ -54,6 +64,7 @@ class GpuReport:
     fabric_state: int | None = None
     fabric_status: int | None = None
     error: str = ""
+    processes: tuple[ProcessReport, ...] | None = None
 
 
 @attrs.frozen
@@ -142,9 +153,7 @@ def decode(line: bytes) -> Message:
         fields: dict[str, Any] = json.loads(line)
         kind = _KINDS[fields.pop("message")]
         if kind is Report:
-            fields["gpus"] = tuple(
-                GpuReport(**{**gpu, "device_nodes": tuple(gpu["device_nodes"])}) for gpu in fields["gpus"]
-            )
+            fields["gpus"] = tuple(map(_gpu, fields["gpus"]))
             for name in ("problems", "unasked", "nodeless", "order"):
                 fields[name] = tuple(fields[name])
         if kind is DriverEvent:
@@ -152,3 +161,10 @@ def decode(line: bytes) -> Message:
         return kind(**fields)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a message of the driver's process: {line[:100]!r}") from error
+
+
+def _gpu(fields: dict[str, Any]) -> GpuReport:
+    processes = fields["processes"]
+    if processes is not None:
+        processes = tuple(ProcessReport(**process) for process in processes)
+    return GpuReport(**{**fields, "device_nodes": tuple(fields["device_nodes"]), "processes": processes})

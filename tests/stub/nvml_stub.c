@@ -6,6 +6,8 @@
  *     driver_version=550.54.15
  *     gpus=2                             how many there are; gpu.0=UUID and gpu.1=UUID say which
  *     UUID.name=Tesla T4                 one fact of one GPU; see StubGpu for all of them
+ *     UUID.compute=2                     how many entries a list of a GPU has; UUID.compute.0=PID BYTES is the first
+ *     process_surplus=8                  bytes by which the _v3 functions make an entry of such a list longer
  *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
  *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
  *     events=1                           how many there have been; event.1=UUID TYPE DATA says which
@@ -34,6 +36,7 @@ enum {
     UNINITIALIZED = 1,
     INVALID_ARGUMENT = 2,
     NOT_SUPPORTED = 3,
+    NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     TIMEOUT = 10,
     GPU_IS_LOST = 15,
@@ -478,6 +481,93 @@ nvmlReturn_t nvmlDeviceGetGpuFabricInfoV(nvmlDevice_t device, nvmlGpuFabricInfo_
     info->status = fact_number(device, "fabric_status");
     info->state = fact_number(device, "fabric_state");
     return SUCCESS;
+}
+
+/* The number of entries of a list of a GPU, if there is room for them. */
+#define ROOM(device, list, room, entries)          \
+    do {                                           \
+        unsigned int there_ = fact_number(device, list); \
+        bool fits_ = *(room) >= there_;            \
+        *(room) = there_;                          \
+        if (!fits_)                                \
+            return INSUFFICIENT_SIZE;              \
+        if (there_ && !(entries))                  \
+            return INVALID_ARGUMENT;               \
+    } while (0)
+
+static void entry(nvmlDevice_t device, const char *list, unsigned int index, unsigned long long numbers[3])
+{
+    char value[VALUE] = "";
+    look(value, "%s.%s.%u", device->uuid, list, index);
+    if (sscanf(value, "%llu %llu %llu", numbers, numbers + 1, numbers + 2) < 2)
+        abort();
+}
+
+static nvmlReturn_t processes_v1(nvmlDevice_t device, const char *list, unsigned int *room, nvmlProcessInfo_v1_t *infos)
+{
+    SUPPORTED(device, list);
+    ROOM(device, list, room, infos);
+    for (unsigned int i = 0; i < *room; i++) {
+        unsigned long long numbers[3];
+        entry(device, list, i, numbers);
+        infos[i] = (nvmlProcessInfo_v1_t){.pid = numbers[0], .usedGpuMemory = numbers[1]};
+    }
+    return SUCCESS;
+}
+
+static nvmlReturn_t processes_v2(nvmlDevice_t device, const char *list, unsigned int *room, void *infos, size_t surplus)
+{
+    SUPPORTED(device, list);
+    ROOM(device, list, room, infos);
+    const size_t size = sizeof(nvmlProcessInfo_v2_t) + surplus;
+    for (unsigned int i = 0; i < *room; i++) {
+        unsigned long long numbers[3];
+        entry(device, list, i, numbers);
+        nvmlProcessInfo_v2_t info = {numbers[0], numbers[1], 0xFFFFFFFF, 0xFFFFFFFF}; /* the whole GPU */
+        memset((char *)infos + i * size, 0, size);
+        memcpy((char *)infos + i * size, &info, sizeof info);
+    }
+    return SUCCESS;
+}
+
+#define PROCESSES(function, list)                                                                    \
+    nvmlReturn_t function##_v3(nvmlDevice_t device, unsigned int *room, nvmlProcessInfo_v2_t *infos) \
+    {                                                                                                \
+        ENTER_GPU(device);                                                                           \
+        return processes_v2(device, list, room, infos, number("process_surplus"));                   \
+    }                                                                                                \
+    nvmlReturn_t function##_v2(nvmlDevice_t device, unsigned int *room, nvmlProcessInfo_v2_t *infos) \
+    {                                                                                                \
+        ENTER_GPU(device);                                                                           \
+        return processes_v2(device, list, room, infos, 0);                                           \
+    }                                                                                                \
+    nvmlReturn_t function(nvmlDevice_t device, unsigned int *room, nvmlProcessInfo_v1_t *infos)      \
+    {                                                                                                \
+        ENTER_GPU(device);                                                                           \
+        return processes_v1(device, list, room, infos);                                              \
+    }
+
+PROCESSES(nvmlDeviceGetComputeRunningProcesses, "compute")
+PROCESSES(nvmlDeviceGetGraphicsRunningProcesses, "graphics")
+PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses, "mps")
+
+nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUtilizationSample_t *samples,
+                                             unsigned int *room, unsigned long long since)
+{
+    ENTER_GPU(device);
+    SUPPORTED(device, "samples");
+    ROOM(device, "samples", room, samples);
+    unsigned int written = 0;
+    for (unsigned int i = 0; i < *room; i++) {
+        unsigned long long numbers[3] = {0}; /* process, percent, and when: 0 is a moment ago */
+        entry(device, "samples", i, numbers);
+        unsigned long long when = numbers[2] ? numbers[2] : since + 1;
+        if (when > since || number("stale_samples"))
+            samples[written++] = (nvmlProcessUtilizationSample_t){
+                .pid = numbers[0], .timeStamp = when, .smUtil = numbers[1], .memUtil = 1};
+    }
+    *room = written;
+    return written ? SUCCESS : NOT_FOUND;
 }
 
 nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)

@@ -3,7 +3,7 @@
 from typing import Final
 
 #: Newest variant first. Drivers before the newer one existed lack its symbol; the arguments are the same.
-#: (`nvmlDeviceGetMemoryInfo_v2` takes another structure, so it has code of its own.)
+#: (`nvmlDeviceGetMemoryInfo_v2` takes another structure, so it has code of its own; so have the lists of processes.)
 VARIANTS: Final = {
     "nvmlInit": ("nvmlInit_v2", "nvmlInit"),
     "nvmlDeviceGetCount": ("nvmlDeviceGetCount_v2", "nvmlDeviceGetCount"),
@@ -20,6 +20,8 @@ class Code:
     INVALID_ARGUMENT: Final = 2
     NOT_SUPPORTED: Final = 3
     NO_PERMISSION: Final = 4
+    NOT_FOUND: Final = 6
+    INSUFFICIENT_SIZE: Final = 7
     DRIVER_NOT_LOADED: Final = 9
     TIMEOUT: Final = 10
     FUNCTION_NOT_FOUND: Final = 13
@@ -27,6 +29,21 @@ class Code:
     LIB_RM_VERSION_MISMATCH: Final = 18
     NO_DATA: Final = 21
     ARGUMENT_VERSION_MISMATCH: Final = 25
+
+
+#: A question that a GPU or a driver does not know is no fault of either.
+NO_ANSWER: Final = frozenset(
+    {
+        Code.INVALID_ARGUMENT,
+        Code.NOT_SUPPORTED,
+        Code.NO_PERMISSION,
+        Code.FUNCTION_NOT_FOUND,
+        Code.NO_DATA,
+        Code.ARGUMENT_VERSION_MISMATCH,
+    }
+)
+#: What NVML answers in the ordinary course of things.
+EXPECTED: Final = NO_ANSWER | {Code.TIMEOUT, Code.NOT_FOUND, Code.INSUFFICIENT_SIZE}
 
 
 class EventType:

@@ -6,7 +6,7 @@ Knows nothing of Kubernetes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NewType
@@ -69,13 +69,16 @@ class Event:
 
 
 @contextmanager
-def open_library(host_path: Path) -> Iterator[Library]:
+def open_library(
+    host_path: Path, failed: Callable[[str, int], None] = lambda function, code: None
+) -> Iterator[Library]:
     """Load and initialise libnvidia-ml from under `host_path`, and shut it down at the end.
 
+    `failed` is told each function that answers an error which is not one of `constants.EXPECTED`, and the code.
     Raises LibraryNotFoundError, or NvmlError when the library loads but can't start (no driver, another version).
     """
     path, lib = search.dlopen(host_path)
-    library = Library(path=path, lib=lib)
+    library = Library(path=path, lib=lib, failed=failed)
     library.call("nvmlInit")
     try:
         yield library
@@ -91,6 +94,7 @@ class Library:
 
     path: Path
     lib: Any = attrs.field(repr=False)
+    failed: Callable[[str, int], None] = attrs.field(repr=False)
 
     def call(self, function: str, *arguments: object) -> None:
         """Call the newest variant of `function` that this driver has."""
@@ -100,7 +104,7 @@ class Library:
             if code == Code.SUCCESS:
                 return
             if code != Code.FUNCTION_NOT_FOUND:
-                raise NvmlError(name, code, self._error_text(code))
+                raise self._error(name, code)
         raise NvmlError(function, Code.FUNCTION_NOT_FOUND, "Function Not Found: this driver's library lacks it")
 
     def driver_version(self) -> str:
@@ -154,7 +158,7 @@ class Library:
         value = ffi.new("nvmlFieldValue_t *", {"fieldId": constants.FIELD_RECOVERY_ACTION})
         self.call("nvmlDeviceGetFieldValues", handle, 1, value)
         if value.nvmlReturn != Code.SUCCESS:  # each field has an answer of its own
-            raise NvmlError("nvmlDeviceGetFieldValues", value.nvmlReturn, self._error_text(value.nvmlReturn))
+            raise self._error("nvmlDeviceGetFieldValues", value.nvmlReturn)
         return int(value.value.uiVal)
 
     def remapped_rows(self, handle: Handle) -> RemappedRows:
@@ -205,9 +209,11 @@ class Library:
     def _decode(self, buffer: object) -> str:
         return str(ffi.string(buffer).decode("utf-8", "replace"))
 
-    def _error_text(self, code: int) -> str:
+    def _error(self, function: str, code: int) -> NvmlError:
+        if code not in constants.EXPECTED:
+            self.failed(function, code)
         describe = self._symbol("nvmlErrorString")
-        return f"error {code}" if describe is None else self._decode(describe(code))
+        return NvmlError(function, code, f"error {code}" if describe is None else self._decode(describe(code)))
 
 
 @attrs.frozen

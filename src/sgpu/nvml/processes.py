@@ -1,0 +1,106 @@
+"""The processes that use a GPU: what memory each has, and how much of the time it keeps the GPU busy.
+
+Process ids are those of the caller's pid namespace (older drivers: of the host's). Knows nothing of containers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from statistics import fmean
+from typing import Any, Final
+
+from sgpu.nvml._bindings import ffi
+from sgpu.nvml.constants import NO_ANSWER, Code
+from sgpu.nvml.library import Handle, Library, NvmlError
+
+COMPUTE: Final = "nvmlDeviceGetComputeRunningProcesses"
+#: A process can be in several of these lists, with all of its memory in each.
+OTHERS: Final = ("nvmlDeviceGetGraphicsRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses")
+#: Newest variant first, and what it fills.
+LAYOUTS: Final = (("_v3", "nvmlProcessInfo_v2_t"), ("_v2", "nvmlProcessInfo_v2_t"), ("", "nvmlProcessInfo_v1_t"))
+#: Entries to begin with (drivers ask for room for 100 samples even when there are few), and at most.
+FIRST_ROOM: Final = 128
+MOST_ROOM: Final = 1 << 16
+#: `usedGpuMemory` of a process whose memory is not known.
+NOT_AVAILABLE: Final = (1 << 64) - 1
+#: Bytes by which drivers 535.43 to 535.86 make an entry of `_v3` longer than all others do, without a word.
+SURPLUS: Final = 8
+#: What room that was not written to is recognised by.
+UNTOUCHED: Final = b"\xaa"
+
+
+def memory_by_process(library: Library, handle: Handle) -> Mapping[int, int | None]:
+    """Bytes by process id, each process once; None where they are not known. Raises NvmlError."""
+    found: dict[int, int | None] = dict(_listed(library, COMPUTE, handle))
+    for function in OTHERS:
+        try:
+            for pid, memory in _listed(library, function, handle):
+                found[pid] = max(found.get(pid), memory, key=lambda known: -1 if known is None else known)
+        except NvmlError as error:
+            if error.code not in NO_ANSWER:
+                raise
+    return found
+
+
+def utilisation_by_process(library: Library, handle: Handle, since: int) -> Mapping[int, int]:
+    """Percent of the time since `since` (microseconds since the epoch), by process id; those at 0 may be left out.
+
+    Raises NvmlError.
+    """
+    size = ffi.sizeof("nvmlProcessUtilizationSample_t")
+
+    def call(count: Any, room: Any) -> None:  # noqa: ANN401  # cffi's
+        samples = ffi.cast("nvmlProcessUtilizationSample_t *", room)
+        library.call("nvmlDeviceGetProcessUtilization", handle, samples, count, since)
+
+    try:
+        count, room = _fill(call, size)
+    except NvmlError as error:
+        if error.code == Code.NOT_FOUND:  # nothing was busy
+            return {}
+        raise
+    percents = defaultdict(list)
+    for sample in ffi.cast("nvmlProcessUtilizationSample_t *", room)[0:count]:
+        # Drivers return more entries than they fill. What is in those is no percentage, or from long ago.
+        if sample.pid and sample.smUtil <= 100 and sample.timeStamp > since:
+            percents[int(sample.pid)].append(int(sample.smUtil))
+    return {pid: round(fmean(values)) for pid, values in percents.items()}
+
+
+def _listed(library: Library, function: str, handle: Handle) -> Iterator[tuple[int, int | None]]:
+    """One list, by the newest variant that this driver has."""
+    for suffix, layout in LAYOUTS:
+        size = ffi.sizeof(layout)
+
+        def call(count: Any, room: Any, name: str = function + suffix, layout: str = layout) -> None:  # noqa: ANN401
+            library.call(name, handle, count, ffi.cast(f"{layout} *", room))
+
+        try:
+            count, room = _fill(call, size + SURPLUS)
+        except NvmlError as error:
+            if error.code == Code.FUNCTION_NOT_FOUND and suffix:
+                continue
+            raise
+        written = bytes(ffi.buffer(room, count * (size + SURPLUS)))
+        stride = size if written.endswith(UNTOUCHED * SURPLUS * count) else size + SURPLUS
+        for number in range(count):
+            info = ffi.cast(f"{layout} *", room + number * stride)
+            yield int(info.pid), None if info.usedGpuMemory == NOT_AVAILABLE else int(info.usedGpuMemory)
+        return
+
+
+def _fill(call: Callable[[Any, Any], None], size: int) -> tuple[int, Any]:
+    """How many entries `call` wrote, and where. There can be more of them each time that it is tried again."""
+    entries = FIRST_ROOM
+    while True:
+        count = ffi.new("unsigned int *", entries)
+        room = ffi.new("char[]", UNTOUCHED * (entries * size))
+        try:
+            call(count, room)
+        except NvmlError as error:
+            if error.code != Code.INSUFFICIENT_SIZE or entries == MOST_ROOM:
+                raise
+            entries = min(2 * max(entries, count[0]), MOST_ROOM)
+            continue
+        return min(count[0], entries), room
