@@ -33,6 +33,7 @@ from sgpu.report import (
     Asking,
     DriverEvent,
     EventKind,
+    Failure,
     GpuReport,
     Message,
     NotReady,
@@ -66,7 +67,7 @@ class Heard(Monitor):
     """A monitor that only writes down what it is told, and when."""
 
     def __init__(self) -> None:
-        super().__init__(Inventory(), 1, XidPolicy(), Memory())
+        super().__init__(Inventory(), 1, XidPolicy(), Memory(), failed=self._hear)
         self.times: list[float] = []
         self.heard: list[object] = []
         self.error: Exception | None = None
@@ -266,6 +267,7 @@ class TestMessages:
         NotReady("no driver"),
         report("GPU-a", "GPU-b", unasked=["GPU-c"]),
         DriverEvent("GPU-a", EventKind.XID, 79),
+        Failure("nvmlInit_v2", 9),
         NotReady("gone", gone=True),
     )
 
@@ -320,6 +322,7 @@ class TestDeadline:
             pytest.param([], START_TIMEOUT, None, id="before the first word"),
             pytest.param([Asking("")], DEADLINE, "", id="asking the driver"),
             pytest.param([Asking(""), Asking("GPU-a")], DEADLINE, "GPU-a", id="asking a GPU"),
+            pytest.param([Asking("GPU-a"), Failure("f", 999)], DEADLINE, "GPU-a", id="asking a GPU, after a failure"),
             pytest.param([Asking("GPU-a"), Asking("")], DEADLINE, "", id="asking the driver again"),
             pytest.param([Asking("GPU-a"), NotReady("x")], INTERVAL + DEADLINE, "", id="between attempts"),
             pytest.param(

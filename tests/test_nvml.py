@@ -265,6 +265,46 @@ class TestVariants:
         assert caught.value.text == "error 9"
 
 
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("code", "told"),
+        [
+            pytest.param(999, True, id="unknown"),
+            pytest.param(Code.GPU_IS_LOST, True, id="lost"),
+            pytest.param(Code.NOT_SUPPORTED, False, id="not supported"),
+            pytest.param(Code.NO_DATA, False, id="no data"),
+            pytest.param(Code.INSUFFICIENT_SIZE, False, id="no room"),
+            pytest.param(Code.FUNCTION_NOT_FOUND, False, id="no function"),
+        ],
+    )
+    def test_told(self, driver: StubDriver, code: int, told: bool) -> None:
+        """What should not be answered is told by function and code, each time; what is in order is not."""
+        failures: list[tuple[str, int]] = []
+        driver.fail("nvmlDeviceGetName", code)
+        with open_library(driver.root, lambda *failure: failures.append(failure)) as library:
+            for _ in range(2):
+                with pytest.raises(NvmlError):
+                    library.name(library.handle(0))
+        assert failures == [("nvmlDeviceGetName", code)] * (2 if told else 0)
+
+    def test_while_it_is_opened_and_closed(self, driver: StubDriver) -> None:
+        """Also where nobody minds."""
+        failures: list[tuple[str, int]] = []
+        driver.fail("nvmlShutdown", Code.GPU_IS_LOST)
+        with open_library(driver.root, lambda *failure: failures.append(failure)):
+            driver.fail("nvmlInit", Code.DRIVER_NOT_LOADED)
+        with pytest.raises(NvmlError), open_library(driver.root, lambda *failure: failures.append(failure)):
+            pass
+        assert failures == [("nvmlShutdown", Code.GPU_IS_LOST), ("nvmlInit_v2", Code.DRIVER_NOT_LOADED)]
+
+    def test_a_wait_without_an_event(self, driver: StubDriver) -> None:
+        """Is what there mostly is."""
+        failures: list[tuple[str, int]] = []
+        with open_library(driver.root, lambda *failure: failures.append(failure)) as library:
+            assert wait(library) is None
+        assert failures == []
+
+
 class TestFacts:
     def test_all(self, driver: StubDriver, library: Library) -> None:
         """Each fact is read as the driver gives it; the minor number need not be the index."""

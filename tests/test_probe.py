@@ -23,7 +23,18 @@ from stub_driver import StubDriver, StubGpu
 from sgpu import probe
 from sgpu.nvml import Code, EventType
 from sgpu.probe import Probe
-from sgpu.report import Asking, DriverEvent, EventKind, Message, NotReady, Orders, Report, decode, encode_orders
+from sgpu.report import (
+    Asking,
+    DriverEvent,
+    EventKind,
+    Failure,
+    Message,
+    NotReady,
+    Orders,
+    Report,
+    decode,
+    encode_orders,
+)
 
 #: Seconds between polls: short, and longer than a poll takes.
 INTERVAL = 0.05
@@ -89,7 +100,7 @@ class Running:
             self.error = error
 
     def next(self) -> Message:
-        """The next message, that a GPU or the driver is about to be asked left out."""
+        """The next message, without those that a GPU or the driver is about to be asked, or that a function failed."""
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             try:
@@ -100,7 +111,7 @@ class Running:
                 raise EndedError(self.error) from None
             self.all.append(message)
             self.times.append(when)
-            if not isinstance(message, Asking):
+            if not isinstance(message, Asking | Failure):
                 return message
         raise AssertionError(f"nothing came any more; the last were {self.all[-5:]}")
 
@@ -207,6 +218,25 @@ class TestReports:
             running.report()
         assert node.driver.calls("nvmlInit") == 1
         assert node.driver.calls("nvmlEventSetCreate") == 1
+
+
+class TestFailures:
+    def test_told(self, node: Node, start: Start) -> None:
+        """Each function that answers what it should not, by its code, each time."""
+        node.driver.fail("nvmlDeviceGetName", 999)
+        running = start()
+        for _ in range(3):
+            running.next()
+        failures = [message for message in running.all if isinstance(message, Failure)]
+        assert set(failures) == {Failure("nvmlDeviceGetName", 999)}
+        assert len(failures) == 3
+
+    def test_all_is_well(self, node: Node, start: Start) -> None:
+        """Then there is none, though a T4 does not know all questions."""
+        running = start()
+        for _ in range(3):
+            running.next()
+        assert not any(isinstance(message, Failure) for message in running.all)
 
 
 class TestEvents:

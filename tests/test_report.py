@@ -12,6 +12,7 @@ from sgpu.report import (
     Asking,
     DriverEvent,
     EventKind,
+    Failure,
     GpuReport,
     Message,
     NotReady,
@@ -60,7 +61,13 @@ REPORTS = st.builds(
     library=TEXTS,
 )
 EVENTS = st.builds(DriverEvent, uuid=TEXTS, kind=st.sampled_from(EventKind), xid=st.integers(0, 2**64 - 1))
-MESSAGES = st.one_of(REPORTS, EVENTS, st.builds(NotReady, TEXTS, st.booleans()), st.builds(Asking, TEXTS))
+MESSAGES = st.one_of(
+    REPORTS,
+    EVENTS,
+    st.builds(NotReady, TEXTS, st.booleans()),
+    st.builds(Asking, TEXTS),
+    st.builds(Failure, TEXTS, st.integers(0, 999)),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -89,6 +96,7 @@ class TestMessages:
             pytest.param(NotReady("no driver\nat all", gone=True), id="not ready"),
             pytest.param(DriverEvent("GPU-a", EventKind.XID, 79), id="event"),
             pytest.param(Asking(""), id="asking"),
+            pytest.param(Failure("nvmlDeviceGetName", 999), id="failure"),
         ],
     )
     def test_it_says_what_it_is(self, message: Message) -> None:
@@ -134,7 +142,7 @@ class TestMessages:
         with pytest.raises(ValueError, match=r"."):
             decode(line)
 
-    @pytest.mark.parametrize("kind", ["Report", "NotReady", "DriverEvent", "Asking"])
+    @pytest.mark.parametrize("kind", ["Report", "NotReady", "DriverEvent", "Asking", "Failure"])
     @given(fields=st.dictionaries(st.sampled_from(["uuid", "kind", "xid", "reason", "gpus", "problems"]), JSON))
     def test_the_right_words_in_the_wrong_places(self, kind: str, fields: dict[str, object]) -> None:
         """A message or a ValueError, whatever the fields hold."""

@@ -15,7 +15,7 @@ import trio
 from sgpu.logs import OnChange
 from sgpu.monitor import Monitor
 from sgpu.probing import Outcome, run_probe
-from sgpu.report import DriverEvent, Message, NotReady, Orders, Report
+from sgpu.report import DriverEvent, Failure, Message, NotReady, Orders, Report
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,8 @@ class _Watch:
             self._monitor.not_ready(message)
         elif isinstance(message, DriverEvent):
             self._monitor.event(message)
+        elif isinstance(message, Failure):
+            self._monitor.failed(message)
 
 
 def _troubles(report: Report) -> frozenset[object]:

@@ -18,7 +18,7 @@ from sgpu.device import Device, Health
 from sgpu.health import Condition, Cure, Fault
 from sgpu.inventory import Inventory
 from sgpu.logs import OnChange
-from sgpu.report import DriverEvent, EventKind, GpuReport, NotReady, Report
+from sgpu.report import DriverEvent, EventKind, Failure, GpuReport, NotReady, Report
 from sgpu.usage import Sample
 from sgpu.xids import XidClass, XidPolicy, describe
 
@@ -57,8 +57,11 @@ class Monitor:
         memory: Memory,
         clock: Callable[[], float] = boot_time,
         sampled: Callable[[Mapping[str, Sample]], None] = lambda samples: None,
+        failed: Callable[[Failure], None] = lambda failure: None,
     ) -> None:
         self._sampled = sampled
+        #: Told of each.
+        self.failed = failed
         self._inventory = inventory
         self._shares = shares
         self._policy = policy

@@ -21,7 +21,18 @@ from sgpu.discovery import NotReadyError, Places, read
 from sgpu.files import content_identity
 from sgpu.nvml import Code, EventSet, EventType, Handle, Library, NvmlError
 from sgpu.nvml.search import candidates
-from sgpu.report import Asking, DriverEvent, EventKind, Message, NotReady, Orders, Report, decode_orders, encode
+from sgpu.report import (
+    Asking,
+    DriverEvent,
+    EventKind,
+    Failure,
+    Message,
+    NotReady,
+    Orders,
+    Report,
+    decode_orders,
+    encode,
+)
 from sgpu.retry import growing_delays
 
 #: Seconds between attempts to reach a driver that is not there, growing.
@@ -78,7 +89,7 @@ class Probe:
         while True:
             try:
                 self._ask("")
-                with nvml.open_library(self._places.host_path) as library:
+                with nvml.open_library(self._places.host_path, self._failed) as library:
                     for _ in self._polls(library):
                         delays = self._growing_delays()
                 loaded, delay = True, 0.0
@@ -103,6 +114,9 @@ class Probe:
         if uuid != self._asked:
             self._tell(Asking(uuid))
             self._asked = uuid
+
+    def _failed(self, function: str, code: int) -> None:
+        self._tell(Failure(function, code))
 
     def _tell(self, message: Message) -> None:
         if isinstance(message, (Report, NotReady)):

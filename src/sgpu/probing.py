@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 import trio
 
-from sgpu.report import Asking, DriverEvent, Message, Orders, decode, encode_orders
+from sgpu.report import Asking, DriverEvent, Failure, Message, Orders, decode, encode_orders
 
 #: Bytes taken off the pipe at a time.
 RECEIVE_BYTES: Final = 64 * 1024
@@ -76,7 +76,7 @@ class _Listener:
                     except ValueError as error:
                         return Outcome(str(error), self._asking)
                     self._started = True
-                    if not isinstance(message, DriverEvent):  # those come while a call hangs, too
+                    if not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
                         self._asking = message.uuid if isinstance(message, Asking) else None
                         due = trio.current_time() + self._patience
                     self._take(message)

@@ -125,9 +125,17 @@ class Asking:
     uuid: str
 
 
-Message = Report | NotReady | DriverEvent | Asking
+@attrs.frozen
+class Failure:
+    """A function of libnvidia-ml answered an error that it should not. Whatever was being asked about, still is."""
 
-_KINDS = {kind.__name__: kind for kind in (Report, NotReady, DriverEvent, Asking)}
+    function: str
+    code: int
+
+
+Message = Report | NotReady | DriverEvent | Asking | Failure
+
+_KINDS = {kind.__name__: kind for kind in (Report, NotReady, DriverEvent, Asking, Failure)}
 
 
 def encode_orders(orders: Orders) -> str:
