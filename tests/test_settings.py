@@ -186,6 +186,8 @@ class TestSettings:
             "resource_name": "deepomatic.com/shared-gpu",
             "dev_directory": "/dev",
             "sysfs_directory": "/sys",
+            "proc_directory": "/proc",
+            "container_log_directory": "/var/log/containers",
             "placement": "spread",
             "multi_share": "distinct",
             "memory_watermark": 0.95,

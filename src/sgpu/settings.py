@@ -134,6 +134,10 @@ class Settings:
     resource_name: str = knob("deepomatic.com/shared-gpu", RESOURCE, "name of the extended resource")
     dev_directory: str = knob("/dev", PATH, "where the device nodes are")
     sysfs_directory: str = knob("/sys", PATH, "where the kernel tells the NUMA nodes of GPUs")
+    proc_directory: str = knob("/proc", PATH, "the host's processes, to tell which pod uses a GPU (needs hostPID)")
+    container_log_directory: str = knob(
+        "/var/log/containers", PATH, "the kubelet's links to the logs of containers, by which a process is its pod's"
+    )
     placement: str = knob("spread", choice("spread", "pack"), "which GPU a pod gets: the emptiest, or the fullest")
     multi_share: str = knob(
         "distinct",
