@@ -16,8 +16,10 @@ from sgpu import nvml
 from sgpu.nvml import NO_ANSWER, Handle, Library, NvmlError
 from sgpu.report import GpuReport, ProcessReport, Report
 
-#: Without these no CUDA program starts. `nvidia-uvm` appears only when something first asks for it.
-REQUIRED_NODES: Final = ("nvidiactl", "nvidia-uvm")
+#: It appears only when something first asks for it.
+UVM_NODE: Final = "nvidia-uvm"
+#: Without these no CUDA program starts.
+REQUIRED_NODES: Final = ("nvidiactl", UVM_NODE)
 #: Given to containers where the host has them: debuggers and profilers, display.
 OPTIONAL_NODES: Final = ("nvidia-uvm-tools", "nvidia-modeset")
 Answer = TypeVar("Answer")
@@ -49,15 +51,17 @@ def read(
     skip: Collection[str] = (),
     asking: Callable[[str], None] = lambda uuid: None,
     found: Callable[[str, Handle], None] = lambda uuid, handle: None,
+    ask_for_uvm: Callable[[], str] = lambda: "",
 ) -> Report:
     """Everything the driver says of its GPUs, in NVML's order, but for those whose UUID is in `skip`.
 
     A GPU that fails to answer is reported as a problem, and does not take the others with it. How busy its processes
     keep a GPU is told of the last `interval` seconds. `known` has the UUIDs in the order of before, where that may
     still hold. `asking` is told whom the calls are about that come next, and `found` of each GPU before it is asked.
-    Raises NotReadyError where no GPU could be used.
+    `ask_for_uvm` has `nvidia-uvm` made where it is not there, and returns what came of it. Raises NotReadyError where
+    no GPU could be used.
     """
-    shared_nodes = _shared_nodes(places.dev_directory)
+    shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
     gpus, problems, unasked, nodeless, order = [], [], [], [], []
     asking("")
     count = library.count()
@@ -94,11 +98,15 @@ def read(
     )
 
 
-def _shared_nodes(dev_directory: Path) -> tuple[str, ...]:
+def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[str, ...]:
     """The device nodes that every container needs, whichever GPU it gets."""
+    hint = ""
+    if not (dev_directory / UVM_NODE).exists():
+        words = ask_for_uvm()
+        hint = f"; `nvidia-modprobe -u -c 0` on the host makes it{words and f' ({words})'}"
     missing = [name for name in REQUIRED_NODES if not (dev_directory / name).exists()]
     if missing:
-        hint = "; `nvidia-modprobe -u -c 0` on the host makes it" if "nvidia-uvm" in missing else ""
+        hint = hint if UVM_NODE in missing else ""
         raise NotReadyError(f"{' and '.join(str(dev_directory / name) for name in missing)} not there yet{hint}")
     return REQUIRED_NODES + tuple(name for name in OPTIONAL_NODES if (dev_directory / name).exists())
 

@@ -34,6 +34,7 @@ from sgpu.report import (
     encode,
 )
 from sgpu.retry import growing_delays
+from sgpu.uvm import UvmNodes
 
 #: Seconds between attempts to reach a driver that is not there, growing.
 FIRST_RETRY: Final = 0.02
@@ -69,6 +70,7 @@ class Probe:
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
         self._places = Places(Path(orders.host_path), Path(orders.dev_directory), Path(orders.sysfs_directory))
+        self._uvm = UvmNodes(self._places.host_path, self._places.dev_directory)
         self._known = orders.known
         self._asked: str | None = None
         # Standard output is the parent's alone: what the library prints goes where the log goes.
@@ -138,6 +140,7 @@ class Probe:
                     skip=self._orders.suspects,
                     asking=self._ask,
                     found=listener.register,
+                    ask_for_uvm=self._uvm.ask,
                 )
                 self._known = report.order
                 if not (report.gpus or report.unasked):

@@ -1,0 +1,66 @@
+"""Asking `nvidia-modprobe` for the node `nvidia-uvm`, which the driver makes for nobody who does not ask.
+
+Blocks as long as that takes: it runs in the driver's process (`probe`). Knows neither NVML nor Kubernetes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+NAME: Final = "nvidia-modprobe"
+#: Load the module if it can, and make its nodes.
+ARGUMENTS: Final = ("-u", "-c", "0")
+#: Where it lies under the host path: GKE's installers and `stage`, a distribution's root.
+DIRECTORIES: Final = ("bin", "usr/bin")
+#: The only place where it makes nodes.
+DEV_DIRECTORY: Final = Path("/dev")
+#: Seconds that it may take: loading the module takes about one.
+TIMEOUT: Final = 5.0
+#: Seconds until it is asked again.
+PAUSE: Final = 60.0
+
+
+class UvmNodes:
+    """Asks for the nodes, but not again and again."""
+
+    def __init__(self, host_path: Path, dev_directory: Path) -> None:
+        self._host_path = host_path
+        self._dev_directory = dev_directory
+        self._asked_at = float("-inf")
+        self._words = ""
+
+    def ask(self) -> str:
+        """Ask for them if that was not done lately. Returns what came of it, to be told if they are not there."""
+        now = time.monotonic()
+        if now - self._asked_at >= PAUSE:
+            self._asked_at = now
+            self._words = self._run()
+        return self._words
+
+    def _run(self) -> str:
+        if self._dev_directory != DEV_DIRECTORY:
+            return f"sgpu can't ask for it: {NAME} makes nodes in {DEV_DIRECTORY} only"
+        import subprocess  # here, because nearly always the nodes are there, and it is a megabyte
+
+        program = next(filter(Path.is_file, (self._host_path / path / NAME for path in DIRECTORIES)), None)
+        if program is None:
+            return f"sgpu can't ask for it: no {NAME} under {self._host_path}"
+        try:
+            done = subprocess.run(
+                [program, *ARGUMENTS],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the driver's process tells its parent there
+                stderr=subprocess.PIPE,
+                timeout=TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{program} did not end within {TIMEOUT:g} s"
+        except OSError as error:
+            return f"{program} can't be run: {error.strerror}"
+        if done.returncode == 0:
+            return f"{program} was run, and did not"
+        said = b" ".join(done.stderr.split()).decode(errors="replace") or "most often because the module is not loaded"
+        return f"{program} could not, exit code {done.returncode}: {said}"
