@@ -16,9 +16,26 @@ from typing import Final
 import pytest
 
 PACKAGE: Final = "libnvidia-ml1"
+#: A good part of a driver, as far as it is small: 17 MB.
+DRIVER_PACKAGES: Final = (
+    PACKAGE,
+    "libcuda1",
+    "libnvcuvid1",
+    "libnvidia-allocator1",
+    "libnvidia-cfg1",
+    "libnvidia-encode1",
+    "libnvidia-opticalflow1",
+    "libnvidia-pkcs11-openssl3",
+    "libnvidia-ptxjitcompiler1",
+    "nvidia-alternative",
+    "nvidia-cuda-mps",
+    "nvidia-opencl-icd",
+    "nvidia-smi",
+    "nvidia-vdpau-driver",
+)
 #: A directory that holds a driver's files, as a container sees the host's; nothing is downloaded then.
 VARIABLE: Final = "SGPU_REAL_DRIVER"
-TIME_LIMIT: Final = 60  # seconds for all of the download; it is some 800 KB and an index of 100 KB
+TIME_LIMIT: Final = 60  # seconds for a download; the library is some 800 KB, and the index of packages 100 KB
 SOURCES: Final = Path("/etc/apt")
 
 
@@ -26,10 +43,21 @@ def real_driver() -> Path:
     """A directory that NVIDIA's library is found below. Skips the test where there is no way to have one."""
     if given := os.environ.get(VARIABLE):
         return Path(given)
-    kept = _cache() / PACKAGE
+    return _kept(PACKAGE, PACKAGE)
+
+
+def driver_packages() -> Path:
+    """The root of a host that has unpacked, and not configured, Debian's packages. Skips the test where there is no
+    way to have them.
+    """
+    return _kept("driver", *DRIVER_PACKAGES)
+
+
+def _kept(name: str, *packages: str) -> Path:
+    kept = _cache() / name
     if not kept.exists():
         with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
-            unpacked = _download(Path(scratch))
+            unpacked = _download(Path(scratch), packages)
             try:
                 unpacked.rename(kept)
             except OSError:  # another run was faster
@@ -47,8 +75,8 @@ def _cache() -> Path:
     return path
 
 
-def _download(scratch: Path) -> Path:
-    """Download the package from where this machine's packages come from, and unpack it."""
+def _download(scratch: Path, packages: tuple[str, ...]) -> Path:
+    """Download the packages from where this machine's packages come from, and unpack them."""
     sources = scratch / "sources"
     sources.mkdir()
     for path in [SOURCES / "sources.list", *(SOURCES / "sources.list.d").glob("*")]:
@@ -72,9 +100,10 @@ def _download(scratch: Path) -> Path:
     deadline = time.monotonic() + TIME_LIMIT
     apt_get = ["apt-get", "-q", f"-c={scratch / 'apt.conf'}"]
     _run([*apt_get, "update"], scratch, deadline)
-    _run([*apt_get, "download", PACKAGE + ":amd64"], scratch, deadline)
+    _run([*apt_get, "download", *(f"{package}:amd64" for package in packages)], scratch, deadline)
     unpacked = scratch / "unpacked"
-    _run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), str(unpacked)], scratch, deadline)
+    for package in scratch.glob("*.deb"):
+        _run(["dpkg-deb", "-x", str(package), str(unpacked)], scratch, deadline)
     return unpacked
 
 
@@ -100,4 +129,4 @@ def _run(command: list[str], directory: Path, deadline: float) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         words = " ".join((getattr(error, "stderr", None) or str(error)).split())
         step = " ".join(word for word in command[:4] if not word.startswith("-"))
-        pytest.skip(f"needs {VARIABLE}, or the Debian package {PACKAGE} from non-free: {step}: {words}")
+        pytest.skip(f"needs {VARIABLE}, or Debian's {PACKAGE} and others from non-free: {step}: {words}")

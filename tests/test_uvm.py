@@ -85,7 +85,7 @@ class TestDiscovery:
     def read(node: Node, ask: UvmNodes) -> None:
         places = discovery.Places(node.host, node.dev, node.sys)
         with nvml.open_library(node.host) as library:
-            discovery.read(library, places, ask_for_uvm=ask.ask)
+            discovery.read(library, places, interval=5.0, ask_for_uvm=ask.ask)
 
     def test_it_is_made(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
         """The GPUs are offered at once."""

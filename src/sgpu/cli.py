@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
@@ -13,7 +14,7 @@ import attrs
 from sgpu import __version__
 from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
 from sgpu.logs import printable
-from sgpu.settings import BOOLEAN, KNOBS, Kind, choice, seconds
+from sgpu.settings import BOOLEAN, KNOBS, PATH, Kind, choice, seconds
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
@@ -57,10 +58,30 @@ _STATUS_OPTIONS: Final = {
     "no-color": Option(BOOLEAN, False, "no colours, as where NO_COLOR is set"),
 }
 
+
+def _stage(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.stage import stage
+
+    staged = stage(
+        Path(options["host-root"]),
+        Path(loaded.settings.host_path),
+        graphics=options["graphics"],
+        interval=options["interval"],
+    )
+    return OK if staged else FAILED
+
+
+_STAGE_OPTIONS: Final = {
+    "host-root": Option(PATH, "/", "where the root of the host's file system is seen; it may be read-only"),
+    "graphics": Option(BOOLEAN, False, "stage the libraries that draw, too (OpenGL, Vulkan, OptiX)"),
+    "interval": Option(seconds(0, 86400), 0.0, "seconds until it looks again, for ever; 0: once"),
+}
+
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
     "demo": Command("show it working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
     "status": Command("show the GPUs of this node and who uses them, as its daemon knows it", _status, _STATUS_OPTIONS),
+    "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }
 
 USAGE_TEXT = f"""\

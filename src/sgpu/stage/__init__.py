@@ -1,0 +1,72 @@
+"""`python -m sgpu stage`: the host's driver libraries and tools in one directory, where pods and sgpu look for them.
+
+For nodes whose driver came from a distribution's packages, which spread it over the file system. It runs before the
+daemon, in the same pod, and with `-interval` beside it. The host's root may be read-only; nothing is loaded or run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from sgpu.stage import sets
+from sgpu.stage.driver import Driver, NoDriverError, OtherVersionError, find
+from sgpu.stage.elf import NotWholeError
+
+#: Which CUDA programs need; the management library alone is enough to list GPUs.
+CUDA_LIBRARY: Final = "libcuda.so."
+
+
+class StageError(Exception):
+    """It could not be staged; what was staged before stays. The message says what to do."""
+
+
+def stage(host_root: Path, host_path: Path, *, graphics: bool, interval: float) -> bool:
+    """Stage, once, or for ever each `interval` seconds, and tell what has changed. Returns whether it went well."""
+    os.umask(0o022)  # containers read it with any user
+    told = ""
+    while True:
+        try:
+            line, staged = stage_once(host_root, host_path, graphics=graphics), True
+        except StageError as error:
+            line, staged = f"sgpu: {error}", False
+        if line != told:
+            print(line, file=sys.stdout if staged else sys.stderr, flush=True)
+        told = line
+        if not interval:
+            return staged
+        time.sleep(interval)
+
+
+def stage_once(host_root: Path, host_path: Path, *, graphics: bool) -> str:
+    """Stage if there is anything new, and say what was done. Raises StageError."""
+    try:
+        driver = find(host_root, graphics=graphics)
+        with sets.locked(host_path):
+            if sets.is_current(host_path, driver):
+                sets.clean(host_path)
+                return f"driver {driver.version} in {host_path} is up to date"
+            sets.put(host_path, driver)
+            return _done(driver, host_path)
+    except OtherVersionError as error:
+        if sets.current_version(host_path) == error.loaded:
+            return f"driver {error.loaded} in {host_path} stays: {error}"
+        raise StageError(str(error)) from error
+    except (NoDriverError, NotWholeError, sets.NotOursError, sets.ChangedError) as error:
+        raise StageError(str(error)) from error
+    except OSError as error:
+        raise StageError(f"the driver can't be staged in {host_path}: {error}; what was there before stays") from error
+
+
+def _done(driver: Driver, host_path: Path) -> str:
+    size = sum(file.size for file in driver.libraries + driver.tools) / 1e6
+    line = (
+        f"staged driver {driver.version}: {len(driver.libraries)} libraries, {len(driver.tools)} tools "
+        f"({size:.0f} MB) from {driver.directory} in {host_path}"
+    )
+    if not any(file.name.startswith(CUDA_LIBRARY) for file in driver.libraries):
+        line += "; libcuda is not among them, without which no CUDA program runs: install it on the host"
+    return line

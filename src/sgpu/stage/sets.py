@@ -1,0 +1,230 @@
+"""Sets of a driver's files in one directory, of which readers see one, whole, at any time.
+
+    lib64 → .sgpu/current/lib64        what is outside is found here, in pods too: the links are relative
+    bin → .sgpu/current/bin
+    .sgpu/current → 535.261.03-x1y2z3   the one link that changes, so both change at once
+    .sgpu/previous → …                  for who has just followed `current`
+    .sgpu/535.261.03-x1y2z3/lib64/…, bin/…, manifest
+
+Pods have the directory itself mounted, so nothing but what is in it can be replaced. A set that neither link names is
+half made, or old, and removed at the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from sgpu.stage.driver import OWN_DIRECTORY, Driver, File
+
+LIBRARIES: Final = "lib64"
+TOOLS: Final = "bin"
+CURRENT: Final = "current"
+PREVIOUS: Final = "previous"
+MANIFEST: Final = "manifest"
+_LOCK: Final = "lock"
+_NEW_LINK: Final = "link"
+#: Seconds that another `stage` may take to copy a driver, and between two looks whether it has.
+LOCK_TIMEOUT: Final = 60.0
+_LOCK_PAUSE: Final = 0.1
+#: Without setuid, which nothing in a pod should get from us.
+_LIBRARY_MODE: Final = 0o644
+_TOOL_MODE: Final = 0o755
+
+
+class NotOursError(Exception):
+    """Something is in the way that another installer or a person put there."""
+
+
+class ChangedError(Exception):
+    """A file of the driver was replaced while the driver was copied."""
+
+
+@contextmanager
+def locked(host_path: Path) -> Iterator[None]:
+    """Makes the directory if need be, and waits until nobody else changes sets in it.
+
+    Raises OSError, also when that takes too long: a pod, too, could lock what it may only read.
+    """
+    home = host_path / OWN_DIRECTORY
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / _LOCK).open("wb") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    words = f"another process has held the lock for {LOCK_TIMEOUT:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, words, file.name) from None
+                time.sleep(_LOCK_PAUSE)
+        yield
+
+
+def is_current(host_path: Path, driver: Driver) -> bool:
+    """Whether readers see just these files."""
+    return _whole(host_path) == _manifest(driver)
+
+
+def current_version(host_path: Path) -> str:
+    """The version of the driver that readers see; empty if none, or not whole."""
+    return str((_whole(host_path) or {}).get("version", ""))
+
+
+def put(host_path: Path, driver: Driver) -> None:
+    """Make a set and let readers see it. Needs the lock.
+
+    Raises NotOursError, ChangedError or OSError; what readers see has not changed then.
+    """
+    home = host_path / OWN_DIRECTORY
+    for name in (LIBRARIES, TOOLS):
+        _check_ours(host_path / name)
+    old = _target(home / CURRENT)
+    _remove_all_but(home, old)  # first, for there may not be room for three
+    new = Path(tempfile.mkdtemp(prefix=f"{driver.version}-", dir=home))
+    try:
+        _fill(new, driver)
+        for name in (LIBRARIES, TOOLS):
+            _link(home, host_path / name, _outside(name))
+        if old:
+            _link(home, home / PREVIOUS, old)
+        _link(home, home / CURRENT, new.name)
+    except BaseException:
+        if _target(home / CURRENT) != new.name:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
+    clean(host_path)
+
+
+def clean(host_path: Path) -> None:
+    """Remove what runs that were killed have left, and sets older than the previous one. Needs the lock."""
+    home = host_path / OWN_DIRECTORY
+    _remove_all_but(home, _target(home / CURRENT), _target(home / PREVIOUS))
+
+
+def _whole(host_path: Path) -> dict[str, Any] | None:
+    """The manifest of the set that readers see; None if there is none, or something of it is missing."""
+    current = host_path / OWN_DIRECTORY / CURRENT
+    try:
+        manifest: dict[str, Any] = json.loads((current / MANIFEST).read_text())
+        for directory in (LIBRARIES, TOOLS):
+            if _target(host_path / directory) != _outside(directory):
+                return None
+            for name, size, _, soname in manifest[directory]:
+                if {(current / directory / each).stat().st_size for each in (name, soname or name)} != {size}:
+                    return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return manifest
+
+
+def _outside(name: str) -> str:
+    """Where the links lead that readers follow."""
+    return f"{OWN_DIRECTORY}/{CURRENT}/{name}"
+
+
+def _check_ours(path: Path) -> None:
+    if os.path.lexists(path) and _target(path) != _outside(path.name):
+        raise NotOursError(
+            f"{path} is there, and was not made by `stage`: if an installer keeps the driver's libraries there, "
+            f"nothing has to be staged; else remove it, or set another -host-path"
+        )
+
+
+def _remove_all_but(home: Path, *sets: str) -> None:
+    keep = {_LOCK, CURRENT, *sets, *([PREVIOUS] if len(sets) > 1 else [])}
+    for path in home.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _fill(new: Path, driver: Driver) -> None:
+    """Everything of a set, and all of it on the disk: a power cut may not leave less than a kill."""
+    libraries, tools = new / LIBRARIES, new / TOOLS
+    for directory in (libraries, tools):
+        directory.mkdir()
+    for library in driver.libraries:
+        _copy(library, libraries, _LIBRARY_MODE)
+        names = [library.name]
+        # By its soname it is loaded, and by its bare name by programs that were not linked with it.
+        for name in (library.soname, f"{library.name.partition('.so.')[0]}.so"):
+            if name and "/" not in name and not os.path.lexists(libraries / name):
+                (libraries / name).symlink_to(names[-1])
+                names.append(name)
+    for tool in driver.tools:
+        _copy(tool, tools, _TOOL_MODE)
+    _check_unchanged(driver)
+    manifest = new / MANIFEST
+    with manifest.open("w") as file:
+        json.dump(_manifest(driver), file)
+        file.flush()
+        os.fsync(file.fileno())
+    for directory in (libraries, tools, new):
+        directory.chmod(0o755)
+        _sync(directory)
+
+
+def _copy(file: File, directory: Path, mode: int) -> None:
+    """A copy, not a link: the host's files are on another mount, and may be written to in place by their installer."""
+    target = directory / file.name
+    shutil.copyfile(file.source, target)
+    target.chmod(mode)
+    _sync(target)
+
+
+def _check_unchanged(driver: Driver) -> None:
+    """What was copied must be what was found, or files of two drivers may be in one set."""
+    for file in driver.libraries + driver.tools:
+        status = file.source.stat()
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise ChangedError(f"{file.source} was replaced while it was copied: is the driver being installed?")
+
+
+def _link(home: Path, path: Path, target: str) -> None:
+    """Make `path` a link to `target`, in one step."""
+    if _target(path) == target:
+        return
+    new = home / _NEW_LINK
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _target(link: Path) -> str:
+    """Where a link leads; empty if it is none."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
+
+
+def _manifest(driver: Driver) -> dict[str, Any]:
+    """What makes this set this one: another version, or a file that was replaced, makes another."""
+    return {
+        "version": driver.version,
+        LIBRARIES: [[file.name, file.size, file.mtime_ns, file.soname] for file in driver.libraries],
+        TOOLS: [[file.name, file.size, file.mtime_ns, file.soname] for file in driver.tools],
+    }
