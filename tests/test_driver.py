@@ -197,14 +197,20 @@ def watch(
 ) -> tuple[Heard, Processes]:
     """Watch processes that behave so, for so long, and see that all are killed in the end, and their pipes closed."""
     heard, processes = heard or Heard(), Processes(*behaviours, trials=trials)
+    until = [float("inf")]
+
+    def expect(seconds: float) -> None:
+        assert trio.current_time() <= until[0], "it was silent for longer than it had said"
+        until[0] = trio.current_time() + seconds
 
     async def main() -> None:
         async with trio.open_nursery() as outside, trio.open_nursery() as nursery:
             monkeypatch.setattr(trio.lowlevel, "open_process", partial(processes.open, outside))
-            nursery.start_soon(watch_driver, ORDERS, heard, DEADLINE)
+            nursery.start_soon(watch_driver, ORDERS, heard, DEADLINE, expect)
             if meanwhile:
                 nursery.start_soon(meanwhile, processes)
             await trio.sleep(seconds)
+            assert trio.current_time() <= until[0] < float("inf")
             nursery.cancel_scope.cancel()
             outside.cancel_scope.deadline = trio.current_time() + 1  # a stuck one does not end by itself
         for process in (*processes.all, *processes.trials):

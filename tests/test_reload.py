@@ -42,6 +42,7 @@ class World:
         self.file = directory / "config.yaml"
         self.file.write_text(factor(1))
         self.reloads = 0
+        self.reloaded: list[bool] = []
         self.policies: list[Policy] = []
         self._caplog = caplog
 
@@ -56,7 +57,7 @@ class World:
         self.catalog = Catalog(loaded.policy)
         self.catalog.replace((A, B))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_configured, loaded, reload or self.load, self.catalog)
+            nursery.start_soon(keep_configured, loaded, reload or self.load, self.catalog, self.reloaded.append)
             if reload is None:
                 await self.wait_until(lambda: self.reloads == 2)
             await trio.testing.wait_all_tasks_blocked(0.01)
@@ -102,16 +103,19 @@ def hang_up() -> None:
 class TestNoticed:
     @pytest.mark.parametrize("write", WAYS, ids=lambda way: way.__name__.replace("_", " "))
     def test_a_file_that_changes(self, world: World, write: Callable[[Path, str], None]) -> None:
-        """However it is written, time after time."""
+        """However it is written, time after time. Each is counted, the one at the start is not."""
 
         async def test() -> None:
             write(world.file, factor(1))
             async with world.running():
+                assert not world.reloaded
                 for shares in (2, 3, 4):
                     write(world.file, factor(shares))
                     await world.wait_shares(shares)
 
         run(test)
+        assert len(world.reloaded) >= 3  # a file that is written bit by bit can be read in between
+        assert set(world.reloaded) == {True}
         assert not [message for message in world.messages if "ERROR" in message]
 
     def test_through_the_link_that_is_swapped(self, world: World) -> None:
@@ -408,6 +412,7 @@ class TestRefused:
                 world.file.unlink()
                 hang_up()
                 await world.wait_log("ERROR the settings stay as they were: -config")
+                assert world.reloaded == [False]
                 assert world.shares == 1
                 world.file.write_text(factor(3))
                 await world.wait_shares(3)

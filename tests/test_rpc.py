@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent import futures
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -609,6 +609,62 @@ class TestPeers:
         (record,) = caplog.records
         assert record.message.startswith("closed a connection whose peer broke the protocol: ")
         assert said in record.message
+
+
+class TestEnded:
+    """What is told of each call: for metrics."""
+
+    @pytest.mark.parametrize(
+        ("method", "told"),
+        [
+            pytest.param(ECHO, ("Echo", "OK"), id="answered"),
+            pytest.param(REFUSE, ("Refuse", "NOT_FOUND"), id="refused"),
+            pytest.param(BUG, ("Bug", "UNKNOWN"), id="bug"),
+            pytest.param("/test.Service/Nope", None, id="no such method"),
+        ],
+    )
+    def test_how_it_ended(self, method: str, told: tuple[str, str] | None) -> None:
+        """Its name and status. A name that a peer made up is not told: there is no end to those."""
+        ended: list[tuple[str, str, float]] = []
+
+        async def main() -> None:
+            async with ended_calls(ended) as channel:
+                with suppress(RpcError):
+                    await channel.unary(method, text(""), BytesValue)
+
+        run(main)
+        assert ended == ([] if told is None else [(*told, 0.0)])
+
+    def test_how_long_it_took(self) -> None:
+        """From its first frame until it is answered, or given up; a stream until its end."""
+        ended: list[tuple[str, str, float]] = []
+
+        async def slow(message: BytesValue) -> BytesValue:
+            await trio.sleep(2)
+            return message
+
+        async def main() -> None:
+            async with ended_calls(ended, {ECHO: Route(slow, BytesValue, streams=False)}) as channel:
+                await channel.unary(ECHO, text(""), BytesValue)
+                with trio.move_on_after(1):
+                    await channel.unary(WATCH, text(""), BytesValue)
+
+        run(main)
+        assert [call[:2] for call in ended] == [("Echo", "OK"), ("Watch", "CANCELLED")]
+        assert [seconds for *_, seconds in ended] == pytest.approx([2, 1])
+
+
+@asynccontextmanager
+async def ended_calls(
+    ended: list[tuple[str, str, float]], routes: Mapping[str, Route] | None = None
+) -> AsyncIterator[Channel]:
+    """A channel to a server that tells of each call that ended."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    table = {**Methods().routes(), **(routes or {})}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_connection, table, ours, lambda *call: ended.append(call))
+        yield Channel(theirs, Protocol(client_side=True))
+        await theirs.aclose()
 
 
 class TestServerCancellation:

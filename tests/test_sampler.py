@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from sgpu import sampler
 from sgpu.catalog import Catalog
 from sgpu.device import Device
 from sgpu.inventory import Inventory
-from sgpu.podresources import PodResourcesError
+from sgpu.podresources import TIMEOUT, PodResourcesError
 from sgpu.policy import Policy
 from sgpu.recent import SETTLING_TIME
 from sgpu.sampler import GIB, Sampling, sample, withhold
@@ -54,9 +55,10 @@ class FakeKubelet:
 
     answer: Mapping[str, Holder] | str = attrs.field(factory=dict)
     asked: list[tuple[float, Collection[str]]] = attrs.field(factory=list)
+    delay: float = 0.0
 
     async def list_holders(self, socket: Path, resources: Collection[str]) -> Mapping[str, Holder]:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.delay)
         self.asked.append((trio.current_time(), resources))
         if isinstance(self.answer, str):
             raise PodResourcesError(self.answer)
@@ -128,6 +130,27 @@ class TestLoop:
         times = [time - kubelet.asked[0][0] for time, _ in kubelet.asked]
         assert times == pytest.approx([INTERVAL * number for number in range(11)])
         assert {tuple(resources) for _, resources in kubelet.asked} == {(RESOURCE,)}
+
+    @pytest.mark.parametrize("delay", [0.0, TIMEOUT], ids=["at once", "late"])
+    def test_it_says_when_it_is_heard_of_again(self, kubelet: FakeKubelet, delay: float) -> None:
+        """However long the kubelet takes to answer."""
+        kubelet.delay = delay
+        said: list[tuple[float, float]] = []
+
+        async def main() -> None:
+            sampling = Sampling(Path("/pods.sock"), INTERVAL, WATERMARK)
+            with trio.move_on_after(20 * INTERVAL):
+                await sample(
+                    sampling,
+                    Catalog(Policy(RESOURCE, SHARES)),
+                    Usage(INTERVAL),
+                    lambda seconds: said.append((trio.current_time(), seconds)),
+                )
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        assert len(said) > 5
+        for (time, seconds), (later, _) in itertools.pairwise(said):
+            assert later <= time + seconds
 
     def test_only_the_free_shares_of_a_full_gpu(self, kubelet: FakeKubelet) -> None:
         """Neither those that containers have, nor the other GPU's."""

@@ -25,6 +25,7 @@ from sgpu.logs import OnChange
 from sgpu.monitor import Memory, Monitor
 from sgpu.nurseries import race
 from sgpu.placement import MultiShare, Placement
+from sgpu.record import Record
 from sgpu.reload import keep_configured
 from sgpu.report import Orders
 from sgpu.sampler import Sampling, sample
@@ -54,16 +55,17 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     catalog = Catalog(loaded.policy)
     sampling = Sampling(Path(settings.pod_resources_socket), settings.sample_interval, settings.memory_watermark)
     node = Inventory()
+    record = Record(trio.current_time)
     async with trio.open_nursery() as nursery:
         stop_on_signal(nursery.cancel_scope)
         if settings.simulate:
             nursery.start_soon(simulate, settings, node)
         else:
-            nursery.start_soon(watch_gpus, settings, loaded.xids, node, usage)
+            nursery.start_soon(watch_gpus, settings, loaded.xids, node, usage, record)
         nursery.start_soon(keep_divided, node, catalog)
-        nursery.start_soon(keep_offered, settings, catalog, usage)
-        nursery.start_soon(sample, sampling, catalog, usage)
-        nursery.start_soon(keep_configured, loaded, reload, catalog)
+        nursery.start_soon(keep_offered, settings, catalog, usage, record)
+        nursery.start_soon(sample, sampling, catalog, usage, partial(record.expect, "sampler"))
+        nursery.start_soon(keep_configured, loaded, reload, catalog, record.reloaded)
 
 
 async def keep_divided(node: Inventory, catalog: Catalog) -> None:
@@ -75,7 +77,7 @@ async def keep_divided(node: Inventory, catalog: Catalog) -> None:
         await changed.wait()
 
 
-async def keep_offered(settings: Settings, catalog: Catalog, usage: Usage) -> None:
+async def keep_offered(settings: Settings, catalog: Catalog, usage: Usage, record: Record) -> None:
     """A registration for each resource, side by side: one that fails does not stop the others."""
     offered: set[str] = set()
 
@@ -84,11 +86,12 @@ async def keep_offered(settings: Settings, catalog: Catalog, usage: Usage) -> No
 
         async def register() -> None:
             await inventory.wait_filled()
-            await keep_registered(Path(settings.plugin_directory), resource, _offer(settings, inventory, usage))
+            await keep_registered(Path(settings.plugin_directory), resource, _offer(settings, inventory, usage), record)
 
         while resource in catalog.policy.resources():  # it can be wanted again while it is being left
             await race(register, partial(_unwanted, catalog, resource))
         offered.remove(resource)
+        record.left(resource)
         catalog.drop(resource)
 
     async with trio.open_nursery() as nursery:
@@ -132,7 +135,7 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
         signal.signal(number, handler)
 
 
-async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, usage: Usage) -> None:
+async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, usage: Usage, record: Record) -> None:
     """Keep the inventory true to what the driver says, and what it should not forget on disk."""
     path, boot_id = Path(settings.state_file), state.boot_id()
     keep = bool(settings.state_file)
@@ -145,7 +148,7 @@ async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, 
         interval=min(settings.health_interval, settings.sample_interval),
     )
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch_driver, orders, monitor, settings.driver_timeout)
+        nursery.start_soon(watch_driver, orders, monitor, settings.driver_timeout, partial(record.expect, "driver"))
         if keep:
             nursery.start_soon(keep_state, path, boot_id, monitor)
 

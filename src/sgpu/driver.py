@@ -7,6 +7,7 @@ A GPU whose calls do not return is left alone by the process that watches the ot
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import attrs
@@ -14,7 +15,7 @@ import trio
 
 from sgpu.logs import OnChange
 from sgpu.monitor import Monitor
-from sgpu.probing import Outcome, run_probe
+from sgpu.probing import EXIT_TIMEOUT, START_TIMEOUT, Outcome, run_probe
 from sgpu.report import DriverEvent, Failure, Message, NotReady, Orders, Report
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,16 @@ MOST_LEFT_BEHIND: Final = 4
 MOST_TRIALS: Final = 4
 
 
-async def watch_driver(orders: Orders, monitor: Monitor, deadline: float) -> None:
+async def watch_driver(
+    orders: Orders, monitor: Monitor, deadline: float, expect: Callable[[float], None] = lambda seconds: None
+) -> None:
     """Keep a process asking the driver, for ever, and hand what it says to the monitor.
 
-    `deadline`: seconds after which a call of the driver counts as one that does not return. Raises, in a group, what
-    the monitor raises.
+    `deadline`: seconds after which a call of the driver counts as one that does not return. `expect` is told, each
+    time, within how many seconds it is told again. Raises, in a group, what the monitor raises.
     """
     async with trio.open_nursery() as nursery:
-        watch = _Watch(orders, monitor, deadline, nursery)
+        watch = _Watch(orders, monitor, deadline, expect, nursery)
         nursery.start_soon(watch.look_again)
         await watch.keep_asking()
 
@@ -43,10 +46,20 @@ async def watch_driver(orders: Orders, monitor: Monitor, deadline: float) -> Non
 class _Watch:
     """What is known from one process to the next."""
 
-    def __init__(self, orders: Orders, monitor: Monitor, deadline: float, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        orders: Orders,
+        monitor: Monitor,
+        deadline: float,
+        expect: Callable[[float], None],
+        nursery: trio.Nursery,
+    ) -> None:
         self._orders = orders
         self._monitor = monitor
         self._deadline = deadline
+        self._expect = expect
+        # Between two messages, or the last one and the start of another process.
+        self._longest = max(START_TIMEOUT, orders.interval + deadline) + EXIT_TIMEOUT + LAST_RESTART
         self._nursery = nursery
         self._suspects: dict[str, None] = {}  # in the order in which they were found
         self._known: tuple[str, ...] = ()
@@ -61,6 +74,7 @@ class _Watch:
         left_behind: list[trio.Process] = []
         trouble = OnChange(logger, logging.WARNING)
         while True:
+            self._expect(self._longest)
             _reap(left_behind)
             self._answered = False
             outcome = Outcome()
@@ -75,6 +89,7 @@ class _Watch:
             delay = FIRST_RESTART if self._answered else min(2 * delay, LAST_RESTART)
             await trio.sleep(delay)
             while len(left_behind) >= MOST_LEFT_BEHIND and not outcome.asking:
+                self._expect(2 * LAST_RESTART)
                 await trio.sleep(LAST_RESTART)
                 _reap(left_behind)
 
@@ -124,6 +139,7 @@ class _Watch:
             self._nursery.start_soon(self._try_suspect, outcome.asking)
 
     def _take(self, message: Message) -> None:
+        self._expect(self._longest)
         if isinstance(message, Report):
             self._answered = True
             self._known, self._troubles = message.order, _troubles(message)

@@ -21,6 +21,7 @@ from sgpu.device import Device
 from sgpu.inventory import Inventory
 from sgpu.nurseries import race
 from sgpu.placement import MultiShare, Placement
+from sgpu.record import Registration
 from sgpu.rpc import Route, RpcError, routes
 from sgpu.usage import Usage
 
@@ -28,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Streams:
-    """The ListAndWatch streams of one session: how many are open, and the word that they should end."""
+    """The ListAndWatch streams of one session: how many are open, and the word that they should end.
 
-    def __init__(self) -> None:
+    They are counted in `registration`, of which one session at a time has any.
+    """
+
+    def __init__(self, registration: Registration | None = None) -> None:
         self.ending = trio.Event()
-        self._open = 0
+        self._registration = registration or Registration()
         self._changed = trio.Event()
 
     @contextmanager
@@ -48,7 +52,7 @@ class Streams:
         """Until no stream has been open for `grace` seconds on end."""
         while True:
             changed = self._changed
-            if self._open:
+            if self._registration.streams:
                 await changed.wait()
                 continue
             with trio.move_on_after(grace) as scope:
@@ -57,7 +61,7 @@ class Streams:
                 return
 
     def _count(self, difference: int) -> None:
-        self._open += difference
+        self._registration.streams += difference
         self._changed.set()
         self._changed = trio.Event()
 

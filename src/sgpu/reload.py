@@ -45,11 +45,20 @@ class Hangups:
         self.changed = trio.Event()
 
 
-async def keep_configured(loaded: Loaded, reload: Callable[[], Loaded], catalog: Catalog) -> NoReturn:
-    """Apply what changes, for ever. `reload` is `load` with the same command line and environment; it may block."""
+async def keep_configured(
+    loaded: Loaded,
+    reload: Callable[[], Loaded],
+    catalog: Catalog,
+    reloaded: Callable[[bool], None] = lambda usable: None,
+) -> NoReturn:
+    """Apply what changes, for ever. `reload` is `load` with the same command line and environment; it may block.
+
+    `reloaded` is told of each time but the first whether the settings could be used.
+    """
     policy = loaded.policy
     pending = OnChange(logger, logging.WARNING)
     with _hangups() as hangups:
+        first = True
         while True:
             # Taken before anything is read, so that a change meanwhile is one more. And it is read once right away:
             # it can have changed since the process started.
@@ -57,7 +66,9 @@ async def keep_configured(loaded: Loaded, reload: Callable[[], Loaded], catalog:
             try:
                 new = await trio.to_thread.run_sync(reload, abandon_on_cancel=True)
                 catalog.apply(new.policy)
+                usable = True
             except (UsageError, *REFUSALS) as error:
+                usable = False
                 logger.error("the settings stay as they were: %s", error)
             else:
                 if new.policy != policy:
@@ -65,6 +76,9 @@ async def keep_configured(loaded: Loaded, reload: Callable[[], Loaded], catalog:
                 policy = new.policy
                 later = ", ".join(f"-{name}" for name in _different(loaded.settings, new.settings))
                 pending.report(f"takes effect at the next start: {later}") if later else pending.clear()
+            if not first:
+                reloaded(usable)
+            first = False
             await race(hung_up.wait, partial(_file_changed, loaded.file, seen))
 
 

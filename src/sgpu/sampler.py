@@ -6,7 +6,7 @@ Knows neither NVML nor what a session is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -17,7 +17,7 @@ from sgpu import pressure
 from sgpu.catalog import Catalog
 from sgpu.inventory import Inventory
 from sgpu.logs import OnChange
-from sgpu.podresources import PodResourcesError, list_holders
+from sgpu.podresources import TIMEOUT, PodResourcesError, list_holders
 from sgpu.pressure import MemorySample
 from sgpu.usage import Sample, Usage
 
@@ -37,8 +37,13 @@ class Sampling:
     watermark: float
 
 
-async def sample(sampling: Sampling, catalog: Catalog, usage: Usage) -> NoReturn:
-    """For ever: ask the kubelet who has which share, keep those known, and withhold what should not be given away."""
+async def sample(
+    sampling: Sampling, catalog: Catalog, usage: Usage, expect: Callable[[float], None] = lambda seconds: None
+) -> NoReturn:
+    """For ever: ask the kubelet who has which share, keep those known, and withhold what should not be given away.
+
+    `expect` is told, each time, within how many seconds it is told again.
+    """
     trouble = OnChange(logger, logging.WARNING)
     pressed: frozenset[str] = frozenset()
     failures = 0
@@ -46,6 +51,7 @@ async def sample(sampling: Sampling, catalog: Catalog, usage: Usage) -> NoReturn
         try:
             # Each resource by itself: a share's id does not say as which of them it was given away.
             resources = dict.fromkeys((*catalog.policy.resources(), *catalog.inventories))
+            expect(TIMEOUT * len(resources) + sampling.interval)
             held = {resource: await list_holders(sampling.socket, (resource,)) for resource in resources}
             usage.held({share_id: holder for holders in held.values() for share_id, holder in holders.items()})
             catalog.keep({resource: frozenset(holders) for resource, holders in held.items()})

@@ -11,10 +11,12 @@ import trio
 
 from sgpu import kubelet, rpc
 from sgpu.directory import Directory, open_directory
+from sgpu.files import content_identity
 from sgpu.kubelet import RegistrationFailedError
 from sgpu.logs import OnChange
 from sgpu.nurseries import race
 from sgpu.plugin import Offer, Streams, options, plugin_routes
+from sgpu.record import Record, registration_of
 from sgpu.retry import growing_delays
 from sgpu.settings import endpoint
 
@@ -29,9 +31,11 @@ STREAM_GRACE: Final = 10.0
 #: Seconds that the kubelet gets to let go of the old session's connection. Its own clean-up takes milliseconds;
 #: a registration before it is done would be cleaned up with it.
 DRAIN_TIMEOUT: Final = 2.0
+#: Seconds that the longest attempt to register takes: three versions of the API are tried.
+ATTEMPT_TIMEOUT: Final = 3 * kubelet.REGISTER_TIMEOUT + LAST_RETRY
 
 
-async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoReturn:
+async def keep_registered(plugins: Path, resource: str, offer: Offer, record: Record) -> NoReturn:
     """Keep a resource registered in the plugin directory, for ever: one session after the other.
 
     Each ends when the kubelet restarts or forgets us. Raises rpc.AddressInUseError.
@@ -39,8 +43,9 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoRetur
     trouble = OnChange(logger, logging.WARNING)
     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
+        record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         try:
-            reason = await session(plugins, resource, offer, trouble)
+            reason = await session(plugins, resource, offer, record, trouble)
         except OSError as error:  # the directory is not there yet, or is just being made anew
             trouble.report(f"waiting for {plugins}: {error}")
             await trio.sleep(next(delays))
@@ -49,25 +54,25 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer) -> NoRetur
             delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
 
-async def session(plugins: Path, resource: str, offer: Offer, trouble: OnChange) -> str:
+async def session(plugins: Path, resource: str, offer: Offer, record: Record, trouble: OnChange) -> str:
     """Listen, register, and serve until another registration is due. Returns why it is.
 
     Raises OSError when the plugin directory can't be used, rpc.AddressInUseError when another instance serves there.
     """
-    streams = Streams()
-    table = plugin_routes(offer, streams)
     socket = plugins / endpoint(resource)
     # The watch comes first, so that no change is missed; a listening socket already queues connections.
-    with open_directory(plugins) as directory, rpc.listen(socket) as listener:
+    with open_directory(plugins) as directory, rpc.listen(socket) as listener, record.session(resource) as registration:
         ours = rpc.identity(socket)
+        streams = Streams(registration)
+        table = plugin_routes(offer, streams)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(directory.watch)
-                handler = partial(rpc.serve_connection, table)
+                handler = partial(rpc.serve_connection, table, ended=record.called)
                 nursery.start_soon(partial(trio.serve_listeners, handler, [listener], handler_nursery=connections))
                 reason = await race(
                     partial(_socket_gone, directory, socket, ours),
-                    partial(_forgotten, resource, directory, streams, trouble),
+                    partial(_forgotten, resource, directory, streams, record, trouble),
                 )
                 nursery.cancel_scope.cancel()
             # End the streams and let the kubelet hang up: it then forgets whatever has our name, so that it must not
@@ -83,12 +88,17 @@ async def _socket_gone(directory: Directory, socket: Path, ours: rpc.Identity | 
     return f"{socket} was removed"
 
 
-async def _forgotten(resource: str, directory: Directory, streams: Streams, trouble: OnChange) -> str:
+async def _forgotten(resource: str, directory: Directory, streams: Streams, record: Record, trouble: OnChange) -> str:
     """Register, however often it takes, then wait until the kubelet is another or has no stream open."""
     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
+        record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         with kubelet.pinned(directory.path / kubelet.SOCKET) as pin:
-            if await _register(resource, directory, trouble):
+            met = content_identity(directory.path / kubelet.SOCKET)
+            registered = await _register(resource, directory, trouble)
+            record.attempted(resource, met, registered)
+            if registered:
+                record.rest(registration_of(resource))
                 return await race(partial(_kubelet_replaced, directory, pin), partial(_stream_lost, streams))
             with trio.move_on_after(next(delays)) as scope:
                 await directory.wait_until(lambda: rpc.identity(directory.path / kubelet.SOCKET) != pin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -34,14 +34,21 @@ _CALLS_WAIT: Final = 64 * 1024
 #: Unwritten bytes beyond which the reader waits too: what only answers a peer's frames (PING) has no other bound.
 _READER_WAITS: Final = 256 * 1024
 
+#: Told of each call that ended: its method's name, the status and how many seconds it took, a stream until its end.
+Ended = Callable[[str, str, float], None]
 
-async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream) -> None:
+
+def _nobody(method: str, code: str, seconds: float) -> None:
+    """Nobody wants to know."""
+
+
+async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream, ended: Ended = _nobody) -> None:
     """Serve one connection until the peer closes it or breaks the protocol; then every call on it is cancelled.
 
     Never raises for anything the peer does. A handler's own error is logged and answered with UNKNOWN.
     """
     async with stream:
-        await _Connection(table, stream).run()
+        await _Connection(table, stream, ended).run()
 
 
 @attrs.define(eq=False)
@@ -53,12 +60,15 @@ class _Call:
     message: bytes | None = None
     refusal: RpcError | None = None  # for what came in; the rest is not looked at
     started: bool = False  # whether the response's headers are out
+    began: float = attrs.Factory(trio.current_time)
+    code: StatusCode = StatusCode.CANCELLED  # what it ends with
     cancel_scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
 
 class _Connection:
-    def __init__(self, table: Mapping[str, Route], stream: trio.abc.Stream) -> None:
+    def __init__(self, table: Mapping[str, Route], stream: trio.abc.Stream, ended: Ended) -> None:
         self._table = table
+        self._ended = ended
         self._stream = stream
         self._protocol = Protocol(client_side=False)
         self._calls: dict[int, _Call] = {}
@@ -130,6 +140,9 @@ class _Connection:
         except Exception:
             logger.exception("%s failed", call.path)
             self._end(call, StatusCode.UNKNOWN, f"{call.path} failed; the plugin's log says why")
+        finally:
+            if call.path in self._table:  # a name that the peer made up is nobody's
+                self._ended(call.path.rpartition("/")[2], call.code.name, trio.current_time() - call.began)
         self._calls.pop(call.stream_id, None)
 
     async def _respond(self, call: _Call) -> None:
@@ -168,6 +181,7 @@ class _Connection:
     def _end(self, call: _Call, code: StatusCode, message: str) -> None:
         if call.cancel_scope.cancel_called:
             return  # the peer reset the call, or is gone
+        call.code = code
         if call.started:
             self._protocol.end_response(call.stream_id, status(code, message))
         else:
