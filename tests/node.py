@@ -50,6 +50,7 @@ class Node:
         """The daemon on this node, to be entered."""
         places: list[str | Path] = ["-state-file", self.state, "-pod-resources-socket", self.pods]
         places += ["-dev-directory", self.dev, "-sysfs-directory", self.sys]
+        places += ["-metrics-address=", "-status-socket="]  # not even on a test's own node, unless it asks for them
         extra = ("-simulate", simulate) if simulate else ()
         often = ("-health-interval", INTERVAL)
         return DaemonProcess(self.plugins, self.host, [str(flag) for flag in (*places, *often, *extra, *flags)])

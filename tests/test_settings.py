@@ -7,6 +7,7 @@ import pytest
 
 from sgpu import settings
 from sgpu.settings import (
+    ADDRESS,
     BOOLEAN,
     FILE,
     KNOBS,
@@ -18,6 +19,7 @@ from sgpu.settings import (
     choice,
     integer,
     is_extended_resource,
+    split_address,
 )
 
 pytestmark = pytest.mark.pure
@@ -76,6 +78,36 @@ class TestFromText:
         """What is out of range or of another type is a ValueError."""
         with pytest.raises(ValueError):  # noqa: PT011  # its text is not shown; the caller says what the setting takes
             kind.from_text(text)
+
+
+class TestAddress:
+    @pytest.mark.parametrize(
+        ("text", "host", "port"),
+        [
+            (":2112", "", 2112),
+            ("0.0.0.0:80", "0.0.0.0", 80),
+            ("gpu-node.example:0", "gpu-node.example", 0),
+            ("[::1]:65535", "::1", 65535),
+            ("[fe80::1%eth0.1]:1", "fe80::1%eth0.1", 1),
+        ],
+    )
+    def test_taken(self, text: str, host: str, port: int) -> None:
+        """As Go takes it."""
+        assert ADDRESS.from_text(text) == text
+        assert split_address(text) == (host, port)
+
+    def test_none(self) -> None:
+        """Nothing switches it off."""
+        assert ADDRESS.from_text("") == ""
+
+    @pytest.mark.parametrize(
+        "text",
+        ["2112", "host", "host:", ":65536", ":-1", "::1:80", "[::1]", "[]:80", "[host]:80", "a b:80", ":80\n", "/x:1"],
+    )
+    def test_refused(self, text: str) -> None:
+        """What could never be listened on."""
+        with pytest.raises(ValueError):  # noqa: PT011  # its text is not shown
+            ADDRESS.from_text(text)
 
 
 class TestFromFile:
@@ -199,6 +231,7 @@ class TestSettings:
             "ignore_xids": "",
             "critical_xids": "",
             "state_file": "/run/sgpu/state.json",
+            "metrics_address": ":2112",
             "status_socket": "/run/sgpu/status.sock",
             "simulate": 0,
             "simulate_faults": "",

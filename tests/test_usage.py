@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sgpu.device import Device
 from sgpu.placement import GpuLoad
 from sgpu.recent import SETTLING_TIME
+from sgpu.snapshot import ContainerUse
 from sgpu.usage import STALE_AFTER, Holder, Sample, Usage
 
 pytestmark = pytest.mark.pure
@@ -192,6 +193,22 @@ class TestLoads:
         for device in (A, B):
             prefix = device.uuid + "::"
             assert loads[device.uuid].allocated == sum(share_id.startswith(prefix) for share_id in allocated)
+
+
+class TestUses:
+    def test_uses(self, usage: Usage) -> None:
+        """Each container of a GPU with the number of its shares, by name; a container on two GPUs for each of them."""
+        web, train = Holder("a", "web", "main"), Holder("a", "train", "main")
+        usage.held({"GPU-a::0": web, "GPU-a::1": train, "GPU-a::2": web, "GPU-b::0": web})
+        assert usage.uses("GPU-a") == (ContainerUse("a", "train", "main", 1), ContainerUse("a", "web", "main", 2))
+        assert usage.uses("GPU-b") == (ContainerUse("a", "web", "main", 1),)
+        assert usage.uses("GPU-c") == ()
+
+    def test_not_known(self, usage: Usage) -> None:
+        """Who is gone is not there any more, and neither is anyone when the kubelet does not tell."""
+        usage.held(held("a0"))
+        usage.held(None)
+        assert usage.uses("GPU-a") == ()
 
 
 class TestPods:

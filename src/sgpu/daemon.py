@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Final
 
 import trio
@@ -24,6 +25,7 @@ from sgpu.load import Loaded
 from sgpu.logs import OnChange
 from sgpu.monitor import Memory, Monitor
 from sgpu.nurseries import race
+from sgpu.observer import Observer
 from sgpu.placement import MultiShare, Placement
 from sgpu.record import Record
 from sgpu.reload import keep_configured
@@ -32,7 +34,6 @@ from sgpu.sampler import Sampling, sample
 from sgpu.session import keep_registered
 from sgpu.settings import Settings
 from sgpu.usage import Sample, Usage
-from sgpu.xids import XidPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +53,26 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `keep_configured` listens, which reads the file once more
     logger.info("sgpu %s offers GPUs from %s", __version__, _source(settings))
     usage = Usage(settings.sample_interval)
+    record = Record(trio.current_time)
     catalog = Catalog(loaded.policy)
     sampling = Sampling(Path(settings.pod_resources_socket), settings.sample_interval, settings.memory_watermark)
     node = Inventory()
-    record = Record(trio.current_time)
     async with trio.open_nursery() as nursery:
         stop_on_signal(nursery.cancel_scope)
+        monitor = None
         if settings.simulate:
             nursery.start_soon(simulate, settings, node)
         else:
-            nursery.start_soon(watch_gpus, settings, loaded.xids, node, usage, record)
+            memory = await _remembered(settings)
+            monitor = Monitor(
+                node, settings.gpu_duplication_factor, loaded.xids, memory, sampled=partial(_sampled, usage)
+            )
+            nursery.start_soon(watch_gpus, settings, monitor, record)
         nursery.start_soon(keep_divided, node, catalog)
         nursery.start_soon(keep_offered, settings, catalog, usage, record)
         nursery.start_soon(sample, sampling, catalog, usage, partial(record.expect, "sampler"))
         nursery.start_soon(keep_configured, loaded, reload, catalog, record.reloaded)
+        nursery.start_soon(keep_exposed, settings, Observer(node, catalog, usage, record, monitor))
 
 
 async def keep_divided(node: Inventory, catalog: Catalog) -> None:
@@ -135,12 +142,15 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
         signal.signal(number, handler)
 
 
-async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, usage: Usage, record: Record) -> None:
-    """Keep the inventory true to what the driver says, and what it should not forget on disk."""
-    path, boot_id = Path(settings.state_file), state.boot_id()
-    keep = bool(settings.state_file)
-    memory = await trio.to_thread.run_sync(state.load, path, boot_id) if keep else Memory()
-    monitor = Monitor(inventory, settings.gpu_duplication_factor, xids, memory, sampled=partial(_sampled, usage))
+async def _remembered(settings: Settings) -> Memory:
+    """What a daemon before this one has kept."""
+    if not settings.state_file:
+        return Memory()
+    return await trio.to_thread.run_sync(state.load, Path(settings.state_file), state.boot_id())
+
+
+async def watch_gpus(settings: Settings, monitor: Monitor, record: Record) -> None:
+    """Keep the monitor told of what the driver says, and what it should not forget on disk."""
     orders = Orders(
         host_path=settings.host_path,
         dev_directory=settings.dev_directory,
@@ -149,8 +159,24 @@ async def watch_gpus(settings: Settings, xids: XidPolicy, inventory: Inventory, 
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch_driver, orders, monitor, settings.driver_timeout, partial(record.expect, "driver"))
-        if keep:
-            nursery.start_soon(keep_state, path, boot_id, monitor)
+        if settings.state_file:
+            nursery.start_soon(keep_state, Path(settings.state_file), state.boot_id(), monitor)
+
+
+async def keep_exposed(settings: Settings, observer: Observer) -> None:
+    """Let those who want to know look at the daemon."""
+    if not settings.status_socket:
+        return
+    # Imported here, and in a thread: a registration does not wait for it.
+    expose = await trio.to_thread.run_sync(_import_expose)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expose.expose_status, Path(settings.status_socket), observer)
+
+
+def _import_expose() -> ModuleType:
+    from sgpu import expose
+
+    return expose
 
 
 async def keep_state(path: Path, boot_id: str, monitor: Monitor) -> None:

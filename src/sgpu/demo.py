@@ -117,6 +117,7 @@ async def running_kubelet(directory: Path) -> AsyncIterator[DemoKubelet]:
 def running_daemon(directory: Path, faults: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The daemon as users start it. Killed at the end if it has not stopped."""
     flags = ["-simulate", GPUS, "-gpu-duplication-factor", SHARES, "-plugin-directory", directory]
+    flags += ["-metrics-address=", "-status-socket="]  # another daemon may have them
     command = [sys.executable, "-m", "sgpu", *map(str, flags), "-simulate-faults", str(faults)]
     print(f"$ {' '.join(['python -m sgpu', *command[3:]])}", flush=True)
     # Settings of the surroundings are not what is shown here.

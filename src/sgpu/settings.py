@@ -20,6 +20,10 @@ _NAME_LENGTH: Final = 63
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
 _DECIMAL: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_ADDRESS: Final = re.compile(
+    r"(\[(?P<v6>[0-9a-fA-F:.]+(%[\w.-]+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
+)
+_MAX_PORT: Final = 65535
 #: What Go's flag package takes, in any case.
 _BOOLEANS: Final = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -91,6 +95,14 @@ def fraction() -> Kind:
     return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART", int)
 
 
+def split_address(text: str) -> tuple[str, int] | None:
+    """Host (empty: all interfaces) and port (0: any free one) of an address; None if it is none."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or int(found["port"]) > _MAX_PORT:
+        return None
+    return found["v6"] or found["host"], int(found["port"])
+
+
 def _are_numbers(text: str) -> bool:
     return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
 
@@ -104,6 +116,12 @@ FILE: Final = Kind(
     str,
     lambda value: "\0" not in value and (not value or bool(PurePosixPath(value).name)),
     "FILE",
+)
+ADDRESS: Final = Kind(
+    "an address as in :2112, 127.0.0.1:2112 or [::1]:2112, or nothing",
+    str,
+    lambda value: not value or split_address(value) is not None,
+    "HOST:PORT",
 )
 SHARES: Final = integer(1, 100_000)
 NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N", int)
@@ -161,7 +179,12 @@ class Settings:
         FILE,
         "what is down and why, for a restart in the same boot; empty: nothing is kept",
     )
-    status_socket: str = knob("/run/sgpu/status.sock", FILE, "socket on which `status` asks the daemon; empty: none")
+    metrics_address: str = knob(
+        ":2112", ADDRESS, "where metrics and probes are served; without a host: everywhere; empty: nowhere"
+    )
+    status_socket: str = knob(
+        "/run/sgpu/status.sock", FILE, "socket on which `sgpu status` asks, for root only; empty: none"
+    )
     simulate: int = knob(0, integer(0, 64), "number of simulated GPUs in place of the driver; 0: none")
     simulate_faults: str = knob(
         "", FILE, "with -simulate: file with the numbers of GPUs that are down, one to a line; read while running"

@@ -15,6 +15,7 @@ import attrs
 from sgpu.device import SEPARATOR, Device
 from sgpu.placement import GpuLoad
 from sgpu.recent import Recent
+from sgpu.snapshot import ContainerUse
 
 #: Sample intervals after which a sample is too old to choose by.
 STALE_AFTER: Final = 3
@@ -49,17 +50,26 @@ class Usage:
         self.samples: Mapping[str, Sample] = {}
         self.recent = Recent()
         self._counts: Counter[str] = Counter()  # of held shares, by UUID; as long as `holders` is
-        self._sampled_at = float("-inf")
+        self._uses: Mapping[str, tuple[ContainerUse, ...]] = {}  # by UUID; as long as `holders` is
+        #: When the last samples were taken.
+        self.sampled_at = float("-inf")
+        #: Whether processes that use a GPU can be told apart by container.
+        self.processes_known = False
         self._interval = interval
 
     def sampled(self, samples: Mapping[str, Sample], now: float) -> None:
         """New samples, by UUID."""
-        self.samples, self._sampled_at = samples, now
+        self.samples, self.sampled_at = samples, now
+
+    def fresh(self, now: float) -> Mapping[str, Sample]:
+        """The samples, unless they are too old to go by."""
+        return {} if now - self.sampled_at > STALE_AFTER * self._interval else self.samples
 
     def held(self, holders: Mapping[str, Holder] | None) -> None:
         """The kubelet told who has which share, or no longer does (None)."""
         self.holders = holders
         self._counts = Counter(map(_uuid, holders or ()))
+        self._uses = _uses(holders or {})
         if holders is not None:
             self.recent.seen(holders.keys())
 
@@ -73,10 +83,10 @@ class Usage:
         # Only the few that were just given are counted here: those held can be thousands, and a kubelet waits.
         given = Counter(_uuid(share_id) for share_id in self.recent.share_ids(now) if share_id not in (holders or ()))
         expected = self.recent.expected_bytes(now)
-        stale = now - self._sampled_at > STALE_AFTER * self._interval
+        samples = self.fresh(now)
         loads = {}
         for device in devices:
-            sample = None if stale else self.samples.get(device.uuid)
+            sample = samples.get(device.uuid)
             free = sample.memory_free if sample else None
             loads[device.uuid] = GpuLoad(
                 allocated=None if holders is None else self._counts[device.uuid] + given[device.uuid],
@@ -86,10 +96,25 @@ class Usage:
             )
         return loads
 
+    def uses(self, uuid: str) -> tuple[ContainerUse, ...]:
+        """What each container has and takes of this GPU, sorted by name."""
+        return self._uses.get(uuid, ())
+
     def pods(self, uuid: str) -> list[str]:
         """The pods that have a share of this GPU, as namespace/name, sorted."""
         holders = (self.holders or {}).items()
         return sorted({str(holder) for share_id, holder in holders if _uuid(share_id) == uuid})
+
+
+def _uses(holders: Mapping[str, Holder]) -> Mapping[str, tuple[ContainerUse, ...]]:
+    shares = Counter((_uuid(share_id), holder) for share_id, holder in holders.items())
+    uses: dict[str, list[ContainerUse]] = {}
+    for (uuid, holder), count in shares.items():
+        uses.setdefault(uuid, []).append(ContainerUse(holder.namespace, holder.pod, holder.container, count))
+    return {
+        uuid: tuple(sorted(each, key=lambda use: (use.namespace, use.pod, use.container)))
+        for uuid, each in uses.items()
+    }
 
 
 def _uuid(share_id: str) -> str:
