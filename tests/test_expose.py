@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,11 +21,12 @@ from daemon_process import short_directory
 
 from sgpu import expose, rpc
 from sgpu.catalog import Catalog
-from sgpu.expose import expose_status
+from sgpu.expose import expose_metrics, expose_status
 from sgpu.inventory import Inventory
+from sgpu.metrics import Page
 from sgpu.observer import Observer
 from sgpu.policy import Policy
-from sgpu.record import Record
+from sgpu.record import GRACE, Record
 from sgpu.simulation import simulated_devices
 from sgpu.snapshot import decode
 from sgpu.usage import Usage
@@ -95,6 +98,158 @@ async def running(function: Callable[[], Awaitable[None]]) -> AsyncIterator[None
 async def wait_until(condition: Callable[[], object]) -> None:
     while not condition():  # noqa: ASYNC110  # nobody tells
         await trio.sleep(0.002)
+
+
+@pytest.fixture
+def port(caplog: pytest.LogCaptureFixture) -> Callable[[], Awaitable[int]]:
+    """The port of 127.0.0.1 that metrics are served on, once they are."""
+    caplog.set_level(logging.INFO, "sgpu")
+
+    async def find() -> int:
+        words = "metrics and probes are served on http://127.0.0.1:"
+        while True:
+            for record in caplog.records:
+                if record.getMessage().startswith(words):
+                    return int(record.getMessage().removeprefix(words))
+            await trio.sleep(0.002)
+
+    return find
+
+
+Port = Callable[[], Awaitable[int]]
+LOCAL = "127.0.0.1:0"
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        ("path", "status", "words"),
+        [
+            ("/", 200, "/metrics  for Prometheus"),
+            ("/metrics", 200, "# TYPE sgpu_gpu_healthy gauge"),
+            ("/healthz", 200, "ok"),
+            ("/readyz", 503, "example.com/gpu is not registered with the kubelet"),
+            ("/status", 404, "there is no '/status' here, but /, /healthz, /metrics, /readyz"),
+        ],
+    )
+    def test_pages(self, port: Port, path: str, status: int, words: str) -> None:
+        """What Prometheus, the kubelet and the curious ask for; not what is for root only."""
+
+        async def main() -> None:
+            async with (
+                running(partial(expose_metrics, LOCAL, observer())),
+                await trio.open_tcp_stream("127.0.0.1", await port()) as stream,
+            ):
+                for _ in range(2):
+                    answer = await get(stream, path)
+                    assert answer.status == status
+                    assert words in answer.body.decode()
+
+        run(main)
+
+    def test_probes(self, port: Port) -> None:
+        """They follow what they are about."""
+        known = observer()
+
+        async def main() -> None:
+            async with (
+                running(partial(expose_metrics, LOCAL, known)),
+                await trio.open_tcp_stream("127.0.0.1", await port()) as stream,
+            ):
+                with known.record.session("example.com/gpu") as registration:
+                    known.record.attempted("example.com/gpu", "kubelet", success=True)
+                    registration.streams += 1
+                    assert (await get(stream, "/readyz")).status == 200
+                assert (await get(stream, "/readyz")).status == 503
+                known.record.expect("sampler", -10 * GRACE)
+                answer = await get(stream, "/healthz")
+                assert (answer.status, answer.body[:8]) == (503, b"sampler:")
+                known.record.rest("sampler")
+                assert (await get(stream, "/healthz")).status == 200
+
+        run(main)
+
+    def test_formats(self, port: Port) -> None:
+        """As the scraper asks."""
+
+        async def main() -> None:
+            async with (
+                running(partial(expose_metrics, LOCAL, observer())),
+                await trio.open_tcp_stream("127.0.0.1", await port()) as stream,
+            ):
+                accept = "application/openmetrics-text;version=1.0.0"
+                answer = await get(stream, "/metrics", Accept=accept, Accept_Encoding="gzip")
+                assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+                assert answer.headers["content-encoding"] == "gzip"
+                assert answer.headers["vary"] == "Accept, Accept-Encoding"
+                assert gzip.decompress(answer.body).endswith(b"# EOF\n")
+
+        run(main)
+
+    def test_scraping_keeps_nobody_waiting(self, port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Other pages are answered while one is made, and only one is made at a time."""
+        making, go = threading.Semaphore(0), threading.Semaphore(0)
+
+        def make(*_: object) -> Page:
+            making.release()
+            assert go.acquire(timeout=TIMEOUT)
+            return Page(b"made", "text/plain", "")
+
+        monkeypatch.setattr(expose, "_page", make)
+
+        async def ask(path: str) -> None:
+            async with await trio.open_tcp_stream("127.0.0.1", await port()) as stream:
+                assert (await get(stream, path)).status == 200
+
+        async def main() -> None:
+            async with running(partial(expose_metrics, LOCAL, observer())), trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(ask, "/metrics")
+                await trio.to_thread.run_sync(making.acquire)
+                await ask("/healthz")
+                assert not making.acquire(blocking=False)
+                go.release(3)
+
+        run(main)
+
+    def test_a_taken_port(self, port: Port, caplog: pytest.LogCaptureFixture) -> None:
+        """It is said once, with what to do, and had as soon as it is free."""
+
+        async def main() -> None:
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                address = f"127.0.0.1:{taken.getsockname()[1]}"
+                async with running(partial(expose_metrics, address, observer())):
+                    await wait_until(lambda: caplog.records)
+                    await trio.sleep(0.1)
+                    taken.close()
+                    assert f"127.0.0.1:{await port()}" == address
+
+        run(main)
+        (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+        assert warning.startswith("can't listen on 127.0.0.1:")
+        assert "Address already in use; stop what has it, or choose another -metrics-address" in warning
+
+    def test_an_address_that_is_not_here(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Tried again, too: interfaces come late, sometimes."""
+        address = "192.0.2.1:2112"
+
+        async def main() -> None:
+            async with running(partial(expose_metrics, address, observer())):
+                await wait_until(lambda: caplog.records)
+
+        run(main)
+        assert f"can't listen on {address}, and tries again" in caplog.text
+
+    def test_all_interfaces(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Without a host, of IPv4 and, where there is any, of IPv6; the log says which."""
+        caplog.set_level(logging.INFO, "sgpu")
+
+        async def main() -> None:
+            async with running(partial(expose_metrics, ":0", observer())):
+                await wait_until(lambda: caplog.records)
+
+        run(main)
+        assert "served on http://0.0.0.0:" in caplog.text
+        assert ("http://[::]:" in caplog.text) is socket.has_dualstack_ipv6()
 
 
 class TestStatus:

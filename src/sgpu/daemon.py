@@ -165,12 +165,15 @@ async def watch_gpus(settings: Settings, monitor: Monitor, record: Record) -> No
 
 async def keep_exposed(settings: Settings, observer: Observer) -> None:
     """Let those who want to know look at the daemon."""
-    if not settings.status_socket:
+    if not (settings.metrics_address or settings.status_socket):
         return
     # Imported here, and in a thread: a registration does not wait for it.
     expose = await trio.to_thread.run_sync(_import_expose)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(expose.expose_status, Path(settings.status_socket), observer)
+        if settings.metrics_address:
+            nursery.start_soon(expose.expose_metrics, settings.metrics_address, observer)
+        if settings.status_socket:
+            nursery.start_soon(expose.expose_status, Path(settings.status_socket), observer)
 
 
 def _import_expose() -> ModuleType:

@@ -159,7 +159,9 @@ class _Connection:
             "Content-Length": str(len(response.body)),
             **response.headers,
         }
-        events: list[h11.Event] = [h11.Response(status_code=response.status, headers=list(headers.items()))]
+        # As they came: what a handler repeats of a request's headers was decoded so.
+        fields = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        events: list[h11.Event] = [h11.Response(status_code=response.status, headers=fields)]
         if self._wants_body:
             events.append(h11.Data(data=response.body))
         # What ends the message has no bytes of its own; it comes last, so that a connection whose peer did not take all
