@@ -6,6 +6,7 @@ daemon, in the same pod, and with `-interval` beside it. The host's root may be 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -58,7 +59,15 @@ def stage_once(host_root: Path, host_path: Path, *, graphics: bool) -> str:
     except (NoDriverError, NotWholeError, sets.NotOursError, sets.ChangedError) as error:
         raise StageError(str(error)) from error
     except OSError as error:
-        raise StageError(f"the driver can't be staged in {host_path}: {error}; what was there before stays") from error
+        words = f"the driver can't be staged in {host_path}: {_words(error)}; what was there before stays"
+        raise StageError(words) from error
+
+
+def _words(error: OSError) -> str:
+    """The same for the same trouble: sets have names of their own, so only what is read is named, or is in the way."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror} (it takes room for two sets, each of 200 MB or more)"
+    return f"{error.strerror}: {error.filename}"
 
 
 def _done(driver: Driver, host_path: Path) -> str:
