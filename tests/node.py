@@ -9,6 +9,8 @@ from pathlib import Path
 from daemon_process import DaemonProcess, short_directory
 from stub_driver import StubDriver
 
+from sgpu.processes import HOST_NAMESPACE
+
 RESOURCE = "deepomatic.com/shared-gpu"
 #: Seconds between the daemon's polls, unless a test says otherwise.
 INTERVAL = 0.3
@@ -24,8 +26,12 @@ class Node:
         self.sys = root / "sys"
         self.pods = root / "pods.sock"
         self.state = root / "state" / "sgpu.json"
-        for directory in (self.plugins, self.host, self.dev, self.sys):
+        self.proc = root / "proc"
+        self.logs = root / "containers"
+        for directory in (self.plugins, self.host, self.dev, self.sys, self.proc, self.logs):
             directory.mkdir()
+        (self.proc / "self/ns").mkdir(parents=True)
+        (self.proc / "self/ns/pid").symlink_to(HOST_NAMESPACE)
         self.make_nodes("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *(f"nvidia{minor}" for minor in range(8)))
         self.driver = StubDriver(self.host)
         self.driver.gpus(1)
@@ -46,10 +52,23 @@ class Node:
         device.mkdir(parents=True)
         (device / "numa_node").write_text(f"{node}\n")
 
+    def start_process(self, pid: int, container: str = "") -> None:
+        """A process of the host's, or of a container (`namespace/pod/container`)."""
+        directory = self.proc / str(pid)
+        directory.mkdir()
+        container_id = f"{pid:064x}"
+        path = f"/kubepods/burstable/pod1/{container_id}" if container else "/system.slice/x.service"
+        (directory / "cgroup").write_text(f"0::{path}\n")
+        (directory / "stat").write_text(f"{pid} (python3) S {'1 ' * 18}1 0 0\n")
+        if container:
+            namespace, pod, name = container.split("/")
+            (self.logs / f"{pod}_{namespace}_{name}-{container_id}.log").touch()
+
     def daemon(self, *flags: str | float, simulate: int = 0) -> DaemonProcess:
         """The daemon on this node, to be entered."""
         places: list[str | Path] = ["-state-file", self.state, "-pod-resources-socket", self.pods]
         places += ["-dev-directory", self.dev, "-sysfs-directory", self.sys]
+        places += ["-proc-directory", self.proc, "-container-log-directory", self.logs]
         places += ["-metrics-address=", "-status-socket="]  # not even on a test's own node, unless it asks for them
         extra = ("-simulate", simulate) if simulate else ()
         often = ("-health-interval", INTERVAL)

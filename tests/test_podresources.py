@@ -35,7 +35,9 @@ def kubelet(path: Path) -> Iterator[FakePodResources]:
 
 
 def holders(path: Path, resources: Collection[str] = (RESOURCE,)) -> Mapping[str, Holder]:
-    return trio.run(list_holders, path, resources)
+    held = trio.run(list_holders, path, resources)
+    assert tuple(held) == tuple(resources)
+    return {share_id: holder for each in held.values() for share_id, holder in each.items()}
 
 
 def refusal(path: Path) -> str:

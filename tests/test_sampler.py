@@ -18,7 +18,9 @@ from sgpu.device import Device
 from sgpu.inventory import Inventory
 from sgpu.podresources import TIMEOUT, PodResourcesError
 from sgpu.policy import Policy
+from sgpu.processes import HOST_NAMESPACE, Places
 from sgpu.recent import SETTLING_TIME
+from sgpu.report import ProcessReport
 from sgpu.sampler import GIB, Sampling, sample, withhold
 from sgpu.usage import Holder, Sample, Usage
 
@@ -26,6 +28,7 @@ RESOURCE = "example.com/gpu"
 SHARES = 4
 WATERMARK = 0.95
 INTERVAL = 5.0
+NOWHERE = Places(Path("/nowhere/proc"), Path("/nowhere/containers"))
 
 
 def gpu(uuid: str) -> Device:
@@ -57,12 +60,12 @@ class FakeKubelet:
     asked: list[tuple[float, Collection[str]]] = attrs.field(factory=list)
     delay: float = 0.0
 
-    async def list_holders(self, socket: Path, resources: Collection[str]) -> Mapping[str, Holder]:
+    async def list_holders(self, socket: Path, resources: Collection[str]) -> Mapping[str, Mapping[str, Holder]]:
         await trio.sleep(self.delay)
         self.asked.append((trio.current_time(), resources))
         if isinstance(self.answer, str):
             raise PodResourcesError(self.answer)
-        return self.answer
+        return dict.fromkeys(resources, self.answer)
 
 
 class World:
@@ -110,7 +113,9 @@ def virtual(kubelet: FakeKubelet, test: Callable[[World], Awaitable[None]], wate
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(sample, Sampling(Path("/pods.sock"), INTERVAL, watermark), world.catalog, world.usage)
+            nursery.start_soon(
+                sample, Sampling(Path("/pods.sock"), INTERVAL, watermark, NOWHERE), world.catalog, world.usage
+            )
             await trio.sleep(INTERVAL / 2)
             await test(world)
             nursery.cancel_scope.cancel()
@@ -138,7 +143,7 @@ class TestLoop:
         said: list[tuple[float, float]] = []
 
         async def main() -> None:
-            sampling = Sampling(Path("/pods.sock"), INTERVAL, WATERMARK)
+            sampling = Sampling(Path("/pods.sock"), INTERVAL, WATERMARK, NOWHERE)
             with trio.move_on_after(20 * INTERVAL):
                 await sample(
                     sampling,
@@ -362,12 +367,163 @@ class TestWithhold:
         assert shown(inventory) == ""
 
 
+class TestPods:
+    """Whom the log names when a GPU is full."""
+
+    POD_0, POD_1 = Holder("team", "pod-a0", "main"), Holder("team", "pod-a1", "main")
+
+    @pytest.mark.parametrize(
+        ("processes", "words"),
+        [
+            pytest.param(None, "team/pod-a0, team/pod-a1", id="not known"),
+            pytest.param([], "team/pod-a0, team/pod-a1", id="none"),
+            pytest.param([(1, POD_0, 2), (2, POD_1, 90)], "team/pod-a1 (90.0 GiB), team/pod-a0 (2.0 GiB)", id="both"),
+            pytest.param([(1, POD_1, 90)], "team/pod-a1 (90.0 GiB)", id="one of them"),
+            pytest.param([(1, POD_1, 90), (2, POD_1, 2)], "team/pod-a1 (92.0 GiB)", id="with two processes"),
+            pytest.param([(1, POD_1, None)], "team/pod-a1", id="one that is not known"),
+            pytest.param(
+                [(1, Holder("x", "y", "z"), 90), (2, None, 3), (3, POD_0, 1)],
+                "x/y (90.0 GiB), processes of no pod (3.0 GiB), team/pod-a0 (1.0 GiB)",
+                id="without a share",
+            ),
+        ],
+    )
+    def test_log(
+        self,
+        messages: Callable[[], list[str]],
+        processes: list[tuple[int, Holder | None, int | None]] | None,
+        words: str,
+    ) -> None:
+        """Those that use most of it first, with what they use, as far as it is known."""
+        usage = Usage(INTERVAL)
+        usage.held(held("a0 a1 b0"))
+        samples = {"GPU-a": percent(96)}
+        if processes is not None:
+            told = tuple(ProcessReport(pid, None if used is None else used * GIB, 0) for pid, _, used in processes)
+            samples = {"GPU-a": attrs.evolve(percent(96), processes=told)}
+        usage.sampled(samples, now=0)
+        usage.owned(samples, {pid: owner for pid, owner, _ in processes or ()})
+        withhold(WATERMARK, [Inventory([gpu("GPU-a")])], usage, frozenset(), now=0)
+        assert messages() == [
+            f"GPU GPU-a: its memory is full: 96.0 of 100.0 GiB are used, by {words}; its free shares are withheld"
+        ]
+
+
+class TestAttribution:
+    """Whose the processes are, with a /proc that the test makes."""
+
+    ID = "7b216cfe8a62b00ed90be013da65d6e1a5a4cf2f81fd97587cb4e61119c2526b"
+
+    @pytest.fixture
+    def places(self, tmp_path: Path) -> Places:
+        """One process of a pod (7), one of the host (8), and an MPS server (9)."""
+        places = Places(tmp_path / "proc", tmp_path / "containers")
+        (places.proc / "self/ns").mkdir(parents=True)
+        (places.proc / "self/ns/pid").symlink_to(HOST_NAMESPACE)
+        for pid, name, path in ((7, "python", f"/kubepods/pod1/{self.ID}"), (8, "X", "/"), (9, "nvidia-cuda-mps", "/")):
+            (places.proc / str(pid)).mkdir()
+            (places.proc / str(pid) / "cgroup").write_text(f"0::{path}\n")
+            (places.proc / str(pid) / "stat").write_text(f"{pid} ({name}) S {'1 ' * 18} 1 0\n")
+        places.container_logs.mkdir()
+        (places.container_logs / f"one_team_main-{self.ID}.log").touch()
+        return places
+
+    def run(self, places: Places, usage: Usage, kubelet: FakeKubelet, until: Callable[[], object]) -> None:
+        """The loop, with a short interval, until that is so."""
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                sampling = Sampling(Path("/pods.sock"), 0.01, WATERMARK, places)
+                nursery.start_soon(sample, sampling, Catalog(Policy(RESOURCE, SHARES)), usage)
+                with trio.fail_after(10):
+                    while not until():
+                        usage.sampled(usage.samples, trio.current_time())
+                        await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
+    def told(self, *pids: int) -> Sample:
+        return Sample(100, 50, 10, tuple(ProcessReport(pid, pid * 10, 5) for pid in pids))
+
+    def test_each(self, places: Places, kubelet: FakeKubelet, messages: Callable[[], list[str]]) -> None:
+        """The pod's and nobody's; one that has ended is not shown; and it goes with the next sample."""
+        kubelet.answer = held("a0")
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": self.told(6, 7, 8), "GPU-b": self.told()}, 0)
+        self.run(places, usage, kubelet, lambda: usage.processes_known)
+        shown = [(use.namespace, use.pod, use.shares, use.memory_used, use.processes) for use in usage.uses("GPU-a")]
+        assert shown == [("", "", 0, 80, 1), ("team", "one", 0, 70, 1), ("team", "pod-a0", 1, 0, 0)]
+        assert usage.uses("GPU-b") == ()
+        usage.sampled({"GPU-a": self.told()}, 0)
+        kubelet.answer = {}
+        self.run(places, usage, kubelet, lambda: not usage.uses("GPU-a"))
+        assert messages() == []
+
+    def test_though_the_kubelet_does_not_tell(self, places: Places, kubelet: FakeKubelet) -> None:
+        """It needs no PodResources."""
+        kubelet.answer = "nobody there"
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": self.told(7)}, 0)
+        self.run(places, usage, kubelet, lambda: usage.uses("GPU-a"))
+        assert [(use.pod, use.memory_used) for use in usage.uses("GPU-a")] == [("one", 70)]
+
+    def test_it_can_t_be_told(self, places: Places, kubelet: FakeKubelet, messages: Callable[[], list[str]]) -> None:
+        """Is said once, with what to do; what was known is not shown on; the shares are."""
+        kubelet.answer = held("a0")
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": self.told(7)}, 0)
+        self.run(places, usage, kubelet, lambda: usage.processes_known)
+        (places.proc / "self/ns/pid").unlink()
+        (places.proc / "self/ns/pid").symlink_to("pid:[4026532281]")
+        rounds = len(kubelet.asked)
+        self.run(places, usage, kubelet, lambda: len(kubelet.asked) > rounds + 3)
+        assert not usage.processes_known
+        assert [(use.pod, use.shares, use.memory_used) for use in usage.uses("GPU-a")] == [("pod-a0", 1, None)]
+        (message,) = messages()
+        assert message.startswith("which pod uses how much of a GPU is not known: the host's process ids are not seen")
+        assert message.endswith("set hostPID: true for the pod")
+
+    def test_the_driver_does_not_tell(
+        self, places: Places, kubelet: FakeKubelet, messages: Callable[[], list[str]]
+    ) -> None:
+        """Then nobody is looked for, and nothing said."""
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": percent(10)}, 0)
+        self.run(NOWHERE, usage, kubelet, lambda: len(kubelet.asked) > 2)
+        assert not usage.processes_known
+        assert messages() == []
+
+    def test_the_driver_no_longer_answers(self, places: Places) -> None:
+        """What it said long ago is not shown on."""
+        usage = Usage(INTERVAL)
+
+        async def main() -> None:
+            attribution = sampler._Attribution(places, usage)
+            for age in (0.0, 100 * INTERVAL):
+                usage.sampled({"GPU-a": self.told(7)}, trio.current_time() - age)
+                await attribution.update()
+                assert usage.processes_known is (not age)
+                assert len(usage.uses("GPU-a")) == (not age)
+
+        trio.run(main)
+
+    def test_mps(self, places: Places, kubelet: FakeKubelet, messages: Callable[[], list[str]]) -> None:
+        """A server that stands for others is told once for each GPU."""
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": self.told(9), "GPU-b": self.told(7)}, 0)
+        self.run(places, usage, kubelet, lambda: len(kubelet.asked) > 3)
+        assert messages() == [
+            "GPU GPU-a: an MPS server uses it; what is not known of its clients is shown as the server's"
+        ]
+
+
 class TestCancellation:
     @pytest.mark.parametrize("after", [0.5, INTERVAL], ids=["while asking", "while sleeping"])
     def test_cancelled(self, monkeypatch: pytest.MonkeyPatch, after: float) -> None:
         """It can be given up at either of its waits."""
 
-        async def slow(socket: Path, resources: Collection[str]) -> Mapping[str, Holder]:
+        async def slow(socket: Path, resources: Collection[str]) -> Mapping[str, Mapping[str, Holder]]:
             await trio.sleep(1)
             return {}
 
@@ -375,7 +531,9 @@ class TestCancellation:
 
         async def main() -> None:
             with trio.move_on_after(after) as scope:
-                await sample(Sampling(Path("/x"), INTERVAL, WATERMARK), Catalog(Policy(RESOURCE, 1)), Usage(INTERVAL))
+                await sample(
+                    Sampling(Path("/x"), INTERVAL, WATERMARK, NOWHERE), Catalog(Policy(RESOURCE, 1)), Usage(INTERVAL)
+                )
             assert scope.cancelled_caught
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

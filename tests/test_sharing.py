@@ -255,6 +255,23 @@ class TestWatermark:
             assert len(kubelet.lists[RESOURCE]) == 3
             assert daemon.logs.count("its memory is full") == 1
 
+    def test_the_pods_with_what_they_use(self, node: Node, kubelet: FakeKubelet, pods: FakePodResources) -> None:
+        """Where the driver tells of processes, and the kernel whose they are."""
+        (gpu,) = node.driver.state.gpus
+        pods.assign("team", "trainer", "main", shares(gpu, [1]))
+        pods.assign("team", "idle", "main", shares(gpu, [2]))
+        node.start_process(100, "team/trainer/main")
+        node.start_process(101, "web/server/main")
+        node.start_process(102)
+        compute = ((100, 9 * GIB), (101, 3 * GIB), (102, GIB), (103, GIB))
+        node.driver.change(gpu, used=int(0.96 * gpu.total), compute=compute, graphics=((102, GIB),))
+        with node.daemon(*FLAGS) as daemon:
+            kubelet.wait_devices(SHARES)
+            line = daemon.wait_log("its memory is full").text
+            assert (
+                "GiB are used, by team/trainer (9.0 GiB), web/server (3.0 GiB), processes of no pod (1.0 GiB);" in line
+            )
+
     def test_a_share_counts_as_free_when_its_pod_is_gone(
         self, node: Node, kubelet: FakeKubelet, pods: FakePodResources
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from sgpu.device import Device
 from sgpu.placement import GpuLoad
 from sgpu.recent import SETTLING_TIME
+from sgpu.report import ProcessReport
 from sgpu.snapshot import ContainerUse
 from sgpu.usage import STALE_AFTER, Holder, Sample, Usage
 
@@ -117,7 +119,7 @@ class TestLoads:
         """A GPU is not taken for another whose UUID goes on where its own ends."""
         usage.held({"GPU-a1::0": Holder("default", "other", "main")})
         assert usage.loads([gpu("GPU-a")], 0)["GPU-a"].allocated == 0
-        assert usage.pods("GPU-a") == []
+        assert usage.uses("GPU-a") == ()
 
     def test_sample(self, usage: Usage) -> None:
         """Free memory and utilisation are those of the sample; a GPU without one has neither."""
@@ -195,37 +197,164 @@ class TestLoads:
             assert loads[device.uuid].allocated == sum(share_id.startswith(prefix) for share_id in allocated)
 
 
-class TestUses:
-    def test_uses(self, usage: Usage) -> None:
-        """Each container of a GPU with the number of its shares, by name; a container on two GPUs for each of them."""
-        web, train = Holder("a", "web", "main"), Holder("a", "train", "main")
-        usage.held({"GPU-a::0": web, "GPU-a::1": train, "GPU-a::2": web, "GPU-b::0": web})
-        assert usage.uses("GPU-a") == (ContainerUse("a", "train", "main", 1), ContainerUse("a", "web", "main", 2))
-        assert usage.uses("GPU-b") == (ContainerUse("a", "web", "main", 1),)
-        assert usage.uses("GPU-c") == ()
+def use(words: str, shares: int, memory: int | None, utilisation: int | None, processes: int) -> ContainerUse:
+    """What `namespace/pod/container` takes; empty: those of no pod."""
+    namespace, pod, container = (words or "//").split("/")
+    return ContainerUse(namespace, pod, container, shares, memory, utilisation, processes)
 
-    def test_not_known(self, usage: Usage) -> None:
-        """Who is gone is not there any more, and neither is anyone when the kubelet does not tell."""
-        usage.held(held("a0"))
-        usage.held(None)
+
+def used(*processes: tuple[int, int | None, int | None]) -> Sample:
+    """A GPU with these processes: id, bytes and percent."""
+    return Sample(1000, 500, 50, tuple(ProcessReport(*process) for process in processes))
+
+
+ONE, TWO = Holder("team", "one", "main"), Holder("team", "two", "main")
+
+
+class TestUses:
+    HELD: ClassVar = {
+        "GPU-a::0": ONE,
+        "GPU-a::1": TWO,
+        "GPU-a::2": ONE,
+        "GPU-b::0": TWO,
+        "GPU-a::3": Holder("other", "z", "side"),
+    }
+
+    def test_shares(self, usage: Usage) -> None:
+        """Where no more is known: each container with a share of this GPU once, in order."""
+        usage.held(self.HELD)
+        assert usage.uses("GPU-a") == (
+            use("other/z/side", 1, None, None, 0),
+            use("team/one/main", 2, None, None, 0),
+            use("team/two/main", 1, None, None, 0),
+        )
+        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
+        assert usage.uses("GPU-c") == ()
+        assert not usage.processes_known
+
+    @pytest.mark.parametrize(
+        ("processes", "owners", "expected"),
+        [
+            pytest.param([], {}, [use("team/one/main", 2, 0, 0, 0)], id="none"),
+            pytest.param([(7, 100, 30)], {7: ONE}, [use("team/one/main", 2, 100, 30, 1)], id="one"),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 40)], {7: ONE, 8: ONE}, [use("team/one/main", 2, 105, 70, 2)], id="two of one"
+            ),
+            pytest.param(
+                [(7, 100, 70), (8, 5, 31)],
+                {7: ONE, 8: ONE},
+                [use("team/one/main", 2, 105, 100, 2)],
+                id="never over 100",
+            ),
+            pytest.param(
+                [(7, 100, 30), (8, None, 1)],
+                {7: ONE, 8: ONE},
+                [use("team/one/main", 2, None, 31, 2)],
+                id="memory unknown",
+            ),
+            pytest.param(
+                [(7, 100, None), (8, 5, None)],
+                {7: ONE, 8: ONE},
+                [use("team/one/main", 2, 105, None, 2)],
+                id="utilisation unknown",
+            ),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 1)],
+                {7: ONE, 8: TWO},
+                [use("team/one/main", 2, 100, 30, 1), use("team/two/main", 0, 5, 1, 1)],
+                id="without a share",
+            ),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 1), (9, 6, 2)],
+                {7: ONE, 8: None, 9: None},
+                [use("", 0, 11, 3, 2), use("team/one/main", 2, 100, 30, 1)],
+                id="of no pod",
+            ),
+            pytest.param([(7, 100, 30), (8, 5, 1)], {7: ONE}, [use("team/one/main", 2, 100, 30, 1)], id="ended"),
+        ],
+    )
+    def test_processes(
+        self,
+        usage: Usage,
+        processes: list[tuple[int, int | None, int | None]],
+        owners: dict[int, Holder | None],
+        expected: list[ContainerUse],
+    ) -> None:
+        """What its processes take, together; those of no pod under an empty name; what is not known is not guessed."""
+        usage.held({"GPU-a::0": ONE, "GPU-a::1": ONE})
+        usage.owned({"GPU-a": used(*processes)}, owners)
+        assert usage.processes_known
+        assert list(usage.uses("GPU-a")) == expected
+
+    def test_each_gpu_by_itself(self, usage: Usage) -> None:
+        """A process that uses two has something of each; one GPU may tell nothing."""
+        usage.held(self.HELD)
+        usage.owned({"GPU-a": used((7, 100, 30)), "GPU-c": used((7, 5, 1)), "GPU-b": Sample(1, 1, 1)}, {7: ONE})
+        assert [each.memory_used for each in usage.uses("GPU-a")] == [0, 100, 0]
+        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
+        assert usage.uses("GPU-c") == (use("team/one/main", 0, 5, 1, 1),)
+
+    def test_gone(self, usage: Usage) -> None:
+        """What is no longer there is not shown any more."""
+        usage.held(self.HELD)
+        usage.owned({"GPU-a": used((7, 100, 30))}, {7: ONE})
+        usage.held({})
+        assert usage.uses("GPU-a") == (use("team/one/main", 0, 100, 30, 1),)
+        usage.owned({"GPU-a": used()}, {})
         assert usage.uses("GPU-a") == ()
+
+    def test_no_longer_told(self, usage: Usage) -> None:
+        """Is not known."""
+        usage.held({"GPU-a::0": ONE})
+        usage.owned({"GPU-a": used((7, 100, 30))}, {7: ONE})
+        usage.owned({"GPU-a": used((7, 100, 30))}, None)
+        assert usage.uses("GPU-a") == (use("team/one/main", 1, None, None, 0),)
+        assert not usage.processes_known
+
+    @given(
+        held=st.dictionaries(
+            st.builds("GPU-{}::{}".format, st.sampled_from("ab"), st.integers(0, 9)), st.sampled_from([ONE, TWO])
+        ),
+        processes=st.dictionaries(
+            st.integers(1, 20), st.tuples(st.sampled_from([ONE, TWO, None]), st.integers(0, 100), st.integers(0, 9))
+        ),
+    )
+    def test_sums(self, held: dict[str, Holder], processes: dict[int, tuple[Holder | None, int, int]]) -> None:
+        """Whoever has and uses what: nothing is lost, and nothing counted twice."""
+        usage = Usage(INTERVAL)
+        usage.held(held)
+        sample = used(*((pid, memory, percent) for pid, (_, memory, percent) in processes.items()))
+        usage.owned({"GPU-a": sample}, {pid: owner for pid, (owner, _, _) in processes.items()})
+        uses = usage.uses("GPU-a")
+        assert sum(each.shares for each in uses) == sum(share_id.startswith("GPU-a") for share_id in held)
+        assert sum(each.memory_used or 0 for each in uses) == sum(memory for _, memory, _ in processes.values())
+        assert sum(each.processes for each in uses) == len(processes)
+        names = [(each.namespace, each.pod, each.container) for each in uses]
+        assert names == sorted(set(names))
+        assert all(each.shares or each.processes for each in uses)
+        assert sum(used or 0 for used in usage.pods("GPU-a").values()) == sum(each.memory_used or 0 for each in uses)
 
 
 class TestPods:
-    def test_pods(self, usage: Usage) -> None:
-        """Those with a share of the GPU, each once, in order."""
-        usage.held(
-            {
-                "GPU-a::0": Holder("team", "b", "main"),
-                "GPU-a::1": Holder("team", "a", "main"),
-                "GPU-a::2": Holder("team", "a", "sidecar"),
-                "GPU-b::0": Holder("team", "c", "main"),
-                "GPU-a::3": Holder("other", "z", "main"),
-            }
-        )
-        assert usage.pods("GPU-a") == ["other/z", "team/a", "team/b"]
-        assert usage.pods("GPU-z") == []
+    def test_memory(self, usage: Usage) -> None:
+        """That with most first, whatever container has it; then by name; those of no pod under an empty one."""
+        usage.held({"GPU-a::0": Holder("team", "b", "main"), "GPU-a::1": Holder("team", "a", "main"), "GPU-b::0": TWO})
+        owners = {1: Holder("team", "c", "x"), 2: Holder("team", "c", "y"), 3: None, 4: Holder("team", "d", "x")}
+        usage.owned({"GPU-a": used((1, 30, 0), (2, 30, 0), (3, 50, 0), (4, None, 0))}, owners)
+        assert list(usage.pods("GPU-a").items()) == [
+            ("team/c", 60),
+            ("", 50),
+            ("team/a", 0),
+            ("team/b", 0),
+            ("team/d", None),
+        ]
 
     def test_not_known(self, usage: Usage) -> None:
+        """By name."""
+        usage.held({"GPU-a::0": Holder("team", "b", "main"), "GPU-a::1": Holder("team", "a", "main")})
+        assert list(usage.pods("GPU-a").items()) == [("team/a", None), ("team/b", None)]
+        assert usage.pods("GPU-c") == {}
+
+    def test_nothing_known(self, usage: Usage) -> None:
         """None are named where the kubelet does not tell."""
-        assert usage.pods("GPU-a") == []
+        assert usage.pods("GPU-a") == {}

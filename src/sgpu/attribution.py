@@ -71,7 +71,8 @@ def container_ids(cgroup: str) -> tuple[str, ...]:
 
     One line for each hierarchy of cgroup v1, one of v2; relative to our own cgroup where that is a namespace.
     """
-    paths = (line.split(":", 2)[2] for line in cgroup.splitlines() if line.count(":") > 1)
+    # Mostly the same path in all hierarchies.
+    paths = dict.fromkeys(line.split(":", 2)[2] for line in cgroup.splitlines() if line.count(":") > 1)
     parts = (part for path in paths for part in path.split("/") if not part.startswith(_MONITORS))
     return tuple(dict.fromkeys(found[1] for part in parts if (found := _CONTAINER.fullmatch(part))))
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from sgpu import __version__, plugin, simulation, state
+from sgpu import __version__, plugin, processes, simulation, state
 from sgpu.allocation import HostPaths, Rules
 from sgpu.catalog import Catalog
 from sgpu.driver import watch_driver
@@ -55,7 +55,10 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     usage = Usage(settings.sample_interval)
     record = Record(trio.current_time)
     catalog = Catalog(loaded.policy)
-    sampling = Sampling(Path(settings.pod_resources_socket), settings.sample_interval, settings.memory_watermark)
+    places = processes.Places(Path(settings.proc_directory), Path(settings.container_log_directory))
+    sampling = Sampling(
+        Path(settings.pod_resources_socket), settings.sample_interval, settings.memory_watermark, places
+    )
     node = Inventory()
     async with trio.open_nursery() as nursery:
         stop_on_signal(nursery.cancel_scope)

@@ -99,7 +99,9 @@ class Monitor:
             self._reports[gpu.uuid] = gpu
             condition = self._conditions.get(gpu.uuid, Condition())
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
-        self._sampled({gpu.uuid: Sample(gpu.memory_total, gpu.memory_free, gpu.utilisation) for gpu in report.gpus})
+        self._sampled(
+            {gpu.uuid: Sample(gpu.memory_total, gpu.memory_free, gpu.utilisation, gpu.processes) for gpu in report.gpus}
+        )
         for uuid in gone:
             nodeless = uuid in report.nodeless  # which no reset brings about
             reason = "its device node is not there" if nodeless else "the driver no longer answers for it"

@@ -21,8 +21,8 @@ class PodResourcesError(Exception):
     """The kubelet does not tell who has which share. The message says why."""
 
 
-async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str, Holder]:
-    """The container that has it, by share id, of every allocated share of these resources.
+async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str, Mapping[str, Holder]]:
+    """By each of these resources and share id, the container that has that share.
 
     Raises PodResourcesError.
     """
@@ -41,12 +41,11 @@ async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str,
         raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}") from error
     except trio.TooSlowError as error:
         raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
-    return {
-        share_id: holder
-        for pod in answer.pod_resources
-        for container in pod.containers
-        for holder in (Holder(pod.namespace, pod.name, container.name),)  # one for all its shares
-        for devices in container.devices
-        if devices.resource_name in resources
-        for share_id in devices.device_ids
-    }
+    held: dict[str, dict[str, Holder]] = {resource: {} for resource in resources}
+    for pod in answer.pod_resources:
+        for container in pod.containers:
+            holder = Holder(pod.namespace, pod.name, container.name)  # one for all its shares
+            for devices in container.devices:
+                if devices.resource_name in held:
+                    held[devices.resource_name].update(dict.fromkeys(devices.device_ids, holder))
+    return held

@@ -58,8 +58,8 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
     for pid in pids:
         try:
             # In this order: if it is the same process still, it was when the cgroup was read.
-            cgroup = (places.proc / str(pid) / "cgroup").read_text(errors="replace")
-            stat = read_stat((places.proc / str(pid) / "stat").read_text(errors="replace"))
+            cgroup = _read(f"{places.proc}/{pid}/cgroup")
+            stat = read_stat(_read(f"{places.proc}/{pid}/stat"))
         except (OSError, ValueError):  # it has ended, maybe in the middle
             continue
         if stat.start > told_at:
@@ -68,6 +68,11 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
         if stat.is_mps_server:
             mps.add(pid)
     return Owners(containers, frozenset(mps))
+
+
+def _read(path: str) -> str:
+    with open(path, errors="replace") as file:  # of hundreds of processes: pathlib takes as long as the kernel
+        return file.read()
 
 
 def _check_namespace(proc: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loop that looks at how the GPUs are used, and withholds the free shares of those whose memory is full.
+"""The loop that looks at how the GPUs are used, and by whom; it withholds the free shares of those that are full.
 
 Knows neither NVML nor what a session is.
 """
@@ -6,14 +6,14 @@ Knows neither NVML nor what a session is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
 import attrs
 import trio
 
-from sgpu import pressure
+from sgpu import pressure, processes
 from sgpu.catalog import Catalog
 from sgpu.inventory import Inventory
 from sgpu.logs import OnChange
@@ -30,11 +30,15 @@ TOLERATED: Final = 3
 
 @attrs.frozen
 class Sampling:
-    """What is looked at, and how often (seconds). `watermark`: the part of a GPU's memory; 0: never withhold."""
+    """What is looked at, and how often (seconds). `watermark`: the part of a GPU's memory; 0: never withhold.
+
+    `places`: where it is found out whose a process is.
+    """
 
     socket: Path
     interval: float
     watermark: float
+    places: processes.Places
 
 
 async def sample(
@@ -45,27 +49,64 @@ async def sample(
     `expect` is told, each time, within how many seconds it is told again.
     """
     trouble = OnChange(logger, logging.WARNING)
+    attribution = _Attribution(sampling.places, usage)
     pressed: frozenset[str] = frozenset()
     failures = 0
     while True:
         try:
-            # Each resource by itself: a share's id does not say as which of them it was given away.
-            resources = dict.fromkeys((*catalog.policy.resources(), *catalog.inventories))
-            expect(TIMEOUT * len(resources) + sampling.interval)
-            held = {resource: await list_holders(sampling.socket, (resource,)) for resource in resources}
+            expect(TIMEOUT + sampling.interval)
+            # By resource: a share's id does not say as which of them it was given away.
+            resources = tuple(dict.fromkeys((*catalog.policy.resources(), *catalog.inventories)))
+            held = await list_holders(sampling.socket, resources)
             usage.held({share_id: holder for holders in held.values() for share_id, holder in holders.items()})
             catalog.keep({resource: frozenset(holders) for resource, holders in held.items()})
             trouble.clear()
             failures = 0
         except PodResourcesError as error:
             failures += 1
-            if usage.holders is not None and failures < TOLERATED:
-                await trio.sleep(sampling.interval)  # a kubelet that restarts; what it said last holds a while longer
-                continue
-            usage.held(None)
-            trouble.report(f"which shares are in use is not known, so that none is withheld: {error}")
-        pressed = withhold(sampling.watermark, catalog.inventories.values(), usage, pressed, trio.current_time())
+            if usage.holders is None or failures >= TOLERATED:
+                usage.held(None)
+                trouble.report(f"which shares are in use is not known, so that none is withheld: {error}")
+        await attribution.update()
+        if usage.holders is None or not failures:  # else a kubelet restarts; what it said last holds a while longer
+            pressed = withhold(sampling.watermark, catalog.inventories.values(), usage, pressed, trio.current_time())
         await trio.sleep(sampling.interval)
+
+
+class _Attribution:
+    """Finds out whose the processes are that the driver told of last, and says where that can't be told."""
+
+    def __init__(self, places: processes.Places, usage: Usage) -> None:
+        self._places = places
+        self._usage = usage
+        self._trouble = OnChange(logger, logging.WARNING)
+        self._mps: frozenset[str] = frozenset()  # GPUs with a server of it
+
+    async def update(self) -> None:
+        """Once. What is read is the kernel's and a directory of the node, so that it does not take long."""
+        now = trio.current_time()
+        samples = self._usage.fresh(now)
+        told = {uuid: sample.processes for uuid, sample in samples.items() if sample.processes is not None}
+        if not told:  # by no driver, or none that knows
+            self._usage.owned({}, None)
+            return
+        pids = {process.pid for each in told.values() for process in each}
+        try:
+            owners = await trio.to_thread.run_sync(
+                processes.find_owners, self._places, pids, now - self._usage.sampled_at
+            )
+        except processes.NotToldError as error:
+            self._usage.owned({}, None)
+            self._trouble.report(f"which pod uses how much of a GPU is not known: {error}")
+            return
+        self._trouble.clear()
+        self._usage.owned(samples, owners.containers)
+        mps = frozenset(uuid for uuid, each in told.items() if any(process.pid in owners.mps for process in each))
+        for uuid in sorted(mps - self._mps):
+            logger.info(
+                "GPU %s: an MPS server uses it; what is not known of its clients is shown as the server's", uuid
+            )
+        self._mps = mps
 
 
 def withhold(
@@ -80,12 +121,21 @@ def withhold(
         inventory.withhold(pressure.withheld(inventory.devices, allocated or frozenset(), pressed))
     for uuid in sorted(pressed - before):
         if full := samples[uuid]:
-            pods = ", ".join(usage.pods(uuid)) or "no pod that has a share of it"
+            pods = _words(usage.pods(uuid)) or "no pod that has a share of it"
             words = f"{full.used / GIB:.1f} of {full.total / GIB:.1f} GiB are used, by {pods}"
             logger.warning("GPU %s: its memory is full: %s; its free shares are withheld", uuid, words)
     for uuid in sorted(before - pressed):
         logger.warning("GPU %s: its free shares are no longer withheld", uuid)
     return pressed
+
+
+def _words(pods: Mapping[str, int | None]) -> str:
+    """Who uses a GPU, as far as it is known. Those that use nothing are named only where nobody is known to use it."""
+    users = {pod: used for pod, used in pods.items() if used != 0} or dict.fromkeys(pods)
+    return ", ".join(
+        (pod or "processes of no pod") + ("" if used is None else f" ({used / GIB:.1f} GiB)")
+        for pod, used in users.items()
+    )
 
 
 def _memory(sample: Sample) -> MemorySample | None:
