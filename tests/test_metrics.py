@@ -80,7 +80,7 @@ def recorded() -> Record:
     record.called("Allocate", "OK", 0.003)
     record.called("Allocate", "OK", 30.0)
     record.reloaded(usable=False)
-    record.nvml_errors["nvmlDeviceGetMemoryInfo", "GPU_IS_LOST"] += 4
+    record.nvml_errors["nvmlDeviceGetMemoryInfo", "15"] += 4
     return record
 
 
@@ -137,7 +137,7 @@ class TestSeries:
             ("sgpu_rpc_duration_seconds_count{code=OK,method=Allocate}", 3),
             ("sgpu_rpc_duration_seconds_sum{code=OK,method=Allocate}", 30.0039),
             ("sgpu_sample_age_seconds{}", 2.5),
-            ("sgpu_nvml_errors_total{code=GPU_IS_LOST,function=nvmlDeviceGetMemoryInfo}", 4),
+            ("sgpu_nvml_errors_total{code=15,function=nvmlDeviceGetMemoryInfo}", 4),
             ("sgpu_config_reloads_total{result=success}", 0),
             ("sgpu_config_reloads_total{result=failure}", 1),
         ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,6 +12,7 @@ import pytest
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources, wait_until
 from node import RESOURCE, Node
+from prometheus_client.parser import text_string_to_metric_families
 from stub_driver import GIB, StubGpu
 
 from sgpu.nvml import Code
@@ -346,3 +349,40 @@ class TestWatermark:
             kubelet.wait_for(lambda: unhealthy(kubelet) == set(shares(other, [1, 2, 3])))
             wait_heeded(node, pods, other)
             assert unhealthy(kubelet) == set(shares(other, [1, 2, 3]))
+
+
+class TestMetrics:
+    def test_who_uses_what(self, node: Node, kubelet: FakeKubelet, pods: FakePodResources) -> None:
+        """From the driver's processes to the series of each container, and gone with them; and the driver's errors."""
+        (gpu,) = node.driver.state.gpus
+        pods.assign("team", "trainer", "main", shares(gpu, [1]))
+        node.start_process(100, "team/trainer/main")
+        node.start_process(101)
+        gpu = node.driver.change(gpu, compute=((100, 9 * GIB), (101, GIB)), mps=((100, GIB),), samples=((100, 30, 0),))
+        node.driver.fail("nvmlDeviceGetProcessUtilization", 999)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+
+        def series(name: str, *labels: str) -> dict[tuple[str, ...], float]:
+            """The values by these labels."""
+            try:
+                with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+                    families = list(text_string_to_metric_families(answer.read().decode()))
+            except OSError:
+                return {}
+            samples = [sample for family in families for sample in family.samples if sample.name == name]
+            return {tuple(sample.labels[label] for label in labels): sample.value for sample in samples}
+
+        with node.daemon(*FLAGS, "-metrics-address", address):
+            memory = {("team", "trainer", "main"): 9 * GIB, ("", "", ""): GIB}
+            names = ("namespace", "pod", "container")
+            wait_until(lambda: series("sgpu_container_memory_used_bytes", *names) == memory)
+            assert series("sgpu_container_shares", "pod") == {("trainer",): 1, ("",): 0}
+            assert series("sgpu_container_utilization_ratio", "pod") == {}
+            (error,) = series("sgpu_nvml_errors_total", "function", "code")
+            assert error == ("nvmlDeviceGetProcessUtilization", "999")
+            node.driver.works("nvmlDeviceGetProcessUtilization")
+            wait_until(lambda: series("sgpu_container_utilization_ratio", "pod") == {("trainer",): 0.3, ("",): 0})
+            pods.release("trainer", "team")
+            node.driver.change(gpu, compute=(), mps=())
+            wait_until(lambda: not series("sgpu_container_shares") and series("sgpu_gpu_healthy"))

@@ -68,7 +68,12 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
         else:
             memory = await _remembered(settings)
             monitor = Monitor(
-                node, settings.gpu_duplication_factor, loaded.xids, memory, sampled=partial(_sampled, usage)
+                node,
+                settings.gpu_duplication_factor,
+                loaded.xids,
+                memory,
+                sampled=partial(_sampled, usage),
+                failed=lambda failure: record.nvml_errors.update([(failure.function, str(failure.code))]),
             )
             nursery.start_soon(watch_gpus, settings, monitor, record)
         nursery.start_soon(keep_divided, node, catalog)

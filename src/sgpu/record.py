@@ -59,7 +59,7 @@ class Record:
     calls: dict[tuple[str, str], Durations] = attrs.field(factory=dict)
     #: By whether the settings could be used.
     reloads: Counter[bool] = attrs.field(factory=Counter)
-    #: By function and name of the error.
+    #: By function and code.
     nvml_errors: Counter[tuple[str, str]] = attrs.field(factory=Counter)
     _kubelet: object = None
     _deadlines: dict[str, float] = attrs.field(factory=dict)

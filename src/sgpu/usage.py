@@ -66,6 +66,7 @@ class Usage:
         #: When the last samples were taken.
         self.sampled_at = float("-inf")
         self._interval = interval
+        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # as long as neither shares nor processes are others
 
     def sampled(self, samples: Mapping[str, Sample], now: float) -> None:
         """New samples, by UUID."""
@@ -78,6 +79,7 @@ class Usage:
     def held(self, holders: Mapping[str, Holder] | None) -> None:
         """The kubelet told who has which share, or no longer does (None)."""
         self.holders = holders
+        self._uses = {}
         self._shares = shares = defaultdict[str, Counter[Holder]](Counter)
         for share_id, holder in (holders or {}).items():
             shares[_uuid(share_id)][holder] += 1
@@ -90,6 +92,7 @@ class Usage:
         None for a process: no pod's. One that is not in `owners` has ended.
         """
         self.processes_known = owners is not None
+        self._uses = {}
         self._processes = {
             uuid: _by_owner(sample.processes, owners)
             for uuid, sample in samples.items()
@@ -122,13 +125,16 @@ class Usage:
 
     def uses(self, uuid: str) -> tuple[ContainerUse, ...]:
         """What each container has and takes of this GPU, in order; last time's, as long as nothing newer is known."""
+        if uuid in self._uses:  # asked for by metrics, `status` and the log
+            return self._uses[uuid]
         shares: Mapping[Holder, int] = self._shares.get(uuid, Counter())
         processes = self._processes.get(uuid)
         containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))
-        return tuple(
+        self._uses[uuid] = tuple(
             _use(container, shares.get(container, 0), None if processes is None else processes.get(container, []))
             for container in containers
         )
+        return self._uses[uuid]
 
     def pods(self, uuid: str) -> Mapping[str, int | None]:
         """Bytes of this GPU's memory by pod (namespace/name) that has a share of it or uses it, most first.
