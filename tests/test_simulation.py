@@ -114,18 +114,26 @@ class TestWithFaults:
     def test_named(self) -> None:
         """The GPUs named are unhealthy with that reason, and nothing else about them changes."""
         devices = simulated_devices(3, 1)
-        assert with_faults(devices, {1: "XID 79"}) == (
+        assert with_faults(devices, {1: "XID 79"}, now=5.0) == (
             devices[0],
-            attrs.evolve(devices[1], health=Health.UNHEALTHY, reason="XID 79"),
+            attrs.evolve(devices[1], health=Health.UNHEALTHY, reason="XID 79", since=5.0),
             devices[2],
         )
 
     def test_beyond(self) -> None:
         """Numbers of GPUs that there are not, are of no consequence."""
         devices = simulated_devices(2, 1)
-        assert with_faults(devices, {2: "x", 99: "y"}) == devices
+        assert with_faults(devices, {2: "x", 99: "y"}, now=5.0) == devices
 
     def test_back(self) -> None:
-        """Without faults the GPUs are as they were."""
-        devices = simulated_devices(2, 1)
-        assert with_faults(devices, {}) == devices
+        """Without faults the GPUs are as they were, but for how long they have been."""
+        devices = simulated_devices(2, 1, now=1.0)
+        assert with_faults(devices, {}, now=5.0) == devices
+        back = with_faults(with_faults(devices, {0: "x"}, now=5.0), {}, now=6.0)
+        assert back == (attrs.evolve(devices[0], since=6.0), devices[1])
+
+    def test_another_reason(self) -> None:
+        """It is still down, and no shorter for that."""
+        devices = with_faults(simulated_devices(1, 1), {0: "x"}, now=5.0)
+        (device,) = with_faults(devices, {0: "y"}, now=6.0)
+        assert (device.reason, device.since) == ("y", 5.0)

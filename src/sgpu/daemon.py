@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -19,6 +20,7 @@ import trio
 from sgpu import __version__, plugin, processes, simulation, state
 from sgpu.allocation import HostPaths, Rules
 from sgpu.catalog import Catalog
+from sgpu.device import Health
 from sgpu.driver import watch_driver
 from sgpu.inventory import Inventory
 from sgpu.load import Loaded
@@ -76,19 +78,24 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
                 failed=lambda failure: record.nvml_errors.update([(failure.function, str(failure.code))]),
             )
             nursery.start_soon(watch_gpus, settings, monitor, record)
-        nursery.start_soon(keep_divided, node, catalog)
+        nursery.start_soon(keep_divided, node, catalog, usage)
         nursery.start_soon(keep_offered, settings, catalog, usage, record)
         nursery.start_soon(sample, sampling, catalog, usage, partial(record.expect, "sampler"))
         nursery.start_soon(keep_configured, loaded, reload, catalog, record.reloaded)
         nursery.start_soon(keep_exposed, settings, Observer(node, catalog, usage, record, monitor))
 
 
-async def keep_divided(node: Inventory, catalog: Catalog) -> None:
-    """Pass on each change of the node's GPUs."""
+async def keep_divided(node: Inventory, catalog: Catalog, usage: Usage) -> None:
+    """Pass on each change of the node's GPUs, and say whom it hits."""
     await node.wait_filled()
+    down: frozenset[str] = frozenset()
     while True:
         changed = node.changed
         catalog.replace(node.devices)
+        before, down = down, frozenset(gpu.uuid for gpu in node.devices if gpu.health is Health.UNHEALTHY)
+        for uuid in sorted(down - before):
+            if pods := usage.pods(uuid):
+                logger.warning("GPU %s, which is down, is used by %s", uuid, ", ".join(pods))
         await changed.wait()
 
 
@@ -205,12 +212,12 @@ async def keep_state(path: Path, boot_id: str, monitor: Monitor) -> None:
 
 async def simulate(settings: Settings, inventory: Inventory) -> None:
     """Offer simulated GPUs, faulty for as long as the file of faults says so."""
-    devices = simulation.simulated_devices(settings.simulate, settings.gpu_duplication_factor)
+    devices = simulation.simulated_devices(settings.simulate, settings.gpu_duplication_factor, time.time())
     inventory.replace(devices)
     while settings.simulate_faults:
         before = {device.uuid: device.health for device in inventory.devices}
         faults = await trio.to_thread.run_sync(simulation.read_faults, Path(settings.simulate_faults))
-        inventory.replace(simulation.with_faults(devices, faults))
+        inventory.replace(simulation.with_faults(inventory.devices, faults, time.time()))
         for device in inventory.devices:
             if device.health is not before[device.uuid]:
                 logger.warning("GPU %s is %s", device.uuid, f"down: {device.reason}" if device.reason else "back")

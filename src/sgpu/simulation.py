@@ -19,8 +19,8 @@ _NUMBER_LENGTH: Final = 9
 _MEMORY: Final = 16 * 1024**3
 
 
-def simulated_devices(count: int, shares: int) -> tuple[Device, ...]:
-    """`count` healthy simulated GPUs."""
+def simulated_devices(count: int, shares: int, now: float = 0.0) -> tuple[Device, ...]:
+    """`count` simulated GPUs, healthy from now on."""
     return tuple(
         Device(
             uuid=f"GPU-{uuid.uuid5(_NAMESPACE, str(index))}",
@@ -29,6 +29,7 @@ def simulated_devices(count: int, shares: int) -> tuple[Device, ...]:
             shares=shares,
             device_nodes=(),
             memory_bytes=_MEMORY,
+            since=now,
             simulated=True,
         )
         for index in range(count)
@@ -52,9 +53,12 @@ def read_faults(path: Path) -> Mapping[int, str]:
     return faults
 
 
-def with_faults(devices: tuple[Device, ...], faults: Mapping[int, str]) -> tuple[Device, ...]:
-    """The same GPUs, those named by `faults` unhealthy with that reason."""
-    return tuple(
-        attrs.evolve(device, health=Health.UNHEALTHY, reason=faults[index]) if index in faults else device
-        for index, device in enumerate(devices)
-    )
+def with_faults(devices: tuple[Device, ...], faults: Mapping[int, str], now: float) -> tuple[Device, ...]:
+    """The same GPUs, those named by `faults` unhealthy with that reason, and no others; some of them since now."""
+    return tuple(_with_reason(device, faults.get(index, ""), now) for index, device in enumerate(devices))
+
+
+def _with_reason(device: Device, reason: str, now: float) -> Device:
+    health = Health.UNHEALTHY if reason else Health.HEALTHY
+    since = device.since if device.health is health else now
+    return attrs.evolve(device, health=health, reason=reason, since=since)
