@@ -6,8 +6,10 @@ Times include the kubelet's own work: grpcio's part of a list of 16,000 devices 
 
 from __future__ import annotations
 
+import gzip
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -31,6 +33,7 @@ WANTED: Final = 16
 PODS: Final = 250
 CALLS: Final = 200
 LISTS: Final = 50
+SCRAPES: Final = 50
 #: Seconds for which pods come and go, and between two looks at them: more often than by default, so that a call often
 #: finds the daemon busy with them.
 CHURN: Final = 10
@@ -120,6 +123,35 @@ def measure(gpus: int, shares: int) -> Measured:
             return Measured(calls, sorted(churned), lists, daemon.rss_bytes())
 
 
+def scrapes() -> list[float]:
+    """Milliseconds of each of several scrapes of a node whose every share has a pod of its own, as Prometheus asks."""
+    with new_node() as node, FakePodResources(node.pods) as pods, FakeKubelet(node.plugins) as kubelet:
+        node.make_nodes(*(f"nvidia{minor}" for minor in range(LARGE_GPUS)))
+        node.driver.gpus(LARGE_GPUS)
+        with node.daemon("-metrics-address", "127.0.0.1:0", "-sample-interval", INTERVAL) as daemon:
+            for number, share in enumerate(kubelet.wait_devices(LARGE_GPUS * SHARES)):
+                pods.assign("team", f"inference-server-{number}", "main", [share])
+            pods.wait_heeded()
+            page = metrics_page(daemon)
+            scrape(page)  # the first one loads prometheus_client
+            return series(lambda: scrape(page), SCRAPES)
+
+
+def metrics_page(daemon: DaemonProcess) -> str:
+    """Where the daemon's metrics are."""
+    return daemon.wait_log("metrics and probes are served on ").text.partition(" served on ")[2] + "/metrics"
+
+
+def scrape(page: str) -> float:
+    headers = {"Accept": "application/openmetrics-text;version=1.0.0", "Accept-Encoding": "gzip"}
+    started = time.perf_counter()
+    with urllib.request.urlopen(urllib.request.Request(page, headers=headers)) as answer:
+        text = gzip.decompress(answer.read())
+    took = 1000 * (time.perf_counter() - started)
+    assert text.count(b"sgpu_container_shares{") == LARGE_GPUS * SHARES
+    return took
+
+
 def rows() -> Iterator[tuple[str, str, str]]:
     """The table's rows on this: figure, measured, aim."""
     small, large = measure(GPUS, SHARES), measure(LARGE_GPUS, LARGE_SHARES)
@@ -143,6 +175,12 @@ def rows() -> Iterator[tuple[str, str, str]]:
         f"resident memory, {GPUS} × {SHARES} shares → {size} (MB)",
         f"{small.resident / 1e6:.1f} → {large.resident / 1e6:.1f}",
         "10 more",
+    )
+    times = scrapes()
+    yield (
+        f"scrape of {LARGE_GPUS} GPUs and {LARGE_GPUS * SHARES} pods, median / worst (ms)",
+        f"{statistics.median(times):.0f} / {times[-1]:.0f}",
+        "100",
     )
 
 

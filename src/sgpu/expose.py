@@ -7,6 +7,7 @@ address that can't be had is tried again, and pages are made in threads, from va
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: Seconds between attempts to listen, growing.
 FIRST_RETRY: Final = 0.5
 LAST_RETRY: Final = 30.0
+#: Seconds after which a thread that makes a page lets the event loop go on, where Python's default is 0.005: of 300
+#: Allocates while 1600 pods were scraped without pause, the slowest took 8 to 11 ms in place of 20 to 32.
+SWITCH_INTERVAL: Final = 0.0005
 JSON: Final = "application/json"
 
 Bind = Callable[[], AbstractAsyncContextManager[Sequence[trio.SocketListener]]]
@@ -40,6 +44,7 @@ Bind = Callable[[], AbstractAsyncContextManager[Sequence[trio.SocketListener]]]
 async def expose_metrics(address: str, observer: Observer) -> NoReturn:
     """Serve metrics and probes on an address as `settings.split_address` has it."""
     host, port = split_address(address) or ("", 0)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     one_at_a_time = trio.CapacityLimiter(1)  # or a burst of scrapes would take the processor from the kubelet's calls
 
     async def metrics(request: Request) -> Response:
