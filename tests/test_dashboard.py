@@ -1,0 +1,123 @@
+"""docs/grafana-dashboard.json asks for series and labels that the daemon has, and is laid out soundly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+DASHBOARD: Final[dict[str, Any]] = json.loads(
+    (Path(__file__).parent.parent / "docs" / "grafana-dashboard.json").read_text()
+)
+#: Series → its labels.
+SERIES: Final[dict[str, set[str]]] = {
+    "sgpu_build_info": {"version", "driver_version"},
+    "sgpu_gpu_info": {"uuid", "name", "pci_bus_id", "resource"},
+    "sgpu_gpu_memory_total_bytes": {"uuid"},
+    "sgpu_gpu_memory_used_bytes": {"uuid"},
+    "sgpu_gpu_memory_free_bytes": {"uuid"},
+    "sgpu_gpu_utilization_ratio": {"uuid"},
+    "sgpu_gpu_healthy": {"uuid"},
+    "sgpu_gpu_unhealthy_info": {"uuid", "reason"},
+    "sgpu_gpu_shares": {"uuid"},
+    "sgpu_gpu_shares_allocated": {"uuid"},
+    "sgpu_gpu_shares_withheld": {"uuid"},
+    "sgpu_container_shares": {"uuid", "namespace", "pod", "container"},
+    "sgpu_container_memory_used_bytes": {"uuid", "namespace", "pod", "container"},
+    "sgpu_container_utilization_ratio": {"uuid", "namespace", "pod", "container"},
+    "sgpu_registered": {"resource"},
+    "sgpu_registrations_total": {"resource", "result"},
+    "sgpu_kubelet_restarts_total": set(),
+    "sgpu_rpc_duration_seconds_bucket": {"method", "code", "le"},
+    "sgpu_rpc_duration_seconds_count": {"method", "code"},
+    "sgpu_rpc_duration_seconds_sum": {"method", "code"},
+    "sgpu_sample_age_seconds": set(),
+    "sgpu_nvml_errors_total": {"function", "code"},
+    "sgpu_config_reloads_total": {"result"},
+}
+#: What Prometheus adds to each, and what Grafana fills in.
+ADDED: Final = {"instance", "job"}
+VARIABLES: Final = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+BUILT_IN: Final = {"__rate_interval"}
+
+PANELS: Final = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+TABLES: Final = [panel for panel in PANELS if panel["type"] == "table"]
+#: What follows from others that are shown.
+DERIVED: Final = {"sgpu_rpc_duration_seconds_sum", "sgpu_gpu_memory_free_bytes"}
+
+
+def queries() -> Iterator[Any]:
+    for panel in PANELS:
+        for target in panel["targets"]:
+            yield pytest.param(target["expr"], target["legendFormat"], id=f"{panel['title']} {target['refId']}")
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            series, label = groups(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+            yield pytest.param(f"max by ({label}) ({series})", f"{{{{{label}}}}}", id=f"${variable['name']}")
+
+
+def groups(pattern: str, text: str) -> tuple[str, ...]:
+    match = re.search(pattern, text)
+    assert match, text
+    return match.groups()
+
+
+@pytest.mark.parametrize(("query", "legend"), list(queries()))
+def test_queries(query: str, legend: str) -> None:
+    """Each is of series that there are, with labels that they have."""
+    names = set(re.findall(r"\bsgpu_\w+", query))
+    assert names
+    assert names <= SERIES.keys()
+    labels = ADDED.union(*(SERIES[name] for name in names))
+    for name, matchers in re.findall(r"\b(sgpu_\w+)\{(.*?)\}", query):
+        assert set(re.findall(r"(\w+) ?(?:=~|!~|!=|=)", matchers)) <= SERIES[name] | ADDED
+    for grouped in re.findall(r"\b(?:by|on|group_left|ignoring|without) \((.*?)\)", query):
+        assert set(grouped.split(", ")) <= labels
+    assert set(re.findall(r"{{(\w+)}}", legend)) <= labels
+    assert set(re.findall(r"\$(\w+)", query)) <= VARIABLES | BUILT_IN
+
+
+@pytest.mark.parametrize("series", sorted(SERIES.keys() - DERIVED))
+def test_series(series: str) -> None:
+    """Each is to be seen somewhere."""
+    assert any(series in target["expr"] for panel in PANELS for target in panel["targets"])
+
+
+def test_data_source() -> None:
+    """All is from the one that is chosen, so that it can be provisioned anywhere."""
+    sources = [panel["datasource"] for panel in PANELS]
+    sources += [target["datasource"] for panel in PANELS for target in panel["targets"]]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
+    assert "datasource" in VARIABLES
+    assert "__inputs" not in DASHBOARD
+
+
+def test_layout() -> None:
+    """No two panels stand in one place, none beyond the edge, and each has an id of its own and says what it shows."""
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+        assert panel["type"] == "row" or panel["description"]
+    for one, other in combinations((panel["gridPos"] for panel in panels), 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        above = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or above
+
+
+@pytest.mark.parametrize("panel", TABLES, ids=lambda panel: panel["title"])
+def test_tables(panel: dict[str, Any]) -> None:
+    """Columns that are put in order and named are there."""
+    (organize,) = (step["options"] for step in panel["transformations"] if step["id"] == "organize")
+    targets = panel["targets"]
+    columns = {"Value"} if len(targets) == 1 else {f"Value #{target['refId']}" for target in targets}
+    columns.update(*(groups(r"by \((.*?)\)", target["expr"])[0].split(", ") for target in targets))
+    for option in ("excludeByName", "indexByName", "renameByName"):
+        assert organize[option].keys() <= columns | {"Time"}
+    shown = {organize["renameByName"].get(column, column) for column in columns}
+    assert {override["matcher"]["options"] for override in panel["fieldConfig"]["overrides"]} <= shown
