@@ -78,7 +78,8 @@ def test_queries(query: str, legend: str) -> None:
         assert set(re.findall(r"(\w+) ?(?:=~|!~|!=|=)", matchers)) <= SERIES[name] | ADDED
     for grouped in re.findall(r"\b(?:by|on|group_left|ignoring|without) \((.*?)\)", query):
         assert set(grouped.split(", ")) <= labels
-    assert set(re.findall(r"{{(\w+)}}", legend)) <= labels
+    made = set(re.findall(r'"(\w+)", "/"', query))  # by label_join
+    assert set(re.findall(r"{{(\w+)}}", legend)) <= labels | made
     assert set(re.findall(r"\$(\w+)", query)) <= VARIABLES | BUILT_IN
 
 

@@ -65,7 +65,7 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
     elif not snapshot.gpus:
         yield "the driver tells of no GPU"
     if snapshot.sampled_at is not None and now - snapshot.sampled_at > stale_after:
-        yield f"the driver last answered {ago(now - snapshot.sampled_at)} ago: memory and utilisation are of then"
+        yield f"the driver last answered {ago(now - snapshot.sampled_at)} ago; nothing newer is known of memory and use"
     if not snapshot.holders_known:
         yield (
             "which pod has which share is not known: the kubelet does not tell on -pod-resources-socket "
@@ -74,7 +74,7 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
     if not snapshot.processes_known and snapshot.gpus:
         yield (
             "what each pod takes of a GPU is not known: the daemon can't tell whose the driver's processes are "
-            "(its pod needs `hostPID: true`)"
+            "(its pod needs `hostPID: true` and the host's /var/log/containers; its log says what is missing)"
         )
 
 
