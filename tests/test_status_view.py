@@ -167,8 +167,12 @@ class TestHead:
             SNAPSHOT, driver_version="", waiting="no libnvidia-ml.so.1 below /x", sampled_at=None, gpus=(), resources=()
         )
         assert text(waiting, 100) == (
-            "sgpu 0.1.0, no driver yet, last sample -\n! waiting: no libnvidia-ml.so.1 below /x\n"
+            "sgpu 0.1.0, driver not there yet, last sample -\n! waiting: no libnvidia-ml.so.1 below /x\n"
         )
+
+    def test_no_version(self) -> None:
+        """As with simulated GPUs."""
+        assert "driver of no known version, " in text(attrs.evolve(SNAPSHOT, driver_version=""), 100)
 
     @pytest.mark.parametrize(
         ("registered", "streams", "words"),

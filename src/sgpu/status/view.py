@@ -87,10 +87,10 @@ def ago(seconds: float) -> str:
 
 
 def _head(snapshot: Snapshot, now: float) -> Text:
-    driver = f"driver {printable(snapshot.driver_version)}" if snapshot.driver_version else "no driver yet"
+    version = printable(snapshot.driver_version) or ("of no known version" if snapshot.gpus else "not there yet")
     sampled = UNKNOWN if snapshot.sampled_at is None else f"{ago(now - snapshot.sampled_at)} ago"
     head = Text(f"sgpu {printable(snapshot.version)}", style="bold")
-    return head.append(f", {driver}, last sample {sampled}", style="not bold")
+    return head.append(f", driver {version}, last sample {sampled}", style="not bold")
 
 
 def _resource(resource: ResourceSnapshot) -> Text:
