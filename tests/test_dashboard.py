@@ -9,37 +9,35 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
+import attrs
 import pytest
+from fake_status import GPU, SNAPSHOT
+
+from sgpu.metrics import families
+from sgpu.record import Durations, Record, Registration
+from sgpu.snapshot import ContainerUse
 
 DASHBOARD: Final[dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "docs" / "grafana-dashboard.json").read_text()
 )
-#: Series → its labels.
-SERIES: Final[dict[str, set[str]]] = {
-    "sgpu_build_info": {"version", "driver_version"},
-    "sgpu_gpu_info": {"uuid", "name", "pci_bus_id", "resource"},
-    "sgpu_gpu_memory_total_bytes": {"uuid"},
-    "sgpu_gpu_memory_used_bytes": {"uuid"},
-    "sgpu_gpu_memory_free_bytes": {"uuid"},
-    "sgpu_gpu_utilization_ratio": {"uuid"},
-    "sgpu_gpu_healthy": {"uuid"},
-    "sgpu_gpu_unhealthy_info": {"uuid", "reason"},
-    "sgpu_gpu_shares": {"uuid"},
-    "sgpu_gpu_shares_allocated": {"uuid"},
-    "sgpu_gpu_shares_withheld": {"uuid"},
-    "sgpu_container_shares": {"uuid", "namespace", "pod", "container"},
-    "sgpu_container_memory_used_bytes": {"uuid", "namespace", "pod", "container"},
-    "sgpu_container_utilization_ratio": {"uuid", "namespace", "pod", "container"},
-    "sgpu_registered": {"resource"},
-    "sgpu_registrations_total": {"resource", "result"},
-    "sgpu_kubelet_restarts_total": set(),
-    "sgpu_rpc_duration_seconds_bucket": {"method", "code", "le"},
-    "sgpu_rpc_duration_seconds_count": {"method", "code"},
-    "sgpu_rpc_duration_seconds_sum": {"method", "code"},
-    "sgpu_sample_age_seconds": set(),
-    "sgpu_nvml_errors_total": {"function", "code"},
-    "sgpu_config_reloads_total": {"result"},
-}
+
+
+def _series() -> dict[str, set[str]]:
+    """Series → its labels, of a daemon that has something of each."""
+    use = ContainerUse("default", "server", "main", shares=1, memory_used=1, utilisation=1, processes=1)
+    gpu = attrs.evolve(GPU, healthy=False, reason="XID 79", containers=(use,))
+    record = Record(float)
+    record.calls["Allocate", "OK"] = Durations()
+    record.nvml_errors["nvmlDeviceGetUUID", "15"] += 1
+    record.registrations["example.com/gpu"] = Registration()
+    labels: dict[str, set[str]] = {}
+    for family in families(attrs.evolve(SNAPSHOT, gpus=(gpu,)), record):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
+
+
+SERIES: Final = _series()
 #: What Prometheus adds to each, and what Grafana fills in.
 ADDED: Final = {"instance", "job"}
 VARIABLES: Final = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
