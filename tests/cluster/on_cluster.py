@@ -177,10 +177,13 @@ def our_overlay() -> dict[str, Any]:
 
 
 def delete(cluster: Cluster) -> None:
-    """Delete what is there of ours, and wait until it is gone."""
+    """Delete what is there of ours, and wait until it is gone, the shares as well."""
     gone = ("--ignore-not-found", f"--timeout={TIMEOUT}s")
-    kubectl("delete", "namespace", cluster.namespace, *gone)
-    kubectl("delete", "-k", cluster.overlay, "--cascade=foreground", *gone)
+    try:
+        kubectl("delete", "namespace", cluster.namespace, *gone)
+    finally:
+        kubectl("delete", "-k", cluster.overlay, "--cascade=foreground", *gone)
+    wait_until("no shares", lambda: not any(allocatable().values()))
 
 
 @pytest.fixture(scope="module")
@@ -255,4 +258,3 @@ def test_nothing_is_left(cluster: Cluster) -> None:
     assert not get("daemonsets", "-A", "-l", "app=sgpu")["items"]
     assert not plugin_pods()
     assert cluster.namespace not in kubectl("get", "namespaces", "-o", "name")
-    wait_until("no shares", lambda: not any(allocatable().values()))
