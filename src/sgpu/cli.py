@@ -45,6 +45,12 @@ def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
     return demo()
 
 
+def _doctor(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.doctor import doctor
+
+    return OK if doctor(loaded, options["o"]) else FAILED
+
+
 def _status(loaded: Loaded, options: Mapping[str, Any]) -> int:
     from sgpu.status.command import status  # here, because the daemon should not pay for it
 
@@ -80,6 +86,11 @@ _STAGE_OPTIONS: Final = {
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
     "demo": Command("show it working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
+    "doctor": Command(
+        "say why this node offers no shares, or pods can't use them; changes nothing",
+        _doctor,
+        {"o": Option(choice("text", "json"), "text", "how the findings are printed")},
+    ),
     "status": Command("show the GPUs of this node and who uses them, as its daemon knows it", _status, _STATUS_OPTIONS),
     "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }

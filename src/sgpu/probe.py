@@ -140,7 +140,7 @@ class Probe:
                     skip=self._orders.suspects,
                     asking=self._ask,
                     found=listener.register,
-                    ask_for_uvm=self._uvm.ask,
+                    ask_for_uvm=(lambda: "") if self._orders.look_only else self._uvm.ask,
                 )
                 self._known = report.order
                 if not (report.gpus or report.unasked):

@@ -18,6 +18,7 @@ class Orders:
 
     Suspects (UUIDs) are left alone. `known` has the UUIDs in the driver's order, as a process before saw them: so
     that the first call about a GPU, which is by its place, has a name. `once`: one answer is enough.
+    `look_only`: make no device node that is not there.
     """
 
     host_path: str
@@ -27,6 +28,7 @@ class Orders:
     suspects: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     once: bool = False
+    look_only: bool = False
 
 
 @attrs.frozen

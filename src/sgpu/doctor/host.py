@@ -1,0 +1,68 @@
+"""Where the kernel tells about the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+#: In `/proc/driver/nvidia/version`: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Thu …".
+_VERSION: Final = re.compile(r"\b\d{3}\.\d+(?:\.\d+)?\b")
+
+
+@attrs.frozen
+class Host:
+    """The kernel's directories. `proc` is this container's own, in which the drivers are the machine's all the same."""
+
+    proc: Path = Path("/proc")
+    sysfs: Path = Path("/sys")
+
+    def module_version(self) -> str:
+        """Of the kernel's part of the driver; empty where it is not loaded, or not visible."""
+        if version := read_text(self.sysfs / "module/nvidia/version").strip():
+            return version
+        match = _VERSION.search(read_text(self.proc / "driver/nvidia/version"))
+        return match[0] if match else ""
+
+    def major(self, name: str) -> int | None:
+        """The major device number that a driver got, by its name in `/proc/devices`."""
+        for line in read_text(self.proc / "devices").partition("Block devices")[0].splitlines():
+            number, _, driver = line.strip().partition(" ")
+            if driver == name and number.isdecimal():
+                return int(number)
+        return None
+
+    def pci_gpus(self) -> tuple[str, ...] | None:
+        """The addresses of NVIDIA's display and 3D controllers on the PCI bus; None where the bus can't be seen."""
+        devices = self.sysfs / "bus/pci/devices"
+        if not devices.is_dir():
+            return None
+        return tuple(
+            sorted(
+                device.name
+                for device in devices.iterdir()
+                if read_text(device / "vendor").strip() == "0x10de" and read_text(device / "class").startswith("0x03")
+            )
+        )
+
+
+def read_text(path: Path) -> str:
+    """The content of one of the kernel's files; empty where there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def why_not_writable(directory: Path) -> str:
+    """Why no file can be made in a directory, as far as that can be told without making one; empty if one can."""
+    if not directory.is_dir():
+        return "it is not a directory" if directory.exists() else "it is not there"
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return "it is mounted read-only"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"user {os.getuid()} may not write to it"
+    return ""

@@ -1,0 +1,70 @@
+"""One harmless call of whoever listens on a socket, with a deadline. Knows no service."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+from purerpc import StatusCode
+
+from sgpu import rpc
+from sgpu.api import v1beta1_pb2
+
+#: Seconds. Who is asked answers from memory.
+TIMEOUT: Final = 3.0
+#: What Linux has for SO_PEERCRED: process, user, group.
+_CREDENTIALS: Final = struct.Struct("3i")
+
+
+@attrs.frozen
+class Peer:
+    """What became of the call. `code` is the answer's, None where none came; `pid` is 0 where it is not visible.
+
+    `absent`: there is no such socket; `refused`: nobody listens on it any more.
+    """
+
+    code: StatusCode | None = None
+    words: str = ""
+    pid: int = 0
+    absent: bool = False
+    refused: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether the method is there, and did what it should."""
+        return self.code is StatusCode.OK
+
+
+async def call(path: Path, method: str) -> Peer:
+    """Call a method that takes nothing, and leave its answer unread."""
+    pid = 0
+    try:
+        with trio.fail_after(TIMEOUT):
+            async with rpc.open_channel(path) as channel:
+                assert isinstance(channel.stream, trio.SocketStream)
+                pid = _pid(channel.stream.socket)
+                await channel.unary(method, v1beta1_pb2.Empty(), v1beta1_pb2.Empty)
+    except rpc.RpcError as error:
+        return Peer(error.code, f"it answers {error}", pid)
+    except trio.TooSlowError:
+        return Peer(words=f"it does not answer within {TIMEOUT:g} s", pid=pid)
+    except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
+        number = getattr(error, "errno", None)
+        refused, absent = number == errno.ECONNREFUSED, number == errno.ENOENT
+        return Peer(words="nobody listens on it" if refused else failure(error), absent=absent, refused=refused)
+    return Peer(StatusCode.OK, "it answers", pid)
+
+
+def failure(error: Exception) -> str:
+    """An error in words, without the number that OSError puts before them."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _pid(connected: trio.socket.SocketType) -> int:
+    pid: int = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    return pid

@@ -1,0 +1,88 @@
+"""What the daemon's own container has: memory, and sight of the host's processes. Knows no GPU and no kubelet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from sgpu.doctor.finding import Finding, ok, warn
+from sgpu.doctor.host import Host, read_text
+
+MIB: Final = 1 << 20
+#: Bytes. The daemon and the driver's process are about 45 MiB with 8 GPUs and 60 with 16 of 1000 shares; further
+#: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
+ENOUGH: Final = 100 * MIB
+#: Above this, a limit of cgroup v1 is none: it has no other word for that.
+_NO_LIMIT: Final = 1 << 60
+#: Of the first process that the kernel starts for itself: number 2 in the host's view, and in no container's.
+_KERNEL_THREADS: Final = "kthreadd"
+
+
+def check_memory(host: Host) -> Finding:
+    """The memory limit of the cgroup that this process is in, which in the daemon's pod is the daemon's."""
+    subject = "memory limit"
+    limits = [limit for group in _groups(host) if (limit := _limit(group)) is not None]
+    killed = sum(_killed(group) for group in _groups(host)[:1])
+    limit = min(limits, default=None)
+    words = "there is none" if limit is None else f"{limit / MIB:.0f} MiB"
+    if killed:
+        words += f", and {killed} process(es) were killed for want of it"
+        return warn(subject, words, f"raise resources.limits.memory of the container, to {ENOUGH // MIB}Mi or more")
+    if limit is not None and limit < ENOUGH:
+        words += ", which is too little for many GPUs or a driver that hangs"
+        return warn(subject, words, f"set resources.limits.memory of the container to {ENOUGH // MIB}Mi or more")
+    return ok(subject, words)
+
+
+def check_processes(proc: Path) -> Finding:
+    """Whether the host's processes are visible: NVML tells the host's process ids."""
+    if read_text(proc / "2/comm").strip() == _KERNEL_THREADS:
+        return ok("host's processes", f"visible in {proc}")
+    words = f"{proc} has a container's own: memory and use of GPUs can't be told by pod"
+    return warn(
+        "host's processes",
+        words,
+        "set hostPID: true in the DaemonSet, or -proc-directory to where the host's is mounted",
+    )
+
+
+def check_container_logs(directory: Path) -> Finding:
+    """Whether there are the links that name each container's pod."""
+    if directory.is_dir() and any(directory.iterdir()):
+        return ok("container logs", f"{directory} names the containers of this node")
+    words = f"{directory} {'is empty' if directory.is_dir() else 'is not there'}: processes can't be told by pod"
+    return warn(
+        "container logs",
+        words,
+        "mount /var/log/containers of the host there, read-only, or set -container-log-directory",
+    )
+
+
+def _groups(host: Host) -> list[Path]:
+    """The directories of the cgroups that limit this process, its own first; of either version."""
+    groups = []
+    for line in read_text(host.proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = host.sysfs / "fs/cgroup" / ("memory" if controllers else "")
+        own = root / path.lstrip("/")
+        # A container sees its own group as the root, though the path may still be the host's.
+        groups += [group for group in (own, *own.parents) if group == root or root in group.parents]
+    return groups
+
+
+def _limit(group: Path) -> int | None:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = read_text(group / name).strip()
+        if text.isdecimal() and int(text) < _NO_LIMIT:
+            return int(text)
+    return None
+
+
+def _killed(group: Path) -> int:
+    for name in ("memory.events", "memory.oom_control"):
+        for line in read_text(group / name).splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
