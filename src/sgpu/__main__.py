@@ -8,9 +8,11 @@ import sys
 def main() -> None:
     """The console script."""
     # Until the daemon listens for signals itself, being told to stop ends the process as cleanly: there is nothing
-    # to undo yet. (As process 1 of a container, a signal without a handler would be ignored.)
+    # to undo yet. (As process 1 of a container, a signal without a handler would be ignored.) At once, because an
+    # exception can get lost in whatever is being imported or begun; the other commands do have something to undo.
+    command = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
     from sgpu.cli import main as run  # after that: importing takes a good part of the start
 
