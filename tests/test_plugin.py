@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 
 import attrs
@@ -54,16 +53,21 @@ async def prefer(made: Offer, available: Sequence[str], size: int = 1, must_incl
     request.container_requests.add(
         available_deviceIDs=available, must_include_deviceIDs=must_include, allocation_size=size
     )
-    answer = await DevicePlugin(made, Streams()).GetPreferredAllocation(request)
+    answer = DevicePlugin(made, Streams()).GetPreferredAllocation(request)
     return list(answer.container_responses[0].deviceIDs)
+
+
+def allocate_request(*containers: Sequence[str]) -> v1beta1_pb2.AllocateRequest:
+    """For containers that were given these shares."""
+    request = v1beta1_pb2.AllocateRequest()
+    for share_ids in containers:
+        request.container_requests.add(devices_ids=share_ids)
+    return request
 
 
 async def allocate(made: Offer, *containers: Sequence[str]) -> list[dict[str, str]]:
     """What each container finds in its environment."""
-    request = v1beta1_pb2.AllocateRequest()
-    for share_ids in containers:
-        request.container_requests.add(devices_ids=share_ids)
-    answer = await DevicePlugin(made, Streams()).Allocate(request)
+    answer = DevicePlugin(made, Streams()).Allocate(allocate_request(*containers))
     return [dict(response.envs) for response in answer.container_responses]
 
 
@@ -196,7 +200,7 @@ class TestGetPreferredAllocation:
             request.container_requests.add(available_deviceIDs=["nonsense"], allocation_size=3)
             request.container_requests.add()
             request.container_requests.add(must_include_deviceIDs=["nonsense"], allocation_size=1)
-            answer = await DevicePlugin(offer(inventory), Streams()).GetPreferredAllocation(request)
+            answer = DevicePlugin(offer(inventory), Streams()).GetPreferredAllocation(request)
             assert [list(response.deviceIDs) for response in answer.container_responses] == [
                 [share],
                 [],
@@ -281,12 +285,12 @@ class TestAllocate:
             made = offer(Inventory(simulated_devices(1, 4)), multi_share=MultiShare.STRICT_DISTINCT)
             made.usage.held({})
             share_ids = made.inventory.devices[0].share_ids()[:2]
-            call: Callable[[], Awaitable[object]] = partial(allocate, made, share_ids)
+            call: Callable[[], object] = partial(DevicePlugin(made, Streams()).Allocate, allocate_request(share_ids))
             if alpha:
                 request = v1alpha_pb2.AllocateRequest(devicesIDs=share_ids)
                 call = partial(AlphaDevicePlugin(made, Streams()).Allocate, request)
             with pytest.raises(RpcError, match="are not all of different GPUs") as refused:
-                await call()
+                call()
             assert refused.value.code is StatusCode.FAILED_PRECONDITION
             assert made.usage.allocated(trio.current_time()) == frozenset()
 

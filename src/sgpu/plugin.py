@@ -85,7 +85,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
         self._offer = offer
         self._streams = streams
 
-    async def GetDevicePluginOptions(self, _: v1beta1_pb2.Empty) -> v1beta1_pb2.DevicePluginOptions:
+    def GetDevicePluginOptions(  # type: ignore[override]  # purerpc's base waits
+        self, _: v1beta1_pb2.Empty
+    ) -> v1beta1_pb2.DevicePluginOptions:
         return options()
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
@@ -95,7 +97,7 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
             async for devices in changes:
                 yield listing.v1beta1_list(devices)
 
-    async def GetPreferredAllocation(
+    def GetPreferredAllocation(  # type: ignore[override]  # purerpc's base waits
         self, request: v1beta1_pb2.PreferredAllocationRequest
     ) -> v1beta1_pb2.PreferredAllocationResponse:
         offer = self._offer
@@ -113,7 +115,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
             response.container_responses.add(deviceIDs=chosen)
         return response
 
-    async def Allocate(self, request: v1beta1_pb2.AllocateRequest) -> v1beta1_pb2.AllocateResponse:
+    def Allocate(  # type: ignore[override]  # purerpc's base waits
+        self, request: v1beta1_pb2.AllocateRequest
+    ) -> v1beta1_pb2.AllocateResponse:
         response = v1beta1_pb2.AllocateResponse()
         for container in request.container_requests:
             allocated = _allocate(self._offer, container.devices_ids)
@@ -122,7 +126,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
             )
         return response
 
-    async def PreStartContainer(self, _: v1beta1_pb2.PreStartContainerRequest) -> v1beta1_pb2.PreStartContainerResponse:
+    def PreStartContainer(  # type: ignore[override]  # purerpc's base waits
+        self, _: v1beta1_pb2.PreStartContainerRequest
+    ) -> v1beta1_pb2.PreStartContainerResponse:
         return v1beta1_pb2.PreStartContainerResponse()
 
 
@@ -140,7 +146,9 @@ class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
             async for devices in changes:
                 yield listing.v1alpha_list(devices)
 
-    async def Allocate(self, request: v1alpha_pb2.AllocateRequest) -> v1alpha_pb2.AllocateResponse:
+    def Allocate(  # type: ignore[override]  # purerpc's base waits
+        self, request: v1alpha_pb2.AllocateRequest
+    ) -> v1alpha_pb2.AllocateResponse:
         allocated = _allocate(self._offer, request.devicesIDs)
         return v1alpha_pb2.AllocateResponse(**_fields(v1alpha_pb2, allocated, self._offer.paths))
 

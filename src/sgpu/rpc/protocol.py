@@ -90,7 +90,10 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
 
     def __init__(self, *, client_side: bool) -> None:
         super().__init__(GRPCConfiguration(client_side=client_side, max_message_length=MAX_MESSAGE_BYTES))
-        self.h2_connection: h2.connection.H2Connection = _Http2(self.h2_connection.config)
+        config = self.h2_connection.config
+        # What we send is ours, and well-formed; to check it takes 3 % of an Allocate.
+        config.validate_outbound_headers = config.normalize_outbound_headers = False
+        self.h2_connection: h2.connection.H2Connection = _Http2(config)
         self._set_h2_connection_local_settings()
         self._incomplete: defaultdict[int, bytearray] = defaultdict(bytearray)
         self.initiate_connection()

@@ -14,7 +14,9 @@ from sgpu.rpc.protocol import RpcError
 
 @attrs.frozen
 class Route:
-    """What answers one method: `handler(message)`, a coroutine or, if `streams`, an asynchronous generator."""
+    """What answers one method: `handler(message)` gives the answer, or a coroutine where that takes waiting; if
+    `streams`, an asynchronous generator.
+    """
 
     handler: Callable[[Any], Any]
     request_type: Callable[[], Any]

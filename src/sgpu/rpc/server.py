@@ -1,10 +1,16 @@
-"""Serve the calls of one connection: one task a call, none of which outlives its connection."""
+"""Serve the calls of one connection: one task a call that has to wait, none of which outlives its connection.
+
+What needs no waiting is answered in the turn of the event loop in which it was read, and written in it too: each turn
+costs a tenth of an Allocate.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+import os
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Final
 
 import attrs
@@ -73,6 +79,8 @@ class _Connection:
         self._protocol = Protocol(client_side=False)
         self._calls: dict[int, _Call] = {}
         self._output = bytearray()
+        self._descriptor = stream.socket.fileno() if isinstance(stream, trio.SocketStream) else None
+        self._writing = False
         # Both are replaced at each use: whoever waits on the old one is woken.
         self._output_ready = trio.Event()
         self._room = trio.Event()  # the peer opened a window, or the writer took the output
@@ -94,8 +102,10 @@ class _Connection:
         with self._reading:
             try:
                 while data := await self._stream.receive_some(RECEIVE_BYTES):
-                    for event in self._protocol.receive(bytes(data)):
-                        self._react(event, nursery)
+                    ready = [self._react(event, nursery) for event in self._protocol.receive(bytes(data))]
+                    for call in ready:  # now, because the last of what was read may be that the first is reset
+                        if call is not None and not call.cancel_scope.cancel_called:
+                            self._answer_now(call, nursery)
                     self._flush()
                     while len(self._output) > _READER_WAITS:
                         await self._room.wait()
@@ -104,7 +114,8 @@ class _Connection:
             except BrokenPeerError as error:
                 logger.warning("closed a connection whose peer broke the protocol: %s", error)
 
-    def _react(self, event: events.Event, nursery: trio.Nursery) -> None:
+    def _react(self, event: events.Event, nursery: trio.Nursery) -> _Call | None:
+        """Returns a call that can be answered without a task."""
         call = self._calls.get(event.stream_id)
         if isinstance(event, events.WindowUpdated):
             self._make_room()
@@ -125,58 +136,94 @@ class _Connection:
                 self._refuse(call, RpcError(StatusCode.INVALID_ARGUMENT, "more than one message"), nursery)
             call.message = event.data
         elif isinstance(event, events.RequestEnded):
+            route = self._table.get(call.path)
+            if route is not None and not route.streams:
+                return call
             nursery.start_soon(self._answer, call)
+        return None
 
     def _refuse(self, call: _Call, error: RpcError, nursery: trio.Nursery) -> None:
         call.refusal = error
         nursery.start_soon(self._answer, call)
 
-    async def _answer(self, call: _Call) -> None:
+    def _answer_now(self, call: _Call, nursery: trio.Nursery) -> None:
+        """Answer without a task, if neither the handler nor the peer has to be waited for."""
+        with self._answering(call):
+            answer = self._handle(call)
+            waits = inspect.isawaitable(answer)
+            data = memoryview(b"") if waits else frame(answer)
+            if waits or len(data) > self._room_for(call):
+                nursery.start_soon(self._answer, call, answer)
+                return
+            self._send_part(call, data)
+            self._end(call, StatusCode.OK, "")
+        self._forget(call)
+
+    async def _answer(self, call: _Call, answer: Any = None) -> None:  # noqa: ANN401  # as `_handle` gave it
         try:
-            with call.cancel_scope:
-                await self._respond(call)
+            with self._answering(call), call.cancel_scope:
+                await self._respond(call, self._handle(call) if answer is None else answer)
+                self._end(call, StatusCode.OK, "")
+        finally:
+            self._forget(call)
+
+    @contextmanager
+    def _answering(self, call: _Call) -> Iterator[None]:
+        """Answer with the error where there is one."""
+        try:
+            yield
         except RpcError as error:
             self._end(call, error.code, error.message)
         except Exception:
             logger.exception("%s failed", call.path)
             self._end(call, StatusCode.UNKNOWN, f"{call.path} failed; the plugin's log says why")
-        finally:
-            if call.path in self._table:  # a name that the peer made up is nobody's
-                self._ended(call.path.rpartition("/")[2], call.code.name, trio.current_time() - call.began)
+
+    def _forget(self, call: _Call) -> None:
+        if call.path in self._table:  # a name that the peer made up is nobody's
+            self._ended(call.path.rpartition("/")[2], call.code.name, trio.current_time() - call.began)
         self._calls.pop(call.stream_id, None)
 
-    async def _respond(self, call: _Call) -> None:
+    def _handle(self, call: _Call) -> Any:  # noqa: ANN401  # what the route's handler returns
         if call.refusal is not None:
             raise call.refusal
         route = self._table.get(call.path)
         if route is None:
             raise RpcError(StatusCode.UNIMPLEMENTED, f"no method {quoted(call.path)} here")
-        request = route.parse(call.message)
-        if route.streams:
-            generator: AsyncGenerator[Any, None] = route.handler(request)
+        return route.handler(route.parse(call.message))
+
+    async def _respond(self, call: _Call, answer: Any) -> None:  # noqa: ANN401  # as `_handle` gave it
+        if self._table[call.path].streams:
+            generator: AsyncGenerator[Any, None] = answer
             async with aclosing(generator) as responses:
                 async for response in responses:
-                    await self._send(call, response)
+                    await self._send(call, frame(response))
         else:
-            answer: Awaitable[Any] = route.handler(request)
-            await self._send(call, await answer)
-        self._end(call, StatusCode.OK, "")
+            await self._send(call, frame(await answer if inspect.isawaitable(answer) else answer))
 
-    async def _send(self, call: _Call, message: Any) -> None:  # noqa: ANN401  # a protobuf message
-        data = frame(message)
+    async def _send(self, call: _Call, data: memoryview) -> None:
         while data:
             # A call that was reset ends here, before it touches its stream; one that has much to say lets others in.
             await trio.lowlevel.checkpoint()
-            if not call.started:
-                self._protocol.start_response(call.stream_id, "+proto")
-                call.started = True
-            size = min(self._protocol.flow_control_window(call.stream_id), len(data), _SEND_BYTES)
-            if size > 0 and len(self._output) <= _CALLS_WAIT:
-                self._protocol.send_data(call.stream_id, bytes(data[:size]))
+            size = min(self._room_for(call), len(data))
+            if size > 0:
+                self._send_part(call, data[:size])
                 self._flush()
                 data = data[size:]
             else:
                 await self._room.wait()
+
+    def _room_for(self, call: _Call) -> int:
+        """Bytes that can be sent now."""
+        if len(self._output) > _CALLS_WAIT:
+            return 0
+        window: int = self._protocol.flow_control_window(call.stream_id)
+        return min(window, _SEND_BYTES)
+
+    def _send_part(self, call: _Call, data: memoryview) -> None:
+        if not call.started:
+            self._protocol.start_response(call.stream_id, "+proto")
+            call.started = True
+        self._protocol.send_data(call.stream_id, bytes(data))
 
     def _end(self, call: _Call, code: StatusCode, message: str) -> None:
         if call.cancel_scope.cancel_called:
@@ -191,7 +238,11 @@ class _Connection:
         self._flush()
 
     def _flush(self) -> None:
+        """Write what can be written without waiting. The rest, and any error, is the writer's."""
         self._output += self._protocol.data_to_send()
+        if self._output and self._descriptor is not None and not self._writing:
+            with suppress(OSError):
+                del self._output[: os.write(self._descriptor, self._output)]
         if self._output:
             self._output_ready.set()
 
@@ -200,14 +251,16 @@ class _Connection:
         self._room = trio.Event()
 
     async def _write(self) -> None:
-        """Write what the protocol has to say. The only writer, so that cancelling a call never cuts a frame."""
+        """Write what the protocol has to say. A task by itself, so that cancelling a call never cuts a frame."""
         while True:
             await self._output_ready.wait()
             self._output_ready = trio.Event()
             output, self._output = self._output, bytearray()
             self._make_room()
+            self._writing = True
             try:
                 await self._stream.send_all(output)
             except trio.BrokenResourceError:
                 self._reading.cancel()  # whatever it asks for now, it will not hear the answer
                 return
+            self._writing = False
