@@ -24,6 +24,11 @@ class Elf:
     machine: str
     soname: str = ""
 
+    @property
+    def kind(self) -> tuple[int, str]:
+        """What has to be the same for a program to load a library."""
+        return (self.bits, self.machine)
+
 
 def read_elf(path: Path) -> Elf:
     """What the file's header says. Raises ElfError, or OSError where it can't be read."""
@@ -33,14 +38,14 @@ def read_elf(path: Path) -> Elf:
         try:
             return _read(ELFFile(file))
         except Exception as error:  # damaged headers lead the parser anywhere: out of the file, into its assertions
-            raise ElfError("it is cut short or damaged; is it being copied?") from error
+            raise ElfError("it is cut short or damaged") from error
 
 
 def _read(elf: ELFFile) -> Elf:
     # The section headers are the last thing in the files that linkers write.
     if elf["e_shoff"] + elf["e_shentsize"] * elf["e_shnum"] > elf.stream_len:
         raise ValueError("cut short")
-    machine = str(elf["e_machine"]).removeprefix("EM_").lower()
+    machine = str(elf["e_machine"]).removeprefix("EM_").lower() + ("" if elf.little_endian else " (big-endian)")
     for segment in elf.iter_segments(type="PT_DYNAMIC"):
         if isinstance(segment, DynamicSegment):
             for tag in segment.iter_tags("DT_SONAME"):

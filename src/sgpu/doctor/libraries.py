@@ -121,8 +121,10 @@ def _flaw(path: Path) -> str:
         elf, ours = read_elf(path), read_elf(OURSELVES)
     except FileNotFoundError:
         return f"a link to {path.resolve()}, which is not there (mount what it points to as well)"
-    except (ElfError, OSError) as error:
-        return getattr(error, "strerror", None) or str(error)
-    if (elf.bits, elf.machine) != (ours.bits, ours.machine):
+    except ElfError as error:
+        return f"{error}; is it being copied?"
+    except OSError as error:
+        return error.strerror or str(error)
+    if elf.kind != ours.kind:
         return f"it is for {elf.bits} bit {elf.machine}, this machine's programs are {ours.bits} bit {ours.machine}"
     return ""
