@@ -66,7 +66,13 @@ def flags(node: Node, **others: str) -> dict[str, str]:
     places |= {"pod-resources-socket": node.pods, "dev-directory": node.dev, "sysfs-directory": node.sys}
     root = node.plugins.parent
     places |= {"proc-directory": root / "proc", "container-log-directory": root / "logs"}
-    return {**{name: str(path) for name, path in places.items()}, "health-interval": "0.3", **others}
+    return {
+        **{name: str(path) for name, path in places.items()},
+        "metrics-address": "",
+        "status-socket": "",
+        "health-interval": "0.3",
+        **others,
+    }
 
 
 def run(node: Node, *arguments: str, **others: str) -> subprocess.CompletedProcess[str]:
@@ -91,13 +97,15 @@ def tree(root: Path) -> dict[str, tuple[int, ...]]:
 def test_well(node: Node, host: Host) -> None:
     """Beside a daemon that serves, on a node where all is well, every line is ok, and nobody has noticed."""
     same = [f"-{name}={value}" for name, value in flags(node).items()]
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that is free, most likely later as well
+        same.append(f"-metrics-address=127.0.0.1:{listener.getsockname()[1]}")
     with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods), node.daemon(*same) as daemon:
         share_ids = list(kubelet.wait_devices(100))
         record = node.plugins / "kubelet_internal_checkpoint"
         record.write_text(json.dumps({"Data": {"RegisteredDevices": {RESOURCE: share_ids}}}))
         (host.proc / str(daemon.pid)).symlink_to(f"/proc/{daemon.pid}")
         before = tree(node.plugins.parent), len(daemon.lines), len(kubelet.attempts), len(kubelet.lists[RESOURCE])
-        findings = trio.run(examine, load(flags(node), {}), host)
+        findings = trio.run(examine, load({**flags(node), "metrics-address": same[-1].partition("=")[2]}, {}), host)
         after = tree(node.plugins.parent), len(daemon.lines), len(kubelet.attempts), len(kubelet.lists[RESOURCE])
         assert not [str(finding) for finding in findings if finding.level is not Level.OK]
         assert after == before
@@ -105,6 +113,7 @@ def test_well(node: Node, host: Host) -> None:
     assert told(about(findings, "GPU GPU-"), "ok", "nvidia3")
     assert told(about(findings, "registration"), "ok", "100 healthy")
     assert told(about(findings, "daemon's settings"), "ok", "")
+    assert told(about(findings, "metrics and probes"), "ok", "and is ready")
 
 
 def test_simulated(node: Node) -> None:

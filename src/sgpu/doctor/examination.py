@@ -10,10 +10,11 @@ from typing import Final, TypeVar
 import trio
 
 from sgpu import simulation
-from sgpu.doctor import configured, driver, kubelet, libraries, nodes, surroundings
+from sgpu.doctor import configured, driver, kubelet, libraries, nodes, served, surroundings
 from sgpu.doctor.driver import Answer
 from sgpu.doctor.finding import Finding, fail, ok
 from sgpu.doctor.host import Host
+from sgpu.doctor.kubelet import Daemon
 from sgpu.doctor.libraries import Library
 from sgpu.load import Loaded
 
@@ -78,9 +79,10 @@ async def _kubelet(loaded: Loaded, host: Host, tell: Tell) -> None:
     resources = loaded.policy.resources()
     tell([await _look(partial(kubelet.check_directory, directory))])
     paths = await _look(partial(kubelet.other_plugins, directory, resources))
+    running: list[Daemon] = []
     checks: list[Callable[[], Awaitable[list[Finding]]]] = [
         partial(_one, partial(kubelet.check_kubelet, directory)),
-        *(partial(_daemon, loaded, host, resource) for resource in resources),
+        *(partial(_daemon, loaded, host, resource, running) for resource in resources),
         partial(_one, partial(kubelet.check_others, directory, paths)),
         partial(_one, partial(kubelet.check_pod_resources, loaded.settings, resources)),
     ]
@@ -94,17 +96,21 @@ async def _kubelet(loaded: Loaded, host: Host, tell: Tell) -> None:
             nursery.start_soon(put, place, check)
     for place in range(len(checks)):
         tell(found[place])
+    address = loaded.settings.metrics_address
+    tell([await _look(partial(served.check_served, address, running=bool(running)))])
 
 
 async def _one(check: Callable[[], Awaitable[Finding]]) -> list[Finding]:
     return [await check()]
 
 
-async def _daemon(loaded: Loaded, host: Host, resource: str) -> list[Finding]:
-    """The daemon that serves a resource, and what the kubelet has of it."""
+async def _daemon(loaded: Loaded, host: Host, resource: str, running: list[Daemon]) -> list[Finding]:
+    """The daemon that serves a resource, and what the kubelet has of it. One that serves is added to `running`."""
     directory = Path(loaded.settings.plugin_directory)
     daemon = await kubelet.find_daemon(directory, resource)
     found = [daemon.finding]
+    if daemon.serves:
+        running.append(daemon)
     if daemon.serves and daemon.peer.pid:
         check = partial(configured.check_daemon_settings, loaded, host.proc, daemon.peer.pid)
         found.append(await _look(check))

@@ -1,0 +1,56 @@
+"""Metrics and probes: does the daemon serve them, and what does it say of itself. Blocks; knows no gRPC."""
+
+from __future__ import annotations
+
+import http.client
+from contextlib import closing
+from typing import Final
+
+from sgpu.doctor.finding import Finding, fail, ok, skip, warn
+from sgpu.doctor.peer import failure
+from sgpu.settings import split_address
+
+#: Seconds for one answer.
+TIMEOUT: Final = 2.0
+#: What the daemon's first page begins with, as no other program's does.
+OURS: Final = "sgpu "
+
+
+def check_served(address: str, *, running: bool) -> Finding:
+    """Whether the daemon answers where the kubelet's probes ask it. `running`: there is one that serves shares."""
+    subject = "metrics and probes"
+    split = split_address(address)
+    if split is None or not split[1]:
+        return skip(subject, f"because -metrics-address is {address or 'empty'}")
+    host, port = split
+    try:
+        _, first = _get(host, port, "/")
+        if not first.startswith(OURS):
+            return _another(subject, address)
+        status, words = _get(host, port, "/readyz")
+    except ConnectionRefusedError:
+        if running:
+            advice = "the daemon's log says why it can't listen there; the kubelet's probes fail until it does"
+            return warn(subject, f"nobody listens on {address}", advice)
+        return skip(subject, f"because nobody listens on {address}")
+    except TimeoutError:
+        return fail(subject, f"{address} does not answer within {TIMEOUT:g} s", "restart sgpu's pod, and see its log")
+    except http.client.HTTPException:
+        return _another(subject, address)
+    except OSError as error:
+        return warn(subject, f"{address} can't be asked: {failure(error)}", "see -metrics-address")
+    if status != http.client.OK:
+        return fail(subject, f"the daemon is not ready: {' '.join(words.split())}", "see its log, and the lines above")
+    return ok(subject, f"the daemon serves them on {address}, and is ready")
+
+
+def _another(subject: str, address: str) -> Finding:
+    words = f"another program answers on {address}: sgpu's are not served"
+    return warn(subject, words, "choose another -metrics-address, or stop it; the kubelet's probes ask the other one")
+
+
+def _get(host: str, port: int, path: str) -> tuple[int, str]:
+    with closing(http.client.HTTPConnection(host or "localhost", port, timeout=TIMEOUT)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read(1000).decode(errors="replace")
