@@ -153,13 +153,13 @@ async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> F
     off = "until then the memory watermark and per-pod figures are off, and shares in use are not kept by a reload"
     try:
         with trio.fail_after(TIMEOUT):
-            holders = await podresources.list_holders(path, resources)
+            held = await podresources.list_holders(path, resources)
     except (PodResourcesError, trio.TooSlowError) as error:
         words = str(error) or f"the kubelet did not answer on {path} within {TIMEOUT:g} s"
         advice = "it takes Kubernetes 1.20; mount its directory, /var/lib/kubelet/pod-resources, or set"
         return warn(subject, words, f"{advice} -pod-resources-socket; {off}")
-    containers = len(set(holders.values()))
-    return ok(subject, f"the kubelet answers on {path}: {containers} container(s) have {len(holders)} share(s)")
+    holders = [holder for shares in held.values() for holder in shares.values()]
+    return ok(subject, f"the kubelet answers on {path}: {len(set(holders))} container(s) have {len(holders)} share(s)")
 
 
 def _may_be_rival(name: str) -> bool:
