@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from sgpu import __version__
-from sgpu.settings import KNOBS, Settings
+from sgpu.cli import COMMANDS
+from sgpu.load import parse_flags
+from sgpu.settings import KNOBS, Settings, split_address
 
 # What `tox -e once` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
 pytestmark = pytest.mark.soak
@@ -163,7 +165,8 @@ def test_what_the_settings_name_is_mounted(directory: Path) -> None:
     assert mounted[settings.plugin_directory] == ("/var/lib/kubelet/device-plugins", True)
     pod_resources = str(Path(settings.pod_resources_socket).parent)
     assert mounted[pod_resources] == (pod_resources, False)
-    assert mounted[str(Path(settings.state_file).parent)] == ("/run/sgpu", True)
+    for file in (settings.state_file, settings.status_socket):
+        assert mounted[str(Path(file).parent)] == ("/run/sgpu", True)
     if not settings.simulate:
         assert mounted[settings.dev_directory] == ("/dev", True)
         assert mounted[settings.host_path] == (settings.host_path, False)
@@ -185,6 +188,29 @@ def test_what_runs_may_no_more_than_it_needs(directory: Path) -> None:
             assert not security.get("privileged")
             assert security["allowPrivilegeEscalation"] is False
             assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
+def test_probes_and_scrapes_ask_where_the_daemon_answers(directory: Path) -> None:
+    """At the port of -metrics-address; that the paths are served there, on_cluster.py shows."""
+    template, found = daemon_set(directory)["spec"]["template"], container(directory)
+    address = split_address(settings_of(directory).metrics_address)
+    assert address
+    assert found["ports"] == [{"name": "metrics", "containerPort": address[1]}]
+    assert found["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert found["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+    annotations = template["metadata"]["annotations"]
+    assert (annotations["prometheus.io/port"], annotations["prometheus.io/path"]) == (str(address[1]), "/metrics")
+
+
+@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
+def test_commands_of_init_containers_are_ours(directory: Path) -> None:
+    """With options that they take, and the daemon's settings, so that both mean the same directory."""
+    for each in daemon_set(directory)["spec"]["template"]["spec"].get("initContainers", ()):
+        name, *flags = each["args"]
+        parsed = parse_flags(flags, {option: about.kind for option, about in COMMANDS[name].options.items()})
+        assert not parsed.words
+        assert each["env"] == container(directory)["env"]
 
 
 @pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
