@@ -60,6 +60,8 @@ class TestRegistrations:
             assert not registration.registered
             record.attempted(RESOURCE, "kubelet", success=True)
             assert registration.registered
+            record.expect(registration_of(RESOURCE), -2 * GRACE)
+        assert not record.overdue()
         assert record.registrations[RESOURCE] is registration
         assert not registration.registered
         assert registration.attempts == {True: 1, False: 1}
@@ -95,7 +97,8 @@ class TestRegistrations:
     def test_left(self, record: Record, clock: Clock) -> None:
         """Nothing remains of a resource that is offered no longer, and nobody waits for it."""
         with record.session(RESOURCE):
-            record.expect(registration_of(RESOURCE), 5)
+            pass
+        record.expect(registration_of(RESOURCE), 5)
         record.left(RESOURCE)
         record.left(RESOURCE)
         clock.now += 10_000

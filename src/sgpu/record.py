@@ -26,7 +26,7 @@ def registration_of(resource: str) -> str:
     return f"registration of {resource}"
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Durations:
     """How many calls took how long: `counts` has one for each of BUCKETS, and last those that took longer."""
 
@@ -39,7 +39,7 @@ class Durations:
         self.total += seconds
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Registration:
     """One resource: whether the kubelet has it, how many ListAndWatch streams are open, and what attempts came to."""
 
@@ -48,7 +48,7 @@ class Registration:
     attempts: Counter[bool] = attrs.field(factory=Counter)
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Record:
     """All of it. `clock` gives monotonic seconds."""
 
@@ -72,6 +72,7 @@ class Record:
             yield registration
         finally:
             registration.registered = False
+            self.rest(registration_of(resource))
 
     def attempted(self, resource: str, kubelet: object, success: bool) -> None:
         """An attempt to register in a session came back. `kubelet` is what the kubelet is told apart by."""
