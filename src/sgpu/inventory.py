@@ -36,6 +36,8 @@ class Inventory:
 
     def give(self, share_ids: Iterable[str]) -> None:
         """A container gets these shares: from now on they are in use, and those are never withheld."""
+        if not self._withheld:
+            return
         given = [share for share_id in share_ids if (share := Share.parse(share_id))]
         if any(share.number in self._withheld.get(share.uuid, ()) for share in given):
             self.withhold(

@@ -6,6 +6,7 @@ Knows nothing of NVML.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -205,7 +206,9 @@ def _fields(api: Any, allocated: Allocation, paths: HostPaths) -> dict[str, Any]
         "envs": allocated.environment,
         "mounts": [mount] if allocated.libraries else [],
         "devices": [
-            api.DeviceSpec(host_path=str(paths.devices / node), container_path=f"/dev/{node}", permissions="mrw")
+            api.DeviceSpec(
+                host_path=os.path.join(paths.devices, node), container_path=f"/dev/{node}", permissions="mrw"
+            )
             for node in allocated.device_nodes
         ],
     }

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import attrs
+import h2.config
 import h2.connection
 import h2.errors
 import h2.events
@@ -16,6 +17,8 @@ from purerpc import Status, StatusCode
 from purerpc.grpclib.config import GRPCConfiguration
 from purerpc.grpclib.connection import GRPCConnection
 from purerpc.grpclib.events import Event, MessageReceived
+
+from sgpu.rpc.headers import Decoder, Encoder
 
 #: Largest message accepted, in bytes: grpc-go's default, which is also all that the kubelet accepts from us.
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -61,11 +64,16 @@ class MessageRefused(Event):  # type: ignore[misc]  # purerpc is not typed
 class _Http2(h2.connection.H2Connection):  # type: ignore[misc]  # h2 < 4 is not typed
     """h2, with two things that a sound peer does no longer taken for the end of the connection.
 
-    h2 4 does the second by itself, but purerpc needs h2 3.
+    h2 4 does the second by itself, but purerpc needs h2 3. And with a memory for headers.
     """
 
     #: Ended streams remembered, to tell their stragglers from nonsense.
     MAX_CLOSED_STREAMS = 1024
+
+    def __init__(self, config: h2.config.H2Configuration) -> None:
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(), Decoder()
+        self.decoder.max_header_list_size = self.DEFAULT_MAX_HEADER_LIST_SIZE
 
     def _receive_goaway_frame(self, _: object) -> tuple[list[Any], list[Any]]:
         # "No more calls from here": those that are under way go on, and the peer hangs up after the last.
@@ -91,8 +99,10 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
     def __init__(self, *, client_side: bool) -> None:
         super().__init__(GRPCConfiguration(client_side=client_side, max_message_length=MAX_MESSAGE_BYTES))
         config = self.h2_connection.config
-        # What we send is ours, and well-formed; to check it takes 3 % of an Allocate.
+        # What we send is ours, and well-formed; of what we get, purerpc checks what matters and the rest means nothing
+        # here. To have h2 check it all takes a tenth of an Allocate.
         config.validate_outbound_headers = config.normalize_outbound_headers = False
+        config.validate_inbound_headers = False
         self.h2_connection: h2.connection.H2Connection = _Http2(config)
         self._set_h2_connection_local_settings()
         self._incomplete: defaultdict[int, bytearray] = defaultdict(bytearray)
@@ -122,10 +132,10 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
         # purerpc refuses a request without a body by failing the connection. Here it becomes a call with no
         # message, which is answered like any other bad call.
         event.stream_ended = None
-        headers = dict(event.headers)
         try:
             events: list[Event] = super()._request_received(event)
         except Exception as error:
+            headers = dict(event.headers)
             what = quoted(f"{headers.get(':method')} {headers.get(':path')}")
             raise BrokenPeerError(f"{what} is no gRPC request; {type(error).__name__}: {error}") from error
         return events
