@@ -13,7 +13,7 @@ from sgpu.monitor import Memory, Monitor
 from sgpu.observer import Observer
 from sgpu.policy import Policy, Rule
 from sgpu.record import Record
-from sgpu.report import NotReady, Report
+from sgpu.report import NotReady, ProcessReport, Report
 from sgpu.snapshot import ContainerUse, GpuSnapshot, ResourceSnapshot
 from sgpu.usage import Holder, Sample, Usage
 from sgpu.xids import XidPolicy
@@ -106,6 +106,19 @@ class TestGpus:
         world.usage.sampled({"GPU-a": sample}, NOW)
         seen = world.gpu("a")
         assert (seen.memory_total, seen.memory_used, seen.memory_free) == (sample.memory_total, None, None)
+
+    def test_stale_processes(self, world: World) -> None:
+        """Nor are those of its processes; who has shares is still known."""
+        sample = Sample(16 * GIB, 12 * GIB, 30, (ProcessReport(7, GIB, 5), ProcessReport(8, GIB, 5)))
+        web = Holder("team", "web", "main")
+        world.usage.held({"GPU-a::1": web})
+        for age, containers in (
+            (0, (ContainerUse("", "", "", 0, GIB, 5, 1), ContainerUse("team", "web", "main", 1, GIB, 5, 1))),
+            (100, (ContainerUse("team", "web", "main", 1),)),
+        ):
+            world.usage.sampled({"GPU-a": sample}, NOW - age)
+            world.usage.owned(world.usage.samples, {7: web, 8: None})
+            assert world.gpu("a").containers == containers
 
     def test_stale(self, world: World) -> None:
         """Figures of a driver that no longer answers are not shown as if they were of now."""

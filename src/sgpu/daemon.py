@@ -94,7 +94,7 @@ async def keep_divided(node: Inventory, catalog: Catalog, usage: Usage) -> None:
         catalog.replace(node.devices)
         before, down = down, frozenset(gpu.uuid for gpu in node.devices if gpu.health is Health.UNHEALTHY)
         for uuid in sorted(down - before):
-            if pods := usage.pods(uuid):
+            if pods := [pod or "processes of no pod" for pod in usage.pods(uuid)]:
                 logger.warning("GPU %s, which is down, is used by %s", uuid, ", ".join(pods))
         await changed.wait()
 

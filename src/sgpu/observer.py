@@ -18,7 +18,7 @@ from sgpu.inventory import Inventory
 from sgpu.monitor import Monitor
 from sgpu.placement import GpuLoad
 from sgpu.record import Record
-from sgpu.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.snapshot import ContainerUse, GpuSnapshot, ResourceSnapshot, Snapshot
 from sgpu.usage import Sample, Usage
 
 
@@ -69,6 +69,9 @@ class Observer:
     def _gpu(self, device: Device, shared: Device, resource: str, load: GpuLoad, sample: Sample | None) -> GpuSnapshot:
         total = sample.memory_total if sample else device.memory_bytes
         free = sample.memory_free if sample else None
+        uses = self.usage.uses(device.uuid)
+        if self.usage.processes_known and sample is None:
+            uses = tuple(_without_figures(use) for use in uses if use.shares)
         return GpuSnapshot(
             uuid=device.uuid,
             name=device.name,
@@ -84,5 +87,10 @@ class Observer:
             shares=shared.shares,
             allocated=load.allocated,
             withheld=len(shared.withheld),
-            containers=self.usage.uses(device.uuid),
+            containers=uses,
         )
+
+
+def _without_figures(use: ContainerUse) -> ContainerUse:
+    """Of a GPU that no longer tells: what its processes took is as little known as what it has free."""
+    return attrs.evolve(use, memory_used=None, utilisation=None, processes=0)
