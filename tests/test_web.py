@@ -11,6 +11,8 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sgpu import web
 from sgpu.web import MAX_CONNECTIONS, REQUEST_TIMEOUT, RESPONSE_TIMEOUT, Request, Response, Server, serve, text
@@ -178,6 +180,60 @@ class TestAnswers:
     def test_it_hangs_up(self, sent: bytes) -> None:
         """After the answer, whatever else was sent."""
         assert len(exchange(sent, HELLO)) == 1
+
+
+PIECES = [
+    *(
+        b"GET ",
+        b"HEAD ",
+        b"POST ",
+        b"CONNECT ",
+        b"/hello",
+        b"/bug",
+        b"*",
+        b"http://x/hello",
+        b" HTTP/1.1",
+        b" HTTP/1.0",
+    ),
+    *(
+        b"\r\n",
+        b"\n",
+        b"\r\n\r\n",
+        b": ",
+        b"\0",
+        b"\xff",
+        b"0\r\n\r\n",
+        b"Connection: close\r\n",
+        HOST,
+        HELLO,
+        HELLO[:-2],
+    ),
+    *(
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 5\r\n",
+        b"Content-Length: -1\r\n",
+        b"Expect: 100-continue\r\n",
+    ),
+    *(b"Upgrade: h2c\r\nConnection: upgrade\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"x" * 5000),
+]
+
+
+@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map(b"".join), max_size=4))
+def test_whatever_is_sent(sent: list[bytes]) -> None:
+    """It raises nothing, and ends when the peer hangs up."""
+
+    async def main() -> None:
+        ours, theirs = trio.testing.memory_stream_pair()
+        with trio.fail_after(1):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Server(ROUTES).serve_connection, ours)
+                with suppress(trio.BrokenResourceError):
+                    for data in sent:
+                        await theirs.send_all(data)
+                        await trio.testing.wait_all_tasks_blocked()
+                await theirs.aclose()
+
+    virtual(main)
 
 
 class World:
