@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from statistics import fmean
 from typing import Any, Final
 
 from sgpu.nvml._bindings import ffi
@@ -65,7 +64,7 @@ def utilisation_by_process(library: Library, handle: Handle, since: int) -> Mapp
         # Drivers return more entries than they fill. What is in those is no percentage, or from long ago.
         if sample.pid and sample.smUtil <= 100 and sample.timeStamp > since:
             percents[int(sample.pid)].append(int(sample.smUtil))
-    return {pid: round(fmean(values)) for pid, values in percents.items()}
+    return {pid: round(sum(values) / len(values)) for pid, values in percents.items()}
 
 
 def _listed(library: Library, function: str, handle: Handle) -> Iterator[tuple[int, int | None]]:
