@@ -493,6 +493,15 @@ class TestSuspects:
         assert len(processes.trials) == 2
         assert processes.all[-1].orders.suspects == ()
 
+    def test_errors_of_a_trial_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of the library, as the process that watches tells of them."""
+        heard = Heard()
+        failed: list[Failure] = []
+        heard.failed = failed.append
+        trial = ends(1, Asking("GPU-a"), Failure("nvmlDeviceGetName", 999))
+        watch(monkeypatch, *self.BEHAVIOURS, trials=[trial], seconds=DEADLINE + 2 * INTERVAL, heard=heard)
+        assert set(failed) == {Failure("nvmlDeviceGetName", 999)}
+
     def test_several(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each has trials of its own, though never too many at a time: they take memory."""
         uuids = [f"GPU-{number}" for number in range(2 * MOST_TRIALS)]

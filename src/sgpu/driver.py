@@ -123,6 +123,9 @@ class _Watch:
         async with self._trials:
             ended: list[trio.Process] = []
             outcome = await run_probe(attrs.evolve(orders, once=True), self._deadline, ended, seen.append)
+            for message in seen:
+                if isinstance(message, Failure):
+                    self._monitor.failed(message)
             for process in ended:
                 await process.wait()  # as long as it is stuck in the kernel, another would be too
             return outcome
