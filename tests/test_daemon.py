@@ -20,6 +20,8 @@ from stub_driver import GIB, StubDriver, StubGpu
 
 from sgpu.nvml import Code
 
+pytestmark = pytest.mark.process
+
 FACTOR = ("-gpu-duplication-factor", "10")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from sgpu import demo
 
+pytestmark = pytest.mark.process
+
 
 def test_the_demo_shows_every_step() -> None:
     """Exit code 0, in about ten seconds, with what a reader should see."""
