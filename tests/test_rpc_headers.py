@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hpack
 import pytest
 from hypothesis import given
@@ -24,13 +26,19 @@ BLOCKS = st.one_of(
 SPEECHES = st.lists(st.one_of(BLOCKS, BLOCKS, BLOCKS, st.sampled_from([0, 40, 100, 4096])), max_size=30)
 
 
+def resize(encoder: Any, size: int) -> None:  # noqa: ANN401  # hpack is not typed
+    """As a peer asks for it. (hpack forgets to say so where it is asked for the same twice.)"""
+    if size != encoder.header_table_size:
+        encoder.header_table_size = size
+
+
 @given(SPEECHES)
 def test_what_is_said_is_heard(speech: list[Headers | int]) -> None:
     """By either from the other, and by hpack from both."""
     for encoder, decoder in ((Encoder(), hpack.Decoder()), (hpack.Encoder(), Decoder()), (Encoder(), Decoder())):
         for said in speech:
             if isinstance(said, int):
-                encoder.header_table_size = said
+                resize(encoder, said)
                 decoder.max_allowed_table_size = 4096
             else:
                 assert [tuple(header) for header in decoder.decode(encoder.encode(said))] == said
@@ -42,7 +50,8 @@ def test_it_says_the_same(speech: list[Headers | int]) -> None:
     ours, plain = Encoder(), hpack.Encoder()
     for said in speech:
         if isinstance(said, int):
-            ours.header_table_size = plain.header_table_size = said
+            resize(ours, said)
+            resize(plain, said)
         else:
             assert ours.encode(said) == plain.encode(said)
 
