@@ -15,15 +15,12 @@ from typing import Final
 import attrs
 import trio
 
-from sgpu.report import Asking, DriverEvent, Failure, Message, Orders, Report, decode, encode_orders
+from sgpu.report import Asking, DriverEvent, Failure, Message, Orders, decode, encode_orders
 
 #: Bytes taken off the pipe at a time.
 RECEIVE_BYTES: Final = 64 * 1024
 #: Seconds that a process may take to say its first word: it is not the driver's time yet.
 START_TIMEOUT: Final = 10.0
-#: Seconds for which nothing more is read when a poll has begun: it says whom it asks again and again, and is over in
-#: milliseconds. To be woken for each would be most of what an idle daemon does.
-POLL_TIME: Final = 0.02
 #: Seconds that a process which closed its pipe may take to be gone.
 EXIT_TIMEOUT: Final = 1.0
 
@@ -62,35 +59,29 @@ class _Listener:
         self._deadline = deadline
         self._take = take
         self._started = False
-        self._reported = False
         self._asking: str | None = None
 
     async def listen(self, process: trio.Process) -> Outcome:
         """Until the process ends or is silent for too long."""
         assert process.stdout is not None
         due = trio.current_time() + max(self._patience, START_TIMEOUT)
-        async with aclosing(_lines(process.stdout)) as received:
+        async with aclosing(_lines(process.stdout)) as lines:
             while True:
-                lines: list[bytes] | None = []
-                with trio.move_on_at(due) as scope:
-                    lines = await anext(received, None)
-                if scope.cancelled_caught:
-                    return Outcome(f"the driver has not answered for {self._deadline:g} s", self._asking)
-                if lines is None:
-                    return await self._ended(process)
-                for line in lines:
+                with trio.move_on_at(due):
+                    line = await anext(lines, None)
+                    if line is None:
+                        return await self._ended(process)
                     try:
                         message = decode(line)
                     except ValueError as error:
                         return Outcome(str(error), self._asking)
+                    self._started = True
                     if not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
                         self._asking = message.uuid if isinstance(message, Asking) else None
                         due = trio.current_time() + self._patience
-                    self._started = True
-                    self._reported = self._reported or isinstance(message, Report)
                     self._take(message)
-                if self._reported and self._asking is not None:
-                    await trio.sleep(POLL_TIME)
+                    continue
+                return Outcome(f"the driver has not answered for {self._deadline:g} s", self._asking)
 
     @property
     def _patience(self) -> float:
@@ -105,13 +96,12 @@ class _Listener:
         return Outcome(f"the driver's library took its process down ({_words(process.returncode)})", self._asking)
 
 
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[list[bytes], None]:
-    """The whole lines that there are, each time that there are any."""
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
     buffer = b""
     while data := await stream.receive_some(RECEIVE_BYTES):
         *lines, buffer = (buffer + data).split(b"\n")
-        if lines:
-            yield lines
+        for line in lines:
+            yield line
 
 
 @asynccontextmanager
