@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from daemon_process import DaemonProcess, short_directory
+from daemon_process import COMMAND, DaemonProcess, short_directory
 from stub_driver import StubDriver
 
 from sgpu.processes import HOST_NAMESPACE
@@ -64,7 +64,7 @@ class Node:
             namespace, pod, name = container.split("/")
             (self.logs / f"{pod}_{namespace}_{name}-{container_id}.log").touch()
 
-    def daemon(self, *flags: str | float, simulate: int = 0) -> DaemonProcess:
+    def daemon(self, *flags: str | float, simulate: int = 0, command: Sequence[str] = COMMAND) -> DaemonProcess:
         """The daemon on this node, to be entered."""
         places: list[str | Path] = ["-state-file", self.state, "-pod-resources-socket", self.pods]
         places += ["-dev-directory", self.dev, "-sysfs-directory", self.sys]
@@ -72,7 +72,8 @@ class Node:
         places += ["-metrics-address=", "-status-socket="]  # not even on a test's own node, unless it asks for them
         extra = ("-simulate", simulate) if simulate else ()
         often = ("-health-interval", INTERVAL)
-        return DaemonProcess(self.plugins, self.host, [str(flag) for flag in (*places, *often, *extra, *flags)])
+        all_flags = [str(flag) for flag in (*places, *often, *extra, *flags)]
+        return DaemonProcess(self.plugins, self.host, all_flags, command=command)
 
 
 @contextmanager

@@ -172,14 +172,6 @@ class TestTerminal:
             screen.wait_text("... and 46 more lines, for a higher window")
 
 
-def test_the_daemon_does_not_import_it() -> None:
-    """Nor what it is made with."""
-    code = "import sys, sgpu.daemon, sgpu.cli; print({'rich', 'sgpu.status'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout == "set()\n"
-    )
-
-
 def command(path: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "sgpu", "status", f"-status-socket={path}", *flags]
 

@@ -1,0 +1,136 @@
+"""What the daemon and its driver's process may load: each module is paid for on every node, in memory and at a start.
+
+A module that is missed here was loaded only since; one that is named in vain has gone. Both are to be put right here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from fake_kubelet import FakeKubelet
+from node import Node
+
+from sgpu.report import Orders, encode_orders
+
+#: Third parties' packages, by who asks for them.
+PROBE = {"attr", "attrs", "_cffi_backend"}
+TRIO = {"trio", "idna", "outcome", "sniffio", "sortedcontainers"}
+PURERPC = {"purerpc", "anyio", "async_generator", "google", "h2", "hpack", "hyperframe", "typing_extensions"}
+CLI = {"attr", "attrs", *TRIO, *PURERPC}
+DAEMON = {*CLI, "inotify_simple"}
+EXPOSED = {*DAEMON, "h11"}
+SCRAPED = {*EXPOSED, "prometheus_client"}
+CONFIGURED = {*DAEMON, "yaml"}
+OURS = {"sgpu", "__main__", "__mp_main__"}
+#: What Python has from 3.11 on, what makes an environment what it is, and what Cython makes of YAML's parser.
+NOBODYS = ("exceptiongroup", "_distutils_hack", "_virtualenv", "_cython_", "cython_runtime")
+
+#: Never: what is for developers, for other commands, or has a smaller counterpart.
+HEAVY = {
+    *("argparse", "asyncio", "concurrent", "multiprocessing", "unittest", "doctest", "pdb", "pydoc", "xml", "sqlite3"),
+    *(
+        "curses",
+        "tkinter",
+        "setuptools",
+        "pkg_resources",
+        "zoneinfo",
+        "tomllib",
+        "cffi",
+        "pycparser",
+        "elftools",
+        "rich",
+    ),
+    *("pygments", "grpc", "sgpu.demo", "sgpu.stage", "sgpu.doctor", "sgpu.status"),
+}
+#: Only where there are metrics to be made.
+METRICS = {"prometheus_client", "http.server", "socketserver", "wsgiref", "html", "gzip", "sgpu.metrics"}
+#: Only where something is served for others than the kubelet.
+WEB = {*METRICS, "h11", "http", "email", "sgpu.expose", "sgpu.web"}
+#: Only in the daemon itself.
+NOT_IN_PROBE = {*HEAVY, *WEB, "asyncio", "logging", "queue", "socket", "ssl", "trio", "google", "yaml"}
+
+#: Says at its end what it has loaded.
+LOADED = """
+import sys
+from {module} import main
+try:
+    main()
+finally:
+    print("loaded:", *sys.modules, file=sys.stderr, flush=True)
+"""
+
+
+def python(code: str, *arguments: str) -> set[str]:
+    """The modules that a program says it has loaded."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return modules(done.stderr)
+
+
+def modules(text: str) -> set[str]:
+    return set(text.rpartition("loaded:")[2].split())
+
+
+def check(loaded: set[str], third_parties: set[str], never: Iterable[str], most: int) -> None:
+    """That third parties' packages are these, none of those is there, and that there are not too many in all."""
+    packages = {name.partition(".")[0] for name in loaded} - {*sys.stdlib_module_names, *OURS}
+    assert {package for package in packages if not package.startswith(NOBODYS)} == third_parties
+    assert loaded & set(never) == set()
+    assert len(loaded) <= most, sorted(loaded)
+
+
+@pytest.mark.parametrize(
+    ("module", "third_parties", "never", "most"),
+    [
+        pytest.param("sgpu.cli", CLI, {*HEAVY, *WEB, "yaml", "sgpu.daemon"}, 330, id="command line"),
+        pytest.param("sgpu.daemon", DAEMON, {*HEAVY, *WEB, "yaml"}, 410, id="daemon"),
+        pytest.param("sgpu.probe", PROBE, NOT_IN_PROBE, 150, id="driver's process"),
+    ],
+)
+def test_what_an_import_brings_along(module: str, third_parties: set[str], never: set[str], most: int) -> None:
+    """At the start, which is waited for."""
+    check(python(f"import sys, {module}; print('loaded:', *sys.modules, file=sys.stderr)"), third_parties, never, most)
+
+
+@pytest.mark.soak
+class TestRunning:
+    def daemon(self, node: Node, *flags: str | float, scrape: bool = False) -> set[str]:
+        """What it has loaded when it ends, after everything has been used."""
+        command = (sys.executable, "-c", LOADED.format(module="sgpu.__main__"))
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*flags, command=command) as daemon:
+            share = next(iter(kubelet.wait_devices(100)))
+            kubelet.preferred([share])
+            kubelet.allocate([share])
+            if scrape:
+                page = daemon.wait_log("metrics and probes are served on ").text.partition(" served on ")[2]
+                urllib.request.urlopen(f"{page}/metrics").close()
+            daemon.terminate()
+            return modules(daemon.wait_log("loaded:").text)
+
+    def test_plain(self, node: Node) -> None:
+        """No more than was loaded at first."""
+        check(self.daemon(node), DAEMON, {*HEAVY, *WEB, "yaml"}, 410)
+
+    def test_scraped(self, node: Node) -> None:
+        """What makes metrics comes with the first scrape."""
+        address = ("-metrics-address", "127.0.0.1:0")
+        check(self.daemon(node, *address), EXPOSED, {*HEAVY, *METRICS, "yaml"}, 440)
+        check(self.daemon(node, *address, scrape=True), SCRAPED, {*HEAVY, "yaml"}, 480)
+
+    def test_configured(self, node: Node, tmp_path: Path) -> None:
+        """YAML comes with a file."""
+        file = tmp_path / "config.yaml"
+        file.write_text("gpu-duplication-factor: 100\n")
+        check(self.daemon(node, "-config", str(file)), CONFIGURED, {*HEAVY, *WEB}, 450)
+
+    def test_driver(self, node: Node) -> None:
+        """It has asked the driver everything once."""
+        orders = Orders(
+            host_path=str(node.host), dev_directory=str(node.dev), sysfs_directory=str(node.sys), interval=1, once=True
+        )
+        loaded = python(LOADED.format(module="sgpu.probe"), encode_orders(orders))
+        check(loaded, PROBE, NOT_IN_PROBE, 160)
