@@ -19,12 +19,14 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -619,20 +621,41 @@ static unsigned long long now(void)
     return time.tv_sec * 1000ULL + time.tv_nsec / 1000000;
 }
 
+/* Sleeps until a file beside this library was replaced, which the state then may be: as a driver does, for what waiting
+ * costs is measured. */
+static void sleep_until_replaced(int watch, unsigned long long deadline)
+{
+    char events[4096];
+    unsigned long long time = now();
+    struct pollfd polled = {.fd = watch, .events = POLLIN};
+    pthread_mutex_unlock(&lock);
+    poll(&polled, 1, deadline > time ? deadline - time : 0);
+    while (read(watch, events, sizeof events) > 0)
+        ;
+    pthread_mutex_lock(&lock);
+}
+
 static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
 {
     const unsigned long long deadline = now() + milliseconds;
-    for (;; nap()) {
-        nvmlReturn_t code = steered(function, NULL);
-        if (code != SUCCESS)
-            return code;
-        if (!initialised)
-            return UNINITIALIZED;
-        if (next_event(set, data))
-            return SUCCESS;
-        if (now() >= deadline)
-            return TIMEOUT;
+    char directory[PATH_MAX];
+    beside(directory, "");
+    int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+    inotify_add_watch(watch, directory, IN_MOVED_TO);
+    nvmlReturn_t code;
+    for (;; sleep_until_replaced(watch, deadline)) {
+        code = steered(function, NULL);
+        if (code == SUCCESS && !initialised)
+            code = UNINITIALIZED;
+        if (code != SUCCESS || next_event(set, data))
+            break;
+        if (now() >= deadline) {
+            code = TIMEOUT;
+            break;
+        }
     }
+    close(watch);
+    return code;
 }
 
 nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
