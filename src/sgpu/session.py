@@ -95,7 +95,9 @@ async def _forgotten(resource: str, directory: Directory, streams: Streams, reco
         record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         with kubelet.pinned(directory.path / kubelet.SOCKET) as pin:
             met = content_identity(directory.path / kubelet.SOCKET)
-            registered = await _register(resource, directory, trouble)
+            registered = await race(
+                partial(_register, resource, directory, trouble), partial(_overtaken, directory, pin)
+            )
             record.attempted(resource, met, registered)
             if registered:
                 record.rest(registration_of(resource))
@@ -103,9 +105,8 @@ async def _forgotten(resource: str, directory: Directory, streams: Streams, reco
             with trio.move_on_after(next(delays)) as scope:
                 await directory.wait_until(lambda: rpc.identity(directory.path / kubelet.SOCKET) != pin)
             if not scope.cancelled_caught:
-                delays = growing_delays(
-                    FIRST_RETRY, LAST_RETRY
-                )  # a socket that was just made is about to be listened on
+                # A socket that was just made is about to be listened on.
+                delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
 
 async def _register(resource: str, directory: Directory, trouble: OnChange) -> bool:
@@ -117,6 +118,12 @@ async def _register(resource: str, directory: Directory, trouble: OnChange) -> b
     trouble.clear()
     logger.info("registered %s with the kubelet (%s)", resource, version)
     return True
+
+
+async def _overtaken(directory: Directory, asked: rpc.Identity | None) -> bool:
+    """Until there is another kubelet to ask: the one that was asked may be gone, or going, and never answer."""
+    await _kubelet_replaced(directory, asked)
+    return False
 
 
 async def _kubelet_replaced(directory: Directory, registered: rpc.Identity | None) -> str:
