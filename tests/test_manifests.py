@@ -203,6 +203,18 @@ def test_probes_and_scrapes_ask_where_the_daemon_answers(directory: Path) -> Non
     assert (annotations["prometheus.io/port"], annotations["prometheus.io/path"]) == (str(address[1]), "/metrics")
 
 
+def test_the_pod_monitor_finds_the_pods_and_keeps_what_the_metrics_name() -> None:
+    """Pods that use a GPU are in labels of the series; `instance`, the dashboard's Node, is the node."""
+    (monitor,) = kustomize.render(K8S / "overlays" / "monitoring").objects
+    pods = daemon_set(K8S / "base")
+    assert monitor["metadata"]["namespace"] == pods["metadata"]["namespace"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= pods["spec"]["template"]["metadata"]["labels"].items()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in [port["name"] for port in container(K8S / "base")["ports"]]
+    assert endpoint["honorLabels"] is True
+    assert endpoint["relabelings"] == [{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "instance"}]
+
+
 @pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
 def test_commands_of_init_containers_are_ours(directory: Path) -> None:
     """With options that they take, and the daemon's settings, so that both mean the same directory."""
