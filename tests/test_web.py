@@ -241,12 +241,12 @@ class World:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._server = Server(ROUTES)
+        self.server = Server(ROUTES)
 
     async def connect(self, sent: bytes = b"") -> trio.testing.MemoryReceiveStream:
         """A connection on which this was sent."""
         ours, theirs = trio.testing.memory_stream_pair()
-        self._nursery.start_soon(self._server.serve_connection, ours)
+        self._nursery.start_soon(self.server.serve_connection, ours)
         await theirs.send_all(sent)
         await trio.testing.wait_all_tasks_blocked()
         stream = theirs.receive_stream
@@ -281,33 +281,47 @@ class TestLimits:
 
         virtual(main)
 
-    def test_many_idle_connections_keep_nobody_out(self) -> None:
-        """The one that has waited longest goes."""
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            pytest.param(b"", id="idle"),
+            pytest.param(HELLO.replace(b"/hello", b"/slow"), id="being answered"),
+            pytest.param(HELLO.replace(b"/hello", b"/slow") * 2, id="asking on"),
+        ],
+    )
+    def test_many_connections_keep_nobody_out(self, sent: bytes) -> None:
+        """The one that came first goes, and no other."""
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
                 world = World(nursery)
-                idle = [await world.connect() for _ in range(MAX_CONNECTIONS)]
+                first, second, *_ = [await world.connect(sent) for _ in range(MAX_CONNECTIONS)]
                 answered = await world.connect(HELLO)
-                assert await idle[0].receive_some() == b""
+                assert await first.receive_some() == b""
                 assert b"hello you" in await answered.receive_some()
                 with trio.move_on_after(1) as scope:
-                    await idle[1].receive_some()
+                    await second.receive_some()
                 assert scope.cancelled_caught
                 nursery.cancel_scope.cancel()
 
         virtual(main)
 
-    def test_a_connection_that_is_being_answered_is_not_closed_for_another(self) -> None:
-        """When all are, the new one is turned away."""
+    def test_whoever_was_answered_is_not_the_first_to_go(self) -> None:
+        """Prometheus keeps its connection between scrapes."""
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
                 world = World(nursery)
-                for _ in range(MAX_CONNECTIONS):
-                    await world.connect(HELLO.replace(b"/hello", b"/slow"))
-                turned_away = await world.connect()
-                assert await turned_away.receive_some() == b""
+                ours, kept = trio.testing.memory_stream_pair()
+                nursery.start_soon(world.server.serve_connection, ours)
+                idle = [await world.connect() for _ in range(MAX_CONNECTIONS - 1)]
+                await kept.send_all(HELLO)
+                assert b"hello you" in await kept.receive_some()
+                await trio.testing.wait_all_tasks_blocked()
+                await world.connect()
+                assert await idle[0].receive_some() == b""
+                await kept.send_all(HELLO)
+                assert b"hello you" in await kept.receive_some()
                 nursery.cancel_scope.cancel()
 
         virtual(main)

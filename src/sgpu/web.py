@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NoReturn
 
 import attrs
@@ -16,8 +17,8 @@ import trio
 
 logger = logging.getLogger(__name__)
 
-#: Connections at a time. When there are more, the one that has waited longest for its next request is closed, so that
-#: idle ones keep nobody out, least of all the kubelet's probes.
+#: Connections at a time. When there are more, the one that was answered longest ago is closed, whatever it is doing:
+#: those that ask nothing, or much without reading it, keep nobody out, least of all the kubelet's probes.
 MAX_CONNECTIONS: Final = 32
 #: Seconds for a request to be complete, from the end of the one before: more than most intervals of scraping, so that
 #: connections are kept.
@@ -68,33 +69,35 @@ class Server:
 
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        self._open = 0
-        self._waiting: dict[trio.CancelScope, None] = {}  # for a request; the one that has waited longest comes first
+        self._open: dict[trio.CancelScope, None] = {}  # the one whose last answer, or begin, is longest ago comes first
 
     async def serve_connection(self, stream: trio.abc.Stream) -> None:
         """Serve one connection until either side closes it. Raises nothing for anything the peer does."""
-        if self._open >= MAX_CONNECTIONS and self._waiting:
-            longest = next(iter(self._waiting))
-            del self._waiting[longest]
+        if len(self._open) >= MAX_CONNECTIONS:
+            longest = next(iter(self._open))
+            del self._open[longest]
             longest.cancel()
-        elif self._open >= MAX_CONNECTIONS:
-            await trio.aclose_forcefully(stream)
-            return
-        self._open += 1
-        try:
-            async with stream:
-                await _Connection(stream, self._routes, self._waiting).run()
-        except trio.BrokenResourceError:
-            pass  # a peer that did not wait for the end
-        finally:
-            self._open -= 1
+        with trio.CancelScope() as scope:
+            self._open[scope] = None
+            try:
+                async with stream:
+                    await _Connection(stream, self._routes, partial(self._answered, scope)).run()
+            except trio.BrokenResourceError:
+                pass  # a peer that did not wait for the end
+            finally:
+                self._open.pop(scope, None)
+
+    def _answered(self, scope: trio.CancelScope) -> None:
+        if scope in self._open:  # else it has had to make room
+            del self._open[scope]
+            self._open[scope] = None
 
 
 class _Connection:
-    def __init__(self, stream: trio.abc.Stream, routes: Routes, waiting: dict[trio.CancelScope, None]) -> None:
+    def __init__(self, stream: trio.abc.Stream, routes: Routes, answered: Callable[[], None]) -> None:
         self._stream = stream
         self._routes = routes
-        self._waiting = waiting
+        self._answered = answered
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_REQUEST_BYTES)
         self._wants_body = True  # in the answer, that is
 
@@ -111,23 +114,20 @@ class _Connection:
                 await self._send(response)
             if (self._http.our_state, self._http.their_state) != (h11.DONE, h11.DONE):
                 return
+            self._answered()
             self._http.start_next_cycle()
 
     async def _receive(self) -> h11.Request | None:
         """The next request, complete. None if the peer has closed the connection, or takes too long."""
-        with trio.move_on_after(REQUEST_TIMEOUT) as scope:
-            self._waiting[scope] = None
-            try:
-                request = await self._next_event()
-                if not isinstance(request, h11.Request):
-                    return None
-                self._wants_body = request.method != b"HEAD"
-                end = await self._next_event()
-                if not isinstance(end, h11.EndOfMessage):
-                    raise h11.RemoteProtocolError("it has a body", error_status_hint=413)
-                return request
-            finally:
-                self._waiting.pop(scope, None)
+        with trio.move_on_after(REQUEST_TIMEOUT):
+            request = await self._next_event()
+            if not isinstance(request, h11.Request):
+                return None
+            self._wants_body = request.method != b"HEAD"
+            end = await self._next_event()
+            if not isinstance(end, h11.EndOfMessage):
+                raise h11.RemoteProtocolError("it has a body", error_status_hint=413)
+            return request
         return None
 
     async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
