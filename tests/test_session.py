@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
+import pytest
 import trio
 from daemon_process import short_directory
 from test_kubelet import Registrar
@@ -55,5 +59,37 @@ def test_a_new_kubelet_is_registered_with_while_the_old_one_has_not_answered() -
                     assert rpc.identity(ours) == before
                     nursery.cancel_scope.cancel()
         assert record.registrations[RESOURCE].attempts == {False: 1, True: 1}
+
+    trio.run(check)
+
+
+def test_a_socket_that_is_gone_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kubelet that starts just then has removed it before anyone looked which file it is: another is made."""
+    listen, registered = rpc.listen, trio.Event()
+    made: list[Path] = []
+
+    @contextmanager
+    def listen_in_vain_at_first(path: Path) -> Iterator[trio.SocketListener]:
+        with listen(path) as listener:
+            made.append(path)
+            if len(made) == 1:
+                path.unlink()
+            yield listener
+
+    async def at_once(version: str) -> None:
+        if len(made) > 1:
+            registered.set()
+
+    async def check() -> None:
+        with short_directory() as directory, listen(directory / kubelet.SOCKET) as listener, trio.fail_after(TIMEOUT):
+            monkeypatch.setattr(rpc, "listen", listen_in_vain_at_first)
+            async with trio.open_nursery() as nursery:
+                handler = partial(rpc.serve_connection, rpc.routes([Registrar(at_once).service]))
+                nursery.start_soon(partial(trio.serve_listeners, handler, [listener]))
+                offered = offer(Inventory(simulated_devices(1, 1)))
+                nursery.start_soon(keep_registered, directory, RESOURCE, offered, Record(trio.current_time))
+                await registered.wait()
+                assert made[1].exists()
+                nursery.cancel_scope.cancel()
 
     trio.run(check)

@@ -45,23 +45,26 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer, record: Re
     while True:
         record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         try:
-            reason = await session(plugins, resource, offer, record, trouble)
+            with open_directory(plugins) as directory:
+                while True:
+                    reason = await session(directory, resource, offer, record, trouble)
+                    logger.info("registering %s again: %s", resource, reason)
+                    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
+                    record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         except OSError as error:  # the directory is not there yet, or is just being made anew
             trouble.report(f"waiting for {plugins}: {error}")
             await trio.sleep(next(delays))
-        else:
-            logger.info("registering %s again: %s", resource, reason)
-            delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
 
-async def session(plugins: Path, resource: str, offer: Offer, record: Record, trouble: OnChange) -> str:
+async def session(directory: Directory, resource: str, offer: Offer, record: Record, trouble: OnChange) -> str:
     """Listen, register, and serve until another registration is due. Returns why it is.
 
     Raises OSError when the plugin directory can't be used, rpc.AddressInUseError when another instance serves there.
     """
-    socket = plugins / endpoint(resource)
+    socket = directory.path / endpoint(resource)
     # The watch comes first, so that no change is missed; a listening socket already queues connections.
-    with open_directory(plugins) as directory, rpc.listen(socket) as listener, record.session(resource) as registration:
+    directory.renew()
+    with rpc.listen(socket) as listener, record.session(resource) as registration:
         ours = rpc.identity(socket)
         streams = Streams(registration)
         table = plugin_routes(offer, streams)
@@ -84,7 +87,8 @@ async def session(plugins: Path, resource: str, offer: Offer, record: Record, tr
 
 async def _socket_gone(directory: Directory, socket: Path, ours: rpc.Identity | None) -> str:
     """A kubelet that starts removes all sockets, ours too, before it makes its own."""
-    await directory.wait_until(lambda: rpc.identity(socket) != ours)
+    # It may do so before we have even looked which file is ours.
+    await directory.wait_until(lambda: ours is None or rpc.identity(socket) != ours)
     return f"{socket} was removed"
 
 
@@ -95,9 +99,9 @@ async def _forgotten(resource: str, directory: Directory, streams: Streams, reco
         record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         with kubelet.pinned(directory.path / kubelet.SOCKET) as pin:
             met = content_identity(directory.path / kubelet.SOCKET)
-            registered = await race(
-                partial(_register, resource, directory, trouble), partial(_overtaken, directory, pin)
-            )
+            attempt = partial(_register, resource, directory, trouble)
+            # Where there was none, whoever answers now is the new one.
+            registered = await (race(attempt, partial(_overtaken, directory, pin)) if pin else attempt())
             record.attempted(resource, met, registered)
             if registered:
                 record.rest(registration_of(resource))
