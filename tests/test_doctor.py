@@ -51,7 +51,6 @@ def host(node: Node) -> Host:
         "sys/bus/pci/devices/0000:3b:00.0/vendor": "0x10de\n",
         "sys/bus/pci/devices/0000:3b:00.0/class": "0x030200\n",
         "proc/devices": "Character devices:\n  1 nvidia-uvm\n",
-        "proc/2/comm": "kthreadd\n",
         "logs/a_default_b.log": "",
     }
     for name, content in files.items():
@@ -122,6 +121,7 @@ def test_simulated(node: Node) -> None:
     assert told(findings[0], "ok", "-simulate 3: the GPUs are not there")
     assert told(findings[1], "ok", "3 GPU(s) are offered as 300 x")
     assert findings[2].subject == "plugin directory"
+    assert findings[-1].subject == "memory limit"
     assert not node.driver.call_log()
 
 

@@ -9,6 +9,7 @@ from findings import told
 
 from sgpu.doctor.host import Host
 from sgpu.doctor.surroundings import check_container_logs, check_memory, check_processes
+from sgpu.processes import HOST_NAMESPACE
 
 
 @pytest.fixture
@@ -83,12 +84,14 @@ def test_own_memory() -> None:
 
 
 def test_processes(host: Host) -> None:
-    """The host's second process is one of the kernel's own; a container's is not."""
-    assert told(check_processes(host.proc), "warn", "can't be told by pod", "hostPID: true")
-    (host.proc / "2").mkdir()
-    (host.proc / "2/comm").write_text("sh\n")
-    assert told(check_processes(host.proc), "warn", "a container's own", "hostPID: true")
-    (host.proc / "2/comm").write_text("kthreadd\n")
+    """As the daemon looks for them: by whether this process is in the host's namespace."""
+    assert told(check_processes(host.proc), "warn", "can't be told by pod", "set -proc-directory")
+    (host.proc / "self/ns").mkdir()
+    namespace = host.proc / "self/ns/pid"
+    namespace.symlink_to("pid:[4026532281]")
+    assert told(check_processes(host.proc), "warn", "process ids are not seen", "set hostPID: true for the pod")
+    namespace.unlink()
+    namespace.symlink_to(HOST_NAMESPACE)
     assert told(check_processes(host.proc), "ok", "visible")
 
 

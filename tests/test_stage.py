@@ -18,7 +18,7 @@ import pytest
 from driver_layout import LAYOUTS, DriverFiles
 
 from sgpu.cli import FAILED, OK, main
-from sgpu.stage import StageError, driver, elf, sets, stage_once
+from sgpu.stage import StageError, elf, sets, stage_once
 from sgpu.stage.host import Host
 
 OLD, NEW = "535.261.03", "550.90"
@@ -304,20 +304,6 @@ class TestVersions:
         driver_layout.load_module(root, NEW)
         with pytest.raises(StageError, match=f"has loaded version {NEW} .* are of {OLD}, .*: reboot the node"):
             put(root, path)
-
-    @pytest.mark.parametrize(
-        "banner",
-        [
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Wed Jun  4 19:02:33 UTC 2025\nGCC: 12.2",
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.261.03  Release Build  (root@host)  Wed\n",
-        ],
-        ids=["proprietary", "open"],
-    )
-    def test_the_kernels_banner(self, root: Path, banner: str) -> None:
-        """Where there is no /sys."""
-        (root / "proc/driver/nvidia").mkdir(parents=True)
-        (root / "proc/driver/nvidia/version").write_text(banner)
-        assert driver.loaded_version(Host(root)) == OLD
 
 
 class TestAgain:

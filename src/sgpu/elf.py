@@ -5,11 +5,16 @@ Read, never loaded: files of other machines can be looked at. Imports nothing of
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Final
 
 import attrs
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
+
+#: Our own program.
+_OURSELVES: Final = Path("/proc/self/exe")
 
 
 class ElfError(Exception):
@@ -39,6 +44,12 @@ def read_elf(path: Path) -> Elf:
             return _read(ELFFile(file))
         except Exception as error:  # damaged headers lead the parser anywhere: out of the file, into its assertions
             raise ElfError("it is cut short or damaged") from error
+
+
+@cache
+def ours() -> Elf:
+    """What runs here: libraries that are to be loaded on this machine are of the same kind."""
+    return read_elf(_OURSELVES)
 
 
 def _read(elf: ELFFile) -> Elf:

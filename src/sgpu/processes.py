@@ -45,7 +45,7 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
 
     So are those that began later than that: their id was another's. Raises NotToldError.
     """
-    _check_namespace(places.proc)
+    check_namespace(places.proc)
     try:
         links = read_links(os.listdir(places.container_logs))
     except OSError as error:
@@ -75,8 +75,8 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _check_namespace(proc: Path) -> None:
-    """In any other namespace than the host's, the same ids are other processes'."""
+def check_namespace(proc: Path) -> None:
+    """Raises NotToldError in any other namespace than the host's, where the same ids are other processes'."""
     link = proc / "self/ns/pid"
     try:
         namespace = os.readlink(link)

@@ -120,6 +120,8 @@ async def _daemon(loaded: Loaded, host: Host, resource: str, running: list[Daemo
 async def _node(loaded: Loaded, host: Host, tell: Tell) -> None:
     tell(await _look(lambda: list(configured.check_settings(loaded, host))))
     tell([await _look(partial(surroundings.check_memory, host))])
+    if loaded.settings.simulate:
+        return  # nobody uses those GPUs
     tell([await _look(partial(surroundings.check_processes, Path(loaded.settings.proc_directory)))])
     directory = Path(loaded.settings.container_log_directory)
     tell([await _look(partial(surroundings.check_container_logs, directory))])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Final
 
 import attrs
 
-#: In `/proc/driver/nvidia/version`: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Thu …".
-_VERSION: Final = re.compile(r"\b\d{3}\.\d+(?:\.\d+)?\b")
+from sgpu import kernelmodule
 
 
 @attrs.frozen
@@ -22,10 +19,7 @@ class Host:
 
     def module_version(self) -> str:
         """Of the kernel's part of the driver; empty where it is not loaded, or not visible."""
-        if version := read_text(self.sysfs / "module/nvidia/version").strip():
-            return version
-        match = _VERSION.search(read_text(self.proc / "driver/nvidia/version"))
-        return match[0] if match else ""
+        return kernelmodule.module_version(self.proc, self.sysfs)
 
     def major(self, name: str) -> int | None:
         """The major device number that a driver got, by its name in `/proc/devices`."""

@@ -10,7 +10,7 @@ from typing import Final
 import attrs
 
 from sgpu.doctor.finding import Finding, fail, ok, skip, warn
-from sgpu.elf import ElfError, read_elf
+from sgpu.elf import ElfError, ours, read_elf
 from sgpu.nvml.search import candidates
 from sgpu.settings import Settings
 
@@ -19,8 +19,6 @@ CUDA_IMAGES: Final = ("lib64", "lib")
 CUDA: Final = "libcuda.so.1"
 #: The version that the driver's files have in their names.
 VERSION: Final = re.compile(r"\.so\.(\d+(?:\.\d+)+)$")
-#: What runs here, to hold libraries against.
-OURSELVES: Final = Path("/proc/self/exe")
 _COLLECT: Final = "`python -m sgpu stage` collects the libraries of a driver that a distribution installed"
 
 
@@ -118,13 +116,13 @@ def _cuda(settings: Settings, found: Library) -> Finding:
 def _flaw(path: Path) -> str:
     """Why a file can't be loaded on this machine, as far as its header says; empty if it can."""
     try:
-        elf, ours = read_elf(path), read_elf(OURSELVES)
+        elf = read_elf(path)
     except FileNotFoundError:
         return f"a link to {path.resolve()}, which is not there (mount what it points to as well)"
     except ElfError as error:
         return f"{error}; is it being copied?"
     except OSError as error:
         return error.strerror or str(error)
-    if elf.kind != ours.kind:
-        return f"it is for {elf.bits} bit {elf.machine}, this machine's programs are {ours.bits} bit {ours.machine}"
+    if elf.kind != ours().kind:
+        return f"it is for {elf.bits} bit {elf.machine}, this machine's programs are {ours().bits} bit {ours().machine}"
     return ""

@@ -7,6 +7,7 @@ from typing import Final
 
 from sgpu.doctor.finding import Finding, ok, warn
 from sgpu.doctor.host import Host, read_text
+from sgpu.processes import NotToldError, check_namespace
 
 MIB: Final = 1 << 20
 #: Bytes. The daemon and the driver's process are about 45 MiB with 8 GPUs and 60 with 16 of 1000 shares; further
@@ -14,8 +15,6 @@ MIB: Final = 1 << 20
 ENOUGH: Final = 100 * MIB
 #: Above this, a limit of cgroup v1 is none: it has no other word for that.
 _NO_LIMIT: Final = 1 << 60
-#: Of the first process that the kernel starts for itself: number 2 in the host's view, and in no container's.
-_KERNEL_THREADS: Final = "kthreadd"
 
 
 def check_memory(host: Host) -> Finding:
@@ -35,15 +34,14 @@ def check_memory(host: Host) -> Finding:
 
 
 def check_processes(proc: Path) -> Finding:
-    """Whether the host's processes are visible: NVML tells the host's process ids."""
-    if read_text(proc / "2/comm").strip() == _KERNEL_THREADS:
-        return ok("host's processes", f"visible in {proc}")
-    words = f"{proc} has a container's own: memory and use of GPUs can't be told by pod"
-    return warn(
-        "host's processes",
-        words,
-        "set hostPID: true in the DaemonSet, or -proc-directory to where the host's is mounted",
-    )
+    """Whether the processes that NVML tells of can be found."""
+    subject = "host's processes"
+    try:
+        check_namespace(proc)
+    except NotToldError as error:
+        flaw, _, advice = str(error).partition("; ")
+        return warn(subject, f"{flaw}: memory and use of GPUs can't be told by pod", advice)
+    return ok(subject, f"visible in {proc}")
 
 
 def check_container_logs(directory: Path) -> Finding:

@@ -60,7 +60,10 @@ def dlopen(host_path: Path) -> tuple[Path, Any]:
 
 
 def _truncated(path: Path) -> bool:
-    """Whether a 64-bit ELF file ends before its section headers do, which the loader would answer with SIGBUS."""
+    """Whether a 64-bit ELF file ends before its section headers do, which the loader would answer with SIGBUS.
+
+    By hand, because what `elf` takes to read them is too much for the driver's process.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(_ELF_HEADER.size)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import attrs
 
+from sgpu.kernelmodule import module_version
 from sgpu.stage.elf import soname
 from sgpu.stage.host import Host
 
@@ -44,10 +44,6 @@ _GRAPHICS: Final = re.compile(
     r"lib(E?GL|OpenGL|glx|nvoptix|vdpau_)"
     r"|libnvidia-(cbl|e?gl|fbc|gtk|ifr|ngx|present|rtcore|tls|vksc|vulkan|wayland|wfb|xcb)"
 )
-#: Where the kernel tells the version of the module that it has loaded.
-MODULE_VERSION: Final = PurePosixPath("/sys/module/nvidia/version")
-MODULE_BANNER: Final = PurePosixPath("/proc/driver/nvidia/version")
-_BANNER: Final = re.compile(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", re.MULTILINE)
 #: In the host path, where `sets` keeps its sets: what was staged is no source to stage from.
 OWN_DIRECTORY: Final = ".sgpu"
 
@@ -95,7 +91,7 @@ def find(root: Path, *, graphics: bool = False) -> Driver:
     Raises NoDriverError, NotWholeError, and OSError when a file can't be read.
     """
     there = []
-    loaded = loaded_version(Host(root))
+    loaded = module_version(root / "proc", root / "sys")
     for place in ROOTS:
         resolved = Host(root).resolve(place)
         if resolved is None:
@@ -117,16 +113,6 @@ def find(root: Path, *, graphics: bool = False) -> Driver:
         f"cache nor in {', '.join(map(str, DIRECTORIES))}, nor in any of these under {ROOTS[1]}; install the driver on "
         f"the host, or say with -host-root where the host's root is seen"
     )
-
-
-def loaded_version(host: Host) -> str:
-    """The version of the kernel's module; empty where none is loaded."""
-    with suppress(OSError):
-        return host.here(MODULE_VERSION).read_text().strip()
-    with suppress(OSError):
-        banner = _BANNER.search(host.here(MODULE_BANNER).read_text())
-        return banner[1] if banner else ""
-    return ""
 
 
 def _installed(host: Host, loaded: str) -> Iterator[tuple[str, PurePosixPath]]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Final
 
-from sgpu.elf import Elf, ElfError, read_elf
-
-#: Our own program, which is of the kind that libraries have to be of.
-_OURSELVES: Final = Path("/proc/self/exe")
+from sgpu.elf import ElfError, ours, read_elf
 
 
 class NotWholeError(Exception):
@@ -25,9 +20,4 @@ def soname(path: Path) -> str | None:
         elf = read_elf(path)
     except ElfError as error:
         raise NotWholeError(f"{path} is not a whole file ({error}); is the driver being installed?") from error
-    return elf.soname if elf.kind == _own().kind else None
-
-
-@cache
-def _own() -> Elf:
-    return read_elf(_OURSELVES)
+    return elf.soname if elf.kind == ours().kind else None
