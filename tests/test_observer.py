@@ -164,5 +164,7 @@ class TestNode:
 
     def test_simulated(self, world: World) -> None:
         """Without a driver there is no monitor."""
+        assert not world.observer.snapshot().simulated
         snapshot = attrs.evolve(world.observer, monitor=None).snapshot()
         assert (snapshot.driver_version, snapshot.waiting, len(snapshot.gpus)) == ("", "", 3)
+        assert snapshot.simulated

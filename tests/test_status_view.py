@@ -170,9 +170,16 @@ class TestHead:
             "sgpu 0.1.0, driver not there yet, last sample -\n! waiting: no libnvidia-ml.so.1 below /x\n"
         )
 
-    def test_no_version(self) -> None:
-        """As with simulated GPUs."""
-        assert "driver of no known version, " in text(attrs.evolve(SNAPSHOT, driver_version=""), 100)
+    def test_simulated(self) -> None:
+        """That there is no driver is no trouble then, nor that nobody's processes are known."""
+        simulated = attrs.evolve(
+            SNAPSHOT, driver_version="", sampled_at=None, processes_known=False, gpus=(HEALTHY,), simulated=True
+        )
+        assert text(simulated, 100).splitlines()[:3] == [
+            "sgpu 0.1.0, simulated GPUs, no driver",
+            "deepomatic.com/shared-gpu: registered with the kubelet",
+            "",
+        ]
 
     @pytest.mark.parametrize(
         ("registered", "streams", "words"),

@@ -58,6 +58,7 @@ class Observer:
             processes_known=self.usage.processes_known,
             resources=tuple(map(self._resource, self.catalog.inventories)),
             gpus=tuple(gpus),
+            simulated=self.monitor is None,
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:

@@ -67,7 +67,8 @@ class Snapshot:
 
     `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
     if never. `holders_known`: the kubelet tells who has which share. `processes_known`: the driver's processes can be
-    told apart by container (the host's process ids and container logs can be seen from here).
+    told apart by container (the host's process ids and container logs can be seen from here). `simulated`: there is no
+    driver, and nobody uses the GPUs.
     """
 
     version: str
@@ -79,6 +80,7 @@ class Snapshot:
     processes_known: bool
     resources: tuple[ResourceSnapshot, ...]
     gpus: tuple[GpuSnapshot, ...]
+    simulated: bool = False
 
 
 def encode(snapshot: Snapshot) -> bytes:

@@ -71,7 +71,7 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
             "which pod has which share is not known: the kubelet does not tell on -pod-resources-socket "
             "(Kubernetes 1.20 and later; its directory must be mounted into the daemon's pod)"
         )
-    if not snapshot.processes_known and snapshot.gpus:
+    if not snapshot.processes_known and snapshot.gpus and not snapshot.simulated:
         yield (
             "what each pod takes of a GPU is not known: the daemon can't tell whose the driver's processes are "
             "(its pod needs `hostPID: true` and the host's /var/log/containers; its log says what is missing)"
@@ -87,9 +87,11 @@ def ago(seconds: float) -> str:
 
 
 def _head(snapshot: Snapshot, now: float) -> Text:
-    version = printable(snapshot.driver_version) or ("of no known version" if snapshot.gpus else "not there yet")
-    sampled = UNKNOWN if snapshot.sampled_at is None else f"{ago(now - snapshot.sampled_at)} ago"
     head = Text(f"sgpu {printable(snapshot.version)}", style="bold")
+    if snapshot.simulated:
+        return head.append(", simulated GPUs, no driver", style="not bold")
+    version = printable(snapshot.driver_version) or "not there yet"
+    sampled = UNKNOWN if snapshot.sampled_at is None else f"{ago(now - snapshot.sampled_at)} ago"
     return head.append(f", driver {version}, last sample {sampled}", style="not bold")
 
 
