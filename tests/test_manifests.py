@@ -27,6 +27,8 @@ pytestmark = pytest.mark.soak
 K8S = plain.DIRECTORY
 OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
 EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
+#: All at once: the plugin, and a pod that asks for a share.
+FIRST_LOOK = K8S / "examples" / "simulated"
 #: The plugin's manifests: all that run it.
 RUNNING = [K8S / "base", *(path for path in OVERLAYS if path.name != "monitoring")]
 #: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e once` sets it.
@@ -37,7 +39,7 @@ def each_source() -> Iterator[Any]:
     """Every file and every kustomization, as what it comes to."""
     for path in [plain.PLAIN, *EXAMPLES]:
         yield pytest.param(tuple(kustomize.load(path)), id=path.stem)
-    for directory in [K8S / "base", *OVERLAYS]:
+    for directory in [K8S / "base", *OVERLAYS, FIRST_LOOK]:
         yield pytest.param(kustomize.render(directory).objects, id=directory.name)
 
 
@@ -104,7 +106,9 @@ def test_the_plain_file_is_made_from_the_base() -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
-@pytest.mark.parametrize("directory", [K8S / "base", *OVERLAYS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "directory", [K8S / "base", *OVERLAYS, FIRST_LOOK], ids=lambda path: str(path.relative_to(K8S))
+)
 def test_kubectl_makes_the_same_of_it(directory: Path) -> None:
     """What the other tests look at is what kubectl would apply."""
     rendered = kustomize.render(directory)
@@ -244,6 +248,14 @@ def test_examples_ask_for_shares_and_tolerate_the_taints(path: Path) -> None:
             asking += sum(map(bool, shares))
             assert {"nvidia.com/gpu", Settings().resource_name} <= {each["key"] for each in pod["tolerations"]}
     assert asking
+
+
+def test_the_first_look_takes_one_command() -> None:
+    """The simulated overlay as it is, and a pod that asks for what it offers."""
+    plugin, pod = kustomize.render(FIRST_LOOK).objects
+    assert plugin == daemon_set(K8S / "overlays" / "simulated")
+    assert pod["spec"]["containers"][0]["resources"]["limits"] == {Settings().resource_name: "1"}
+    assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in (K8S.parent / "README.md").read_text()
 
 
 def test_overlays_are_a_few_lines() -> None:

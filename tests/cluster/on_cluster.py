@@ -210,7 +210,8 @@ def test_the_api_server_takes_all_of_it(cluster: Cluster) -> None:
     files = [K8S / "daemonset.yaml", *sorted(K8S.glob("examples/*.yaml"))]
     for path in files:
         kubectl("apply", "--dry-run=server", "-n", "kube-system", "-f", path)
-    kubectl("apply", "--dry-run=server", "-k", K8S / "overlays" / "host-driver")
+    for directory in (K8S / "overlays" / "host-driver", K8S / "examples" / "simulated"):
+        kubectl("apply", "--dry-run=server", "-k", directory)
 
 
 def test_each_node_offers_its_shares(cluster: Cluster) -> None:
