@@ -172,8 +172,9 @@ class TestHead:
 
     def test_simulated(self) -> None:
         """That there is no driver is no trouble then, nor that nobody's processes are known."""
+        gpu = attrs.evolve(HEALTHY, memory_used=None, memory_free=None, utilisation=None)
         simulated = attrs.evolve(
-            SNAPSHOT, driver_version="", sampled_at=None, processes_known=False, gpus=(HEALTHY,), simulated=True
+            SNAPSHOT, driver_version="", sampled_at=None, processes_known=False, gpus=(gpu,), simulated=True
         )
         assert text(simulated, 100).splitlines()[:3] == [
             "sgpu 0.1.0, simulated GPUs, no driver",
@@ -216,6 +217,13 @@ class TestNotes:
         (note,) = notes(snapshot, NOW, STALE)
         assert words in note
         assert f"! {note.split()[0]}" in text(snapshot, 300)
+
+    def test_a_driver_that_hangs(self) -> None:
+        """Is one trouble, not two: whose its processes are is not known because it does not tell them."""
+        gpus = (attrs.evolve(HEALTHY, memory_used=None), DOWN)
+        hangs = attrs.evolve(SNAPSHOT, gpus=gpus, sampled_at=NOW - 90, processes_known=False)
+        (note,) = notes(hangs, NOW, STALE)
+        assert "the driver last answered" in note
 
 
 class TestGpus:
