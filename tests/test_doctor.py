@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from sgpu.doctor.examination import examine
 from sgpu.doctor.finding import Finding, Level, fail, ok, skip, warn
 from sgpu.doctor.host import Host
 from sgpu.load import Loaded, load
+from sgpu.nurseries import find_error
 
 #: Seconds that all of it may take, whatever hangs.
 LIMIT = 10.0
@@ -204,6 +206,42 @@ def test_file_system_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.subject == "first"
     assert told(hung, "FAIL", "did not end within 8.5 s", "a file system hangs")
     assert [finding.subject for finding in rest] == ["last", "last"]
+
+
+def test_file_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by someone who is not root: it is one line, and what else there is to say is said."""
+
+    async def refused(loaded: Loaded, host: Host, tell: Callable[[Iterable[Finding]], None]) -> None:
+        tell([ok("first", "seen")])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, refuse)
+
+    def refuse() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/private")
+
+    async def quick(loaded: Loaded, host: Host, tell: Callable[[Iterable[Finding]], None]) -> None:
+        await trio.lowlevel.checkpoint()
+        tell([ok("last", "seen")])
+
+    monkeypatch.setattr(examination, "_driver", quick)
+    monkeypatch.setattr(examination, "_kubelet", refused)
+    monkeypatch.setattr(examination, "_node", quick)
+    _, first, flaw, last = trio.run(examine, load({}, {}), Host())
+    assert (first.subject, last.subject) == ("first", "last")
+    assert told(flaw, "FAIL", "ended here: Permission denied: /private", "run it as root")
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no trouble of the node's ends the command as it is."""
+
+    async def bug(loaded: Loaded, host: Host, tell: Callable[[Iterable[Finding]], None]) -> None:
+        await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(examination, "_driver", bug)
+    with pytest.raises(Exception, match="Trio nursery") as caught:
+        trio.run(examine, load({}, {}), Host())
+    assert find_error(caught.value, ZeroDivisionError)
 
 
 # What is printed

@@ -16,7 +16,9 @@ from sgpu.doctor.finding import Finding, fail, ok
 from sgpu.doctor.host import Host
 from sgpu.doctor.kubelet import Daemon
 from sgpu.doctor.libraries import Library
+from sgpu.doctor.peer import failure
 from sgpu.load import Loaded
+from sgpu.nurseries import find_error
 
 #: Seconds for all of it. What waits for an answer gives up before: this is for file systems that hang.
 DEADLINE: Final = 8.5
@@ -38,7 +40,14 @@ async def examine(loaded: Loaded, host: Host) -> list[Finding]:
 
 async def _in_time(subject: str, found: list[Finding], check: Callable[[Tell], Awaitable[None]]) -> None:
     with trio.move_on_after(DEADLINE) as scope:
-        await check(found.extend)
+        try:
+            await check(found.extend)
+        except Exception as error:  # one error, or several in a group
+            flaw = find_error(error, OSError)
+            if flaw is None:
+                raise
+            words = f"looking ended here: {failure(flaw)}: {flaw.filename}"
+            found.append(fail(subject, words, "run it as root, in the daemon's pod or on the node; else see `dmesg`"))
     if scope.cancelled_caught:
         words = f"looking did not end within {DEADLINE:g} s; it got as far as the line above"
         found.append(fail(subject, words, "a file system hangs: see `dmesg`, and `ps -eo stat,args` for state D"))
