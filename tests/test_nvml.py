@@ -102,13 +102,23 @@ class TestSearch:
             path.unlink()
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        """Where there is none, the error names every path that was tried, with the loader's words."""
+        """Where there is none, the error names every directory that was looked in, and that is all."""
+        with pytest.raises(LibraryNotFoundError) as caught:
+            found(tmp_path)
+        assert (caught.value.host_path, caught.value.refused) == (tmp_path, ())
+        words = f"from under {tmp_path} (there is none in {', '.join(DIRECTORIES)})"
+        assert str(caught.value).endswith(words)
+
+    def test_link_to_nowhere(self, tmp_path: Path) -> None:
+        """As where a link leads out of what is mounted: the error has the loader's words for it, and no others."""
+        link = tmp_path / "lib64/libnvidia-ml.so.1"
+        link.parent.mkdir()
+        link.symlink_to("/nowhere/libnvidia-ml.so.1")
         with pytest.raises(LibraryNotFoundError) as caught:
             found(tmp_path)
         words = "cannot open shared object file: No such file or directory"
-        assert caught.value.host_path == tmp_path
-        assert caught.value.attempts == tuple((path, words) for path in candidates(tmp_path))
-        assert all(f"{path}: {words}" in str(caught.value) for path in candidates(tmp_path))
+        assert caught.value.refused == ((link, words),)
+        assert str(caught.value).endswith(f"from under {tmp_path} ({link}: {words})")
 
     @pytest.mark.parametrize(
         ("spoil", "words"),
@@ -131,9 +141,9 @@ class TestSearch:
         good.unlink()
         with pytest.raises(LibraryNotFoundError) as caught:
             found(driver.root)
-        attempts = dict(caught.value.attempts)
-        assert words in attempts[driver.path]
-        assert str(driver.path) not in attempts[driver.path]
+        refused = dict(caught.value.refused)
+        assert words in refused[driver.path]
+        assert str(driver.path) not in refused[driver.path]
 
     def test_half_copied(self, driver: StubDriver) -> None:
         """A library that somebody is still copying is passed over, and does not take the process along."""

@@ -26,13 +26,16 @@ _ELF_HEADER: Final = struct.Struct("<40xQ10xHH2x")
 
 
 class LibraryNotFoundError(Exception):
-    """No libnvidia-ml under the host path could be loaded. `attempts` has each path with the loader's words."""
+    """No libnvidia-ml under the host path could be loaded. `refused` has each that is there with the loader's words."""
 
-    def __init__(self, host_path: Path, attempts: tuple[tuple[Path, str], ...]) -> None:
+    def __init__(self, host_path: Path, refused: tuple[tuple[Path, str], ...]) -> None:
         self.host_path = host_path
-        self.attempts = attempts
-        tried = "; ".join(f"{path}: {words}" for path, words in attempts)
-        super().__init__(f"no libnvidia-ml could be loaded from under {host_path} (tried {tried})")
+        self.refused = refused
+        if refused:
+            words = "; ".join(f"{path}: {words}" for path, words in refused)
+        else:
+            words = f"there is none in {', '.join(DIRECTORIES)}"
+        super().__init__(f"no libnvidia-ml could be loaded from under {host_path} ({words})")
 
 
 def candidates(host_path: Path) -> Iterator[Path]:
@@ -47,16 +50,18 @@ def dlopen(host_path: Path) -> tuple[Path, Any]:
 
     Raises LibraryNotFoundError when none does.
     """
-    attempts = []
+    refused = []
     for path in candidates(host_path):
+        if not os.path.lexists(path):  # nothing is said of it; a link to nowhere is a find
+            continue
         if _truncated(path):
-            attempts.append((path, "the file is cut short; is it being copied?"))
+            refused.append((path, "the file is cut short; is it being copied?"))
             continue
         try:
             return path, ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
         except OSError as error:
-            attempts.append((path, _loader_words(path, error)))
-    raise LibraryNotFoundError(host_path, tuple(attempts))
+            refused.append((path, _loader_words(path, error)))
+    raise LibraryNotFoundError(host_path, tuple(refused))
 
 
 def _truncated(path: Path) -> bool:
