@@ -13,8 +13,8 @@ from daemon_process import short_directory
 from fake_status import SNAPSHOT, answering, http
 
 from sgpu import __version__
+from sgpu.asking import LOG, POD, NoAnswerError, ask
 from sgpu.snapshot import encode
-from sgpu.status.client import LOG, POD, NoAnswerError, ask
 
 RUNNING = f"is the DaemonSet's pod running on this node? {POD}"
 
@@ -67,7 +67,7 @@ def test_not_allowed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("sgpu.status.client._UnixConnection.connect", refuse)
+    monkeypatch.setattr("sgpu.asking._UnixConnection.connect", refuse)
     with pytest.raises(NoAnswerError, match=r"^only root may ask the daemon on .*: run this as root"):
         ask(str(path))
 

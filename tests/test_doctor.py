@@ -99,14 +99,18 @@ def test_well(node: Node, host: Host) -> None:
     """Beside a daemon that serves, on a node where all is well, every line is ok, and nobody has noticed."""
     same = [f"-{name}={value}" for name, value in flags(node).items()]
     with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that is free, most likely later as well
-        same.append(f"-metrics-address=127.0.0.1:{listener.getsockname()[1]}")
+        here = {
+            "metrics-address": f"127.0.0.1:{listener.getsockname()[1]}",
+            "status-socket": str(node.plugins.parent / "status"),
+        }
+    same += [f"-{name}={value}" for name, value in here.items()]
     with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods), node.daemon(*same) as daemon:
         share_ids = list(kubelet.wait_devices(100))
         record = node.plugins / "kubelet_internal_checkpoint"
         record.write_text(json.dumps({"Data": {"RegisteredDevices": {RESOURCE: share_ids}}}))
         (host.proc / str(daemon.pid)).symlink_to(f"/proc/{daemon.pid}")
         before = tree(node.plugins.parent), len(daemon.lines), len(kubelet.attempts), len(kubelet.lists[RESOURCE])
-        findings = trio.run(examine, load({**flags(node), "metrics-address": same[-1].partition("=")[2]}, {}), host)
+        findings = trio.run(examine, load(flags(node, **here), {}), host)
         after = tree(node.plugins.parent), len(daemon.lines), len(kubelet.attempts), len(kubelet.lists[RESOURCE])
         assert not [str(finding) for finding in findings if finding.level is not Level.OK]
         assert after == before
@@ -115,6 +119,21 @@ def test_well(node: Node, host: Host) -> None:
     assert told(about(findings, "registration"), "ok", "100 healthy")
     assert told(about(findings, "daemon's settings"), "ok", "")
     assert told(about(findings, "metrics and probes"), "ok", "and is ready")
+    assert told(about(findings, "daemon's GPUs"), "ok", "all 1 for healthy")
+
+
+@pytest.mark.soak
+def test_after_an_event(node: Node, host: Host) -> None:
+    """A GPU that an XID took down, and of which the driver says afterwards that it is well."""
+    same = flags(node, **{"status-socket": str(node.plugins.parent / "status")})
+    with FakeKubelet(node.plugins) as kubelet, node.daemon(*(f"-{name}={value}" for name, value in same.items())):
+        kubelet.wait_devices(100)
+        (gpu,) = node.driver.state.gpus
+        node.driver.xid(gpu, 79)
+        kubelet.wait_for(lambda: "Healthy" not in kubelet.devices().values())
+        findings = trio.run(examine, load(same, {}), host)
+    assert told(about(findings, "GPU GPU-"), "ok", "nvidia3")
+    assert told(about(findings, "daemon's GPU GPU-"), "FAIL", "XID 79: GPU has fallen off the bus", "sgpu status")
 
 
 def test_simulated(node: Node) -> None:
@@ -123,7 +142,7 @@ def test_simulated(node: Node) -> None:
     assert told(findings[0], "ok", "-simulate 3: the GPUs are not there")
     assert told(findings[1], "ok", "3 GPU(s) are offered as 300 x")
     assert findings[2].subject == "plugin directory"
-    assert findings[-1].subject == "memory limit"
+    assert not {"host's processes", "container logs"} & {finding.subject for finding in findings}
     assert not node.driver.call_log()
 
 

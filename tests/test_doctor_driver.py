@@ -20,7 +20,7 @@ from sgpu.report import GpuReport, Report
 from sgpu.settings import Settings
 
 GPU = GpuReport(
-    "GPU-1", "Tesla T4", "00000000:3B:00.0", ("nvidia0", "nvidiactl"), memory_total=16 * GIB, memory_used=GIB
+    "GPU-1", "Tesla T4", "00000000:3B:00.0", ("nvidia0", "nvidiactl"), memory_total=16 * GIB, memory_free=15 * GIB
 )
 REPORT = Report((GPU,), (), (), "550.54.15", "/x/libnvidia-ml.so.1")
 LIBRARY = Library(Path("/x/libnvidia-ml.so.1"), "550.54.15")
@@ -167,8 +167,8 @@ def test_no_library(host: Host) -> None:
     ("gpu", "level", "words"),
     [
         pytest.param(GPU, "ok", "Tesla T4 at 00000000:3B:00.0, nvidia0, 1.0 of 16.0 GiB used", id="well"),
-        pytest.param(attrs.evolve(GPU, memory_used=None), "ok", "does not tell its memory", id="unified memory"),
-        pytest.param(attrs.evolve(GPU, memory_used=16 * GIB), "warn", "above -memory-watermark 0.95", id="full"),
+        pytest.param(attrs.evolve(GPU, memory_free=None), "ok", "does not tell its memory", id="unified memory"),
+        pytest.param(attrs.evolve(GPU, memory_free=0), "warn", "above -memory-watermark 0.95", id="full"),
         pytest.param(attrs.evolve(GPU, error="GPU is lost"), "FAIL", "fails to answer for it: GPU is lost", id="lost"),
         pytest.param(attrs.evolve(GPU, recovery_action=1), "FAIL", "reset the GPU", id="asks for a reset"),
         pytest.param(attrs.evolve(GPU, fabric_state=1), "FAIL", "NVSwitch fabric has not started", id="fabric"),
@@ -183,7 +183,7 @@ def test_gpu(host: Host, gpu: GpuReport, level: str, words: str) -> None:
 
 def test_full_and_wanted(host: Host) -> None:
     """Without a watermark, a full GPU is none of ours."""
-    report = attrs.evolve(REPORT, gpus=(attrs.evolve(GPU, memory_used=16 * GIB),))
+    report = attrs.evolve(REPORT, gpus=(attrs.evolve(GPU, memory_free=0),))
     (finding,) = check_gpus(Settings(memory_watermark=0.0), host, Answer(report))
     assert told(finding, "ok", "16.0 of 16.0 GiB used")
 

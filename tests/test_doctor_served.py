@@ -7,12 +7,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Final
 
+import attrs
+import fake_status
 import pytest
-from findings import told
+from daemon_process import short_directory
+from findings import about, told
 
 from sgpu.doctor import served
-from sgpu.doctor.served import check_served
+from sgpu.doctor.finding import Finding
+from sgpu.doctor.served import check_account, check_served
+from sgpu.snapshot import Snapshot, encode
 
 
 @contextmanager
@@ -107,3 +113,44 @@ def test_no_such_host() -> None:
 def test_none(address: str) -> None:
     """None are wanted, or nobody knows where."""
     assert told(check_served(address, running=True), "skip", "-metrics-address is")
+
+
+def account(snapshot: Snapshot) -> list[Finding]:
+    """What is found with a daemon that says that."""
+    with short_directory() as directory:
+        path = directory / "status"
+        with fake_status.answering(path, lambda _: fake_status.http(encode(snapshot))):
+            return list(check_account(str(path)))
+
+
+class TestAccount:
+    WELL: Final = fake_status.GPU
+    DOWN: Final = attrs.evolve(WELL, uuid="GPU-2", healthy=False, reason="XID 79: off the bus", since=86400.0)
+
+    def test_healthy(self) -> None:
+        (finding,) = account(fake_status.SNAPSHOT)
+        assert told(finding, "ok", "all 1 for healthy")
+
+    def test_down(self) -> None:
+        """Each that is down has its line, with the reason and since when."""
+        others = attrs.evolve(self.DOWN, uuid="GPU-3")
+        findings = account(attrs.evolve(fake_status.SNAPSHOT, gpus=(self.WELL, self.DOWN, others)))
+        assert [finding.subject for finding in findings] == ["daemon's GPU GPU-2", "daemon's GPU GPU-3"]
+        words = "unhealthy since 1970-01-02 00:00:00Z: XID 79: off the bus"
+        assert told(about(findings, "daemon's GPU GPU-2"), "FAIL", words, "status` says which pods")
+
+    def test_no_gpu(self) -> None:
+        """Why there is none, other lines say."""
+        (finding,) = account(attrs.evolve(fake_status.SNAPSHOT, gpus=()))
+        assert told(finding, "skip", "none yet")
+
+    @pytest.mark.parametrize(
+        ("path", "words"),
+        [
+            pytest.param("", "-status-socket is empty", id="not wanted"),
+            pytest.param("/nowhere/status", "no daemon answers on /nowhere/status", id="nobody"),
+        ],
+    )
+    def test_no_answer(self, path: str, words: str) -> None:
+        (finding,) = check_account(path)
+        assert told(finding, "skip", words)

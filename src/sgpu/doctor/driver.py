@@ -142,10 +142,11 @@ def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
     words = f"{gpu.name} at {gpu.pci_bus_id}, {gpu.device_nodes[0]}"
     if troubles := polled_troubles(gpu):
         return fail(subject, f"{words}: {'; '.join(troubles)}", f"all its shares are unhealthy until then; {_LOG}")
-    if gpu.memory_total is None or gpu.memory_used is None:
+    if gpu.memory_total is None or gpu.memory_free is None:
         return ok(subject, f"{words}, the driver does not tell its memory")
-    part = gpu.memory_used / gpu.memory_total
-    words += f", {gpu.memory_used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB used"
+    used = gpu.memory_total - gpu.memory_free
+    part = used / gpu.memory_total
+    words += f", {used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB used"
     if 0 < settings.memory_watermark < part:
         words += f", which is above -memory-watermark {settings.memory_watermark:g}"
         return warn(subject, words, "its free shares are withheld; end pods that use it, which the daemon's log names")

@@ -107,6 +107,7 @@ async def _kubelet(loaded: Loaded, host: Host, tell: Tell) -> None:
         tell(found[place])
     address = loaded.settings.metrics_address
     tell([await _look(partial(served.check_served, address, running=bool(running)))])
+    tell(await _look(lambda: list(served.check_account(loaded.settings.status_socket))))
 
 
 async def _one(check: Callable[[], Awaitable[Finding]]) -> list[Finding]:
@@ -129,8 +130,8 @@ async def _daemon(loaded: Loaded, host: Host, resource: str, running: list[Daemo
 async def _node(loaded: Loaded, host: Host, tell: Tell) -> None:
     tell(await _look(lambda: list(configured.check_settings(loaded, host))))
     tell([await _look(partial(surroundings.check_memory, host))])
-    if loaded.settings.simulate:
-        return  # nobody uses those GPUs
+    if loaded.settings.simulate:  # no process uses what is not there
+        return
     tell([await _look(partial(surroundings.check_processes, Path(loaded.settings.proc_directory)))])
     directory = Path(loaded.settings.container_log_directory)
     tell([await _look(partial(surroundings.check_container_logs, directory))])

@@ -1,11 +1,14 @@
-"""Metrics and probes: does the daemon serve them, and what does it say of itself. Blocks; knows no gRPC."""
+"""Metrics, probes and status: does the daemon serve them, and what does it say. Blocks; knows no gRPC."""
 
 from __future__ import annotations
 
 import http.client
+import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Final
 
+from sgpu.asking import NoAnswerError, ask
 from sgpu.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.doctor.peer import failure
 from sgpu.settings import split_address
@@ -42,6 +45,26 @@ def check_served(address: str, *, running: bool) -> Finding:
     if status != http.client.OK:
         return fail(subject, f"the daemon is not ready: {' '.join(words.split())}", "see its log, and the lines above")
     return ok(subject, f"the daemon serves them on {address}, and is ready")
+
+
+def check_account(path: str) -> Iterator[Finding]:
+    """Which GPUs the daemon has for unhealthy. Of an event that is over, as an XID, the driver tells nobody else."""
+    subject = "daemon's GPUs"
+    try:
+        snapshot = ask(path, TIMEOUT)
+    except NoAnswerError as error:
+        yield skip(subject, f"because {error}")
+        return
+    if not snapshot.gpus:
+        yield skip(subject, "because it has none yet")
+        return
+    down = [gpu for gpu in snapshot.gpus if not gpu.healthy]
+    for gpu in down:
+        since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(gpu.since))
+        advice = "`python -m sgpu status` says which pods use it; it is offered again by itself when it is well"
+        yield fail(f"daemon's GPU {gpu.uuid}", f"all its shares are unhealthy since {since}: {gpu.reason}", advice)
+    if not down:
+        yield ok(subject, f"it has all {len(snapshot.gpus)} for healthy")
 
 
 def _another(subject: str, address: str) -> Finding:

@@ -16,10 +16,10 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
+from sgpu.asking import NoAnswerError, ask
 from sgpu.load import Loaded
 from sgpu.settings import Settings
 from sgpu.snapshot import Snapshot
-from sgpu.status.client import NoAnswerError, ask
 from sgpu.status.view import BAD, DIM, View, render
 
 #: Columns for a line that is not to be broken.
