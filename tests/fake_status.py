@@ -35,7 +35,7 @@ SNAPSHOT: Final = Snapshot(
     waiting="",
     sampled_at=1.0,
     holders_known=True,
-    processes_known=True,
+    processes_trouble="",
     resources=(ResourceSnapshot("deepomatic.com/shared-gpu", registered=True, streams=1),),
     gpus=(GPU,),
 )

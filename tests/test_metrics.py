@@ -63,7 +63,7 @@ NODE = Snapshot(
     waiting="",
     sampled_at=997.5,
     holders_known=True,
-    processes_known=True,
+    processes_trouble="",
     resources=(ResourceSnapshot(RESOURCE, registered=True, streams=1),),
     gpus=(UP, DOWN),
 )

@@ -133,7 +133,14 @@ class TestNode:
         world.monitor.driver_version = "550.54"
         snapshot = world.observer.snapshot()
         assert (snapshot.version, snapshot.time, snapshot.driver_version) == (__version__, WALL, "550.54")
-        assert (snapshot.sampled_at, snapshot.holders_known, snapshot.processes_known) == (None, False, False)
+        assert (snapshot.sampled_at, snapshot.holders_known, snapshot.processes_trouble) == (None, False, "")
+
+    def test_processes(self, world: World) -> None:
+        """Why they can't be told apart, as long as that is so."""
+        world.usage.owned({}, None, "no /proc")
+        assert world.observer.snapshot().processes_trouble == "no /proc"
+        world.usage.owned({}, {})
+        assert world.observer.snapshot().processes_trouble == ""
 
     def test_holders(self, world: World) -> None:
         """That nobody has a share is something else than not knowing it."""

@@ -22,7 +22,7 @@ def node(*gpus: GpuSnapshot, waiting: str = "", **streams: int | None) -> Snapsh
     resources = tuple(
         ResourceSnapshot(f"example.com/{name}", count is not None, count or 0) for name, count in streams.items()
     )
-    return Snapshot("0.1.0", 0.0, "", waiting, None, False, False, resources, gpus)
+    return Snapshot("0.1.0", 0.0, "", waiting, None, False, "", resources, gpus)
 
 
 @pytest.mark.parametrize(

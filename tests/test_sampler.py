@@ -483,6 +483,8 @@ class TestAttribution:
         (message,) = messages()
         assert message.startswith("which pod uses how much of a GPU is not known: the host's process ids are not seen")
         assert message.endswith("set hostPID: true for the pod")
+        assert message.endswith(f": {usage.processes_trouble}")
+        assert usage.processes_trouble.startswith("the host's")
 
     def test_the_driver_does_not_tell(
         self, places: Places, kubelet: FakeKubelet, messages: Callable[[], list[str]]
@@ -492,6 +494,7 @@ class TestAttribution:
         usage.sampled({"GPU-a": percent(10)}, 0)
         self.run(NOWHERE, usage, kubelet, lambda: len(kubelet.asked) > 2)
         assert not usage.processes_known
+        assert not usage.processes_trouble
         assert messages() == []
 
     def test_the_driver_no_longer_answers(self, places: Places) -> None:

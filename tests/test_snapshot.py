@@ -34,7 +34,7 @@ SNAPSHOT = Snapshot(
     waiting="",
     sampled_at=None,
     holders_known=False,
-    processes_known=True,
+    processes_trouble="",
     resources=(ResourceSnapshot("deepomatic.com/shared-gpu", registered=True, streams=1),),
     gpus=(GPU,),
 )

@@ -62,7 +62,7 @@ SNAPSHOT = Snapshot(
     waiting="",
     sampled_at=NOW - 2,
     holders_known=True,
-    processes_known=True,
+    processes_trouble="",
     resources=(ResourceSnapshot("deepomatic.com/shared-gpu", registered=True, streams=1),),
     gpus=(HEALTHY, DOWN),
 )
@@ -174,7 +174,7 @@ class TestHead:
         """That there is no driver is no trouble then, nor that nobody's processes are known."""
         gpu = attrs.evolve(HEALTHY, memory_used=None, memory_free=None, utilisation=None)
         simulated = attrs.evolve(
-            SNAPSHOT, driver_version="", sampled_at=None, processes_known=False, gpus=(gpu,), simulated=True
+            SNAPSHOT, driver_version="", sampled_at=None, processes_trouble="", gpus=(gpu,), simulated=True
         )
         assert text(simulated, 100).splitlines()[:3] == [
             "sgpu 0.1.0, simulated GPUs, no driver",
@@ -208,7 +208,9 @@ class TestNotes:
             pytest.param({"gpus": ()}, "the driver tells of no GPU", id="no GPU"),
             pytest.param({"sampled_at": NOW - 90}, "the driver last answered 1 min ago", id="old figures"),
             pytest.param({"holders_known": False}, "on -pod-resources-socket", id="kubelet does not tell"),
-            pytest.param({"processes_known": False}, "`hostPID: true`", id="processes not told apart"),
+            pytest.param(
+                {"processes_trouble": "set hostPID: true"}, "set hostPID: true", id="processes not told apart"
+            ),
         ],
     )
     def test_notes(self, changes: dict[str, Any], words: str) -> None:
@@ -221,7 +223,7 @@ class TestNotes:
     def test_a_driver_that_hangs(self) -> None:
         """Is one trouble, not two: whose its processes are is not known because it does not tell them."""
         gpus = (attrs.evolve(HEALTHY, memory_used=None), DOWN)
-        hangs = attrs.evolve(SNAPSHOT, gpus=gpus, sampled_at=NOW - 90, processes_known=False)
+        hangs = attrs.evolve(SNAPSHOT, gpus=gpus, sampled_at=NOW - 90)
         (note,) = notes(hangs, NOW, STALE)
         assert "the driver last answered" in note
 

@@ -55,7 +55,7 @@ class Observer:
             waiting=self.monitor.waiting if self.monitor and not gpus else "",
             sampled_at=wall - (now - self.usage.sampled_at) if isfinite(self.usage.sampled_at) else None,
             holders_known=self.usage.holders is not None,
-            processes_known=self.usage.processes_known,
+            processes_trouble=self.usage.processes_trouble,
             resources=tuple(map(self._resource, self.catalog.inventories)),
             gpus=tuple(gpus),
             simulated=self.monitor is None,

@@ -96,7 +96,7 @@ class _Attribution:
                 processes.find_owners, self._places, pids, now - self._usage.sampled_at
             )
         except processes.NotToldError as error:
-            self._usage.owned({}, None)
+            self._usage.owned({}, None, str(error))
             self._trouble.report(f"which pod uses how much of a GPU is not known: {error}")
             return
         self._trouble.clear()

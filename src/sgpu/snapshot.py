@@ -66,9 +66,9 @@ class Snapshot:
     """The whole node.
 
     `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
-    if never. `holders_known`: the kubelet tells who has which share. `processes_known`: the driver's processes can be
-    told apart by container (the host's process ids and container logs can be seen from here). `simulated`: there is no
-    driver, and nobody uses the GPUs.
+    if never. `holders_known`: the kubelet tells who has which share. `processes_trouble`: why the driver's processes
+    can't be told apart by container, empty if they can or it tells of none. `simulated`: there is no driver, and nobody
+    uses the GPUs.
     """
 
     version: str
@@ -77,7 +77,7 @@ class Snapshot:
     waiting: str
     sampled_at: float | None
     holders_known: bool
-    processes_known: bool
+    processes_trouble: str
     resources: tuple[ResourceSnapshot, ...]
     gpus: tuple[GpuSnapshot, ...]
     simulated: bool = False

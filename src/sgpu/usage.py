@@ -61,6 +61,8 @@ class Usage:
         self.recent = Recent()
         #: Whether the driver's processes can be told apart by container.
         self.processes_known = False
+        #: Why they can't, where there are any; empty where they can, or nobody has looked yet.
+        self.processes_trouble = ""
         self._shares: Mapping[str, Counter[Holder]] = {}  # how many are held, by UUID; as long as `holders` is
         self._processes: Mapping[str, Mapping[Holder, list[ProcessReport]]] = {}  # of the GPUs that tell theirs
         #: When the last samples were taken.
@@ -86,12 +88,15 @@ class Usage:
         if holders is not None:
             self.recent.seen(holders.keys())
 
-    def owned(self, samples: Mapping[str, Sample], owners: Mapping[int, Holder | None] | None) -> None:
-        """Whose the processes of these samples are, or that it can't be told (None).
+    def owned(
+        self, samples: Mapping[str, Sample], owners: Mapping[int, Holder | None] | None, trouble: str = ""
+    ) -> None:
+        """Whose the processes of these samples are, or that it can't be told (None) and why.
 
         None for a process: no pod's. One that is not in `owners` has ended.
         """
         self.processes_known = owners is not None
+        self.processes_trouble = trouble
         self._uses = {}
         self._processes = {
             uuid: _by_owner(sample.processes, owners)

@@ -71,12 +71,8 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
             "which pod has which share is not known: the kubelet does not tell on -pod-resources-socket "
             "(Kubernetes 1.20 and later; its directory must be mounted into the daemon's pod)"
         )
-    # Where nothing is known of the GPUs themselves, it is not for this reason.
-    if not snapshot.processes_known and any(gpu.memory_used is not None for gpu in snapshot.gpus):
-        yield (
-            "what each pod takes of a GPU is not known: the daemon can't tell whose the driver's processes are "
-            "(its pod needs `hostPID: true` and the host's /var/log/containers; its log says what is missing)"
-        )
+    if snapshot.processes_trouble:
+        yield f"what each pod takes of a GPU is not known: {printable(snapshot.processes_trouble)}"
 
 
 def ago(seconds: float) -> str:
