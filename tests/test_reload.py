@@ -322,8 +322,8 @@ class TestApplied:
 
         run(test)
         assert world.messages == [
-            f"INFO what GPUs are offered as has changed: now {SHARED}, {WHOLE}",
-            "INFO what GPUs are offered as has changed: now example.com/other",
+            f"INFO what GPUs are offered as has changed: now 100 x {SHARED}, 1 x {WHOLE}",
+            "INFO what GPUs are offered as has changed: now 200 x example.com/other",
         ]
 
     def test_a_comment(self, world: World) -> None:

@@ -72,7 +72,7 @@ async def keep_configured(
                 logger.error("the settings stay as they were: %s", error)
             else:
                 if new.policy != policy:
-                    logger.info("what GPUs are offered as has changed: now %s", ", ".join(new.policy.resources()))
+                    logger.info("what GPUs are offered as has changed: now %s", _offered(catalog))
                 policy = new.policy
                 later = ", ".join(f"-{name}" for name in _different(loaded.settings, new.settings))
                 pending.report(f"takes effect at the next start: {later}") if later else pending.clear()
@@ -80,6 +80,16 @@ async def keep_configured(
                 reloaded(usable)
             first = False
             await race(hung_up.wait, partial(_file_changed, loaded.file, seen))
+
+
+def _offered(catalog: Catalog) -> str:
+    """Shares by resource, as they are listed from now on."""
+    shares = {
+        resource: sum(device.shares for device in catalog.inventories[resource].devices)
+        for resource in catalog.policy.resources()
+        if resource in catalog.inventories
+    }
+    return ", ".join(f"{count} x {resource}" for resource, count in shares.items()) or "nothing, as there is no GPU yet"
 
 
 def _different(running: Settings, new: Settings) -> list[str]:
