@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from sgpu.policy import Policy
 from sgpu.processes import HOST_NAMESPACE, Places
 from sgpu.recent import SETTLING_TIME
 from sgpu.report import ProcessReport
-from sgpu.sampler import GIB, Sampling, sample, withhold
+from sgpu.sampler import Sampling, sample, withhold
+from sgpu.units import GIB
 from sgpu.usage import Holder, Sample, Usage
 
 RESOURCE = "example.com/gpu"
@@ -459,6 +461,25 @@ class TestAttribution:
         kubelet.answer = {}
         self.run(places, usage, kubelet, lambda: not usage.uses("GPU-a"))
         assert messages() == []
+
+    def test_a_disk_that_hangs(self, places: Places, kubelet: FakeKubelet, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Is left behind when the daemon stops."""
+        asked, over, done = threading.Event(), threading.Event(), threading.Event()
+
+        def hang(*_: object) -> None:
+            asked.set()
+            over.wait(10)
+            done.set()
+
+        monkeypatch.setattr("sgpu.processes.find_owners", hang)
+        kubelet.answer = {}
+        usage = Usage(INTERVAL)
+        usage.sampled({"GPU-a": self.told(7)}, 0)
+        try:
+            self.run(places, usage, kubelet, asked.is_set)
+            assert not done.is_set()
+        finally:
+            over.set()
 
     def test_though_the_kubelet_does_not_tell(self, places: Places, kubelet: FakeKubelet) -> None:
         """It needs no PodResources."""

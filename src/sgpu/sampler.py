@@ -19,11 +19,11 @@ from sgpu.inventory import Inventory
 from sgpu.logs import OnChange
 from sgpu.podresources import TIMEOUT, PodResourcesError, list_holders
 from sgpu.pressure import MemorySample
+from sgpu.units import GIB, part_of
 from sgpu.usage import Sample, Usage
 
 logger = logging.getLogger(__name__)
 
-GIB: Final = 1 << 30
 #: Failures in a row after which it counts as not known who has which share.
 TOLERATED: Final = 3
 
@@ -92,8 +92,9 @@ class _Attribution:
             return
         pids = {process.pid for each in told.values() for process in each}
         try:
+            # A disk that hangs must not keep the daemon from stopping.
             owners = await trio.to_thread.run_sync(
-                processes.find_owners, self._places, pids, now - self._usage.sampled_at
+                processes.find_owners, self._places, pids, now - self._usage.sampled_at, abandon_on_cancel=True
             )
         except processes.NotToldError as error:
             self._usage.owned({}, None, str(error))
@@ -122,7 +123,7 @@ def withhold(
     for uuid in sorted(pressed - before):
         if full := samples[uuid]:
             pods = _words(usage.pods(uuid)) or "no pod that has a share of it"
-            words = f"{full.used / GIB:.1f} of {full.total / GIB:.1f} GiB are used, by {pods}"
+            words = f"{part_of(full.used, full.total)} are used, by {pods}"
             logger.warning("GPU %s: its memory is full: %s; its free shares are withheld", uuid, words)
     for uuid in sorted(before - pressed):
         logger.warning("GPU %s: its free shares are no longer withheld", uuid)

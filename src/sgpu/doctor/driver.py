@@ -15,6 +15,7 @@ from sgpu.health import polled_troubles
 from sgpu.probing import run_probe
 from sgpu.report import Asking, GpuReport, Message, NotReady, Orders, Report
 from sgpu.settings import Settings
+from sgpu.units import part_of
 
 #: Seconds that the driver gets to answer. A driver that nobody holds open takes some of them to wake its GPUs.
 DEADLINE: Final = 7.0
@@ -146,7 +147,7 @@ def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
         return ok(subject, f"{words}, the driver does not tell its memory")
     used = gpu.memory_total - gpu.memory_free
     part = used / gpu.memory_total
-    words += f", {used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB used"
+    words += f", {part_of(used, gpu.memory_total)} used"
     if 0 < settings.memory_watermark < part:
         words += f", which is above -memory-watermark {settings.memory_watermark:g}"
         return warn(subject, words, "its free shares are withheld; end pods that use it, which the daemon's log names")

@@ -8,8 +8,8 @@ from typing import Final
 from sgpu.doctor.finding import Finding, ok, warn
 from sgpu.doctor.host import Host, read_text
 from sgpu.processes import NotToldError, check_namespace
+from sgpu.units import MIB
 
-MIB: Final = 1 << 20
 #: Bytes. The daemon and the driver's process are about 45 MiB with 8 GPUs and 60 with 16 of 1000 shares; further
 #: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
 ENOUGH: Final = 100 * MIB

@@ -17,9 +17,8 @@ from rich.text import Text
 
 from sgpu.logs import printable
 from sgpu.snapshot import ContainerUse, GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.units import GIB, MIB
 
-GIB: Final = 1 << 30
-MIB: Final = 1 << 20
 #: Columns that the table takes with a UUID in it. With fewer, what would stand side by side stands below each other.
 TABLE: Final = 78
 #: Columns of a bar, in the table and by itself.
