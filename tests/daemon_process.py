@@ -13,15 +13,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
+
+import attrs
 
 #: Seconds after which a process that should have said or done something is taken to hang.
 TIMEOUT: Final = 10.0
 COMMAND: Final = (sys.executable, "-m", "sgpu")
+
+Process = TypeVar("Process", bound="LoggedProcess")
 
 
 class LogLine(NamedTuple):
@@ -41,31 +46,35 @@ def short_directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class DaemonProcess:
-    """`python -m sgpu` with these directories and flags: started by entering it, killed with its children at the end.
+@attrs.frozen
+class Memory:
+    """Bytes of several processes together: resident in each; their proportional part, where what processes share is
+    divided among all of the machine; the same as if no others had any of it, as on a node that runs no tests; and the
+    part of that which is of no file, so that the kernel can't take it back.
+    """
+
+    resident: int
+    proportional: int
+    alone: int
+    anonymous: int
+
+
+class LoggedProcess:
+    """Any command line: started by entering it, killed with its children at the end.
 
     SGPU_* variables of the test runner are not passed on; `env` is set on top. When the block fails,
     the log goes to stderr, where pytest captures it.
     """
 
-    def __init__(
-        self,
-        plugin_directory: Path,
-        host_path: Path,
-        flags: Sequence[str] = (),
-        *,
-        env: Mapping[str, str] | None = None,
-        command: Sequence[str] = COMMAND,
-    ) -> None:
-        directories = ("-plugin-directory", str(plugin_directory), "-host-path", str(host_path))
-        self.arguments = [*command, *directories, *flags]
+    def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
+        self.arguments = list(arguments)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SGPU_")}
         self.env = {**inherited, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._lines: list[LogLine] = []
         self._ended = False
         self._changed = threading.Condition()
 
-    def __enter__(self) -> DaemonProcess:
+    def __enter__(self: Process) -> Process:
         self.started = time.monotonic()
         # A session of its own, so that children it leaves behind can be killed with it.
         self.process = subprocess.Popen(
@@ -165,17 +174,18 @@ class DaemonProcess:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def pss_bytes(self) -> int:
-        """Proportional memory, its children's included: what processes share is divided among them."""
-        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (self.pid, *self.children())]
-        lines = [line for rollup in rollups for line in rollup.splitlines() if line.startswith("Pss:")]
-        return sum(int(line.split()[1]) * 1024 for line in lines)
+    def memory(self) -> Memory:
+        """Of it and its children."""
+        return memory(self.pids())
 
     def cpu_seconds(self) -> float:
-        """Processor time of its living threads, children not included."""
-        # Not from `stat`, which counts in hundredths of a second.
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        """Processor time so far of it and its living children, in all of their threads."""
+        # The clocks that clock_getcpuclockid(3) gives: `stat` counts in hundredths of a second.
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
+
+    def pids(self) -> list[int]:
+        """It and its children."""
+        return [self.pid, *self.children()]
 
     def children(self) -> list[int]:
         """The ids of its direct children."""
@@ -195,3 +205,47 @@ class DaemonProcess:
     def _report(self, what: str) -> str:
         lines = "\n".join(f"{line.time - self.started:8.3f} {line.text}" for line in self.lines)
         return f"{what}; {' '.join(self.arguments)} wrote:\n{lines or '(nothing)'}"
+
+
+class DaemonProcess(LoggedProcess):
+    """`python -m sgpu` with these directories and flags."""
+
+    def __init__(
+        self,
+        plugin_directory: Path,
+        host_path: Path,
+        flags: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        directories = ("-plugin-directory", str(plugin_directory), "-host-path", str(host_path))
+        super().__init__([*command, *directories, *flags], env=env)
+
+
+def memory(pids: Iterable[int]) -> Memory:
+    """What these processes have now, from /proc/PID/smaps. Needs to be allowed to debug them."""
+    resident = proportional = anonymous = 0
+    files: defaultdict[str, int] = defaultdict(int)
+    for pid in pids:
+        for mapping, size in _mappings(pid):
+            resident += size["Rss"]
+            proportional += size["Pss"]
+            if mapping:  # of a file: what is not written to is one copy for all, and they have largely the same part
+                files[mapping] = max(files[mapping], size["Rss"] - size["Anonymous"])
+                anonymous += size["Anonymous"]
+            else:
+                anonymous += size["Pss"]
+    return Memory(*(1024 * size for size in (resident, proportional, anonymous + sum(files.values()), anonymous)))
+
+
+def _mappings(pid: int) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Which part of which file (empty: none), and sizes in KiB by name."""
+    found: list[tuple[str, dict[str, int]]] = []
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # address, permissions, offset, device, inode, path
+            found.append((" ".join(words[1:5]) if words[4] != "0" else "", {}))
+        elif words[-1] == "kB":
+            found[-1][1][words[0].rstrip(":")] = int(words[1])
+    yield from found

@@ -41,6 +41,8 @@ WINDOW: Final = 1 << 30
 RECEIVE_BYTES: Final = 1 << 20
 FRAME_HEADER: Final = 9
 END_STREAM: Final = 0x1
+#: The types of frames that may have that flag: DATA and HEADERS.
+CARRIES_CALLS: Final = (0x0, 0x1)
 #: What grpc-go sends. From the second call on, most of it is an index into what was sent before.
 HEADERS: Final = (
     (":method", "POST"),
@@ -135,7 +137,7 @@ class Peer:
                 size = FRAME_HEADER + int.from_bytes(self._unread[:3], "big")
                 frame, self._unread = self._unread[:size], self._unread[size:]
                 answer, count = answer + frame, count + 1
-                ended = bool(frame[4] & END_STREAM) and int.from_bytes(frame[5:9], "big") == self._stream_id
+                ended = frame[3] in CARRIES_CALLS and bool(frame[4] & END_STREAM)
         return Answer(answer, count)
 
 

@@ -392,6 +392,9 @@ def test_a_daemon_process_is_watched_and_ended(directory: Path, monkeypatch: pyt
         assert process.thread_count() == 1
         assert process.rss_bytes() > 1_000_000
         assert 0 <= process.cpu_seconds() < 10
+        memory = process.memory()
+        assert 1_000_000 < memory.proportional < memory.resident
+        assert 1_000_000 < memory.anonymous < memory.alone < memory.resident
         (child,) = process.children()
         ended = os.pidfd_open(child)
         process.terminate()

@@ -1,0 +1,55 @@
+"""The measuring itself: what it measures is no test's business, that it does is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MEASURE = TESTS.parent / "bench" / "measure.py"
+#: sgpu once more, as anyone's plugin.
+OTHER = (
+    f"{sys.executable} -m sgpu -plugin-directory {{plugins}} -host-path {{host}} -dev-directory {{dev}} "
+    "-gpu-duplication-factor {shares} -resource-name nvidia.com/gpu -state-file= -metrics-address= -status-socket="
+)
+
+
+@pytest.mark.soak
+def test_every_figure_is_measured_side_by_side(tmp_path: Path) -> None:
+    """Of sgpu, of the reference where it has such a thing, and of another plugin by its command line."""
+    written = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(MEASURE), "--glance", "--json", str(written), "--other", OTHER, "--other-name", "twin"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    document = json.loads(written.read_text())
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert len(figures) == len(document["figures"]) == done.stdout.count("\n| ") - 1
+    assert all(figure["values"]["sgpu"] > 0 for figure in figures.values())
+    for name in ("start → 400 shares listed, median", "`Allocate`, 400 shares, median", "anonymous memory at rest"):
+        assert figures[name]["ratios"].keys() == {"grpcio", "twin"}
+        assert all(ratio > 0 for ratio in figures[name]["ratios"].values())
+    for name in ("`kubelet.sock` created → listed again, median", "critical XID → unhealthy in the kubelet, worst"):
+        assert figures[name]["values"].keys() == {"sgpu", "twin"}
+
+
+def test_a_part_that_there_is_not() -> None:
+    """One line, which names those that there are."""
+    done = subprocess.run(
+        [sys.executable, str(MEASURE), "no-such"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "no such part: no-such; there are starts, calls, rest, crowd, in-process\n"
