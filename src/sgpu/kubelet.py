@@ -71,7 +71,8 @@ async def register(
             if error.code is not StatusCode.UNIMPLEMENTED and VERSION_REFUSED not in error.message:
                 break
         except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-            raise RegistrationFailedError(f"the kubelet does not answer on {kubelet_socket}: {error}") from error
+            words = f"the kubelet does not answer on {kubelet_socket}: {error}"
+            raise RegistrationFailedError(f"{words}; is it down, or is -plugin-directory not its own?") from error
         except trio.TooSlowError as error:
             raise RegistrationFailedError(
                 f"the kubelet did not answer on {kubelet_socket} within {REGISTER_TIMEOUT} s"

@@ -52,7 +52,7 @@ async def keep_registered(plugins: Path, resource: str, offer: Offer, record: Re
                     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
                     record.expect(registration_of(resource), ATTEMPT_TIMEOUT)
         except OSError as error:  # the directory is not there yet, or is just being made anew
-            trouble.report(f"waiting for {plugins}: {error}")
+            trouble.report(f"waiting for {plugins}: {error}; -plugin-directory has to be the kubelet's, and writable")
             await trio.sleep(next(delays))
 
 
