@@ -135,6 +135,12 @@ class TestNode:
         assert (snapshot.version, snapshot.time, snapshot.driver_version) == (__version__, WALL, "550.54")
         assert (snapshot.sampled_at, snapshot.holders_known, snapshot.processes_trouble) == (None, False, "")
 
+    def test_driver_of_the_last_run(self, world: World) -> None:
+        """The state file's, which may be gone, is not told as if it were there."""
+        world.monitor.driver_version = "550.54"
+        world.node.replace(())
+        assert world.observer.snapshot().driver_version == ""
+
     def test_processes(self, world: World) -> None:
         """Why they can't be told apart, as long as that is so."""
         world.usage.owned({}, None, "no /proc")

@@ -51,7 +51,8 @@ class Observer:
         return Snapshot(
             version=__version__,
             time=wall,
-            driver_version=self.monitor.driver_version if self.monitor else "",
+            # Before it has told of a GPU, the monitor has what the state file says: a driver that may be gone.
+            driver_version=self.monitor.driver_version if self.monitor and gpus else "",
             waiting=self.monitor.waiting if self.monitor and not gpus else "",
             sampled_at=wall - (now - self.usage.sampled_at) if isfinite(self.usage.sampled_at) else None,
             holders_known=self.usage.holders is not None,
