@@ -122,7 +122,9 @@ class _Watch:
         """One more process, which asks once."""
         async with self._trials:
             ended: list[trio.Process] = []
-            outcome = await run_probe(attrs.evolve(orders, once=True), self._deadline, ended, seen.append)
+            outcome = await run_probe(
+                attrs.evolve(orders, once=True, look_only=True), self._deadline, ended, seen.append
+            )
             for message in seen:
                 if isinstance(message, Failure):
                     self._monitor.failed(message)
