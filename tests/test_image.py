@@ -53,3 +53,10 @@ def test_lock_has_one_exact_version_and_a_hash_for_each() -> None:
 
 def test_label_has_the_version_of_the_package() -> None:
     assert f'org.opencontainers.image.version="{__version__}"' in (ROOT / "Dockerfile").read_text()
+
+
+def test_bytecode_is_what_is_run() -> None:
+    """Python looks for bytecode of the level that it runs at, and compiles anew at each start where there is none."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (compiled,) = re.findall(r"-m compileall .*-o (\d)", dockerfile)
+    assert re.findall(r"PYTHONOPTIMIZE=(\d)", dockerfile) == [compiled]
