@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.soak
+
 TESTS = Path(__file__).parent
 MEASURE = TESTS.parent / "bench" / "measure.py"
 #: sgpu once more, as anyone's plugin.
@@ -19,7 +21,6 @@ OTHER = (
 )
 
 
-@pytest.mark.soak
 def test_every_figure_is_measured_side_by_side(tmp_path: Path) -> None:
     """Of sgpu, of the reference where it has such a thing, and of another plugin by its command line."""
     written = tmp_path / "figures.json"

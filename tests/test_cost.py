@@ -30,8 +30,8 @@ async def calls(peer: Peer, method: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("method", "bounds"),
     [
-        pytest.param("Allocate", {"calls of functions": 1300, "bytes": 460}, id="Allocate"),
-        pytest.param("GetPreferredAllocation", {"calls of functions": 1300, "bytes": 230}, id="GetPreferredAllocation"),
+        pytest.param("Allocate", {"calls of functions": 900, "bytes": 460}, id="Allocate"),
+        pytest.param("GetPreferredAllocation", {"calls of functions": 1000, "bytes": 230}, id="GetPreferredAllocation"),
     ],
 )
 def test_what_a_call_takes(method: str, bounds: Mapping[str, float]) -> None:
