@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 import pytest
 
@@ -42,3 +43,17 @@ def test_a_step_that_is_not_seen_fails_the_demo(
     monkeypatch.setattr(demo, "STEP_TIMEOUT", 0.2)
     assert demo.demo() == 1
     assert "FAILED: not seen within 0.2 s: 30 devices" in capsys.readouterr().out
+
+
+def test_nowhere_to_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on the read-only root of sgpu's pod: one line."""
+    nowhere = FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    def refuse(**_: str) -> NoReturn:
+        raise nowhere
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    assert demo.demo() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No usable temporary directory" in line
+    assert "set TMPDIR" in line

@@ -131,7 +131,12 @@ def running_daemon(directory: Path, faults: Path) -> Iterator[subprocess.Popen[b
 
 def demo() -> int:
     """Show it; returns the exit code."""
-    with tempfile.TemporaryDirectory(prefix="sgpu-demo-") as directory:
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="sgpu-demo-")
+    except OSError as error:  # as in sgpu's pod, whose root file system is read-only
+        print(f"sgpu: {error}; set TMPDIR to a directory that can be written to", file=sys.stderr)
+        return 1
+    with scratch as directory:
         try:
             trio.run(_show, Path(directory))
         except Exception as error:
