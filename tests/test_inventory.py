@@ -257,10 +257,13 @@ class TestGive:
         assert inventory.devices[0].withheld == {1, 3}
         assert changed.is_set()
 
-    def test_a_share_that_is_not_withheld_is_no_news(self) -> None:
+    @pytest.mark.parametrize("withheld", [(), (1, 3)], ids=["none are", "others are"])
+    def test_a_share_that_is_not_withheld_is_no_news(self, withheld: tuple[int, ...]) -> None:
         """As for most."""
         (device,) = simulated_devices(1, 4)
         inventory = Inventory([device])
+        if withheld:
+            inventory.withhold({device.uuid: frozenset(withheld)})
         changed = inventory.changed
         inventory.give([f"{device.uuid}::2"])
         assert not changed.is_set()

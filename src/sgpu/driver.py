@@ -103,10 +103,11 @@ class _Watch:
             if not self._troubles:
                 continue
             seen: list[Message] = []
+            asking = self._asking
             await self._try(self._current(), seen)
             reports = [message for message in seen if isinstance(message, Report)]
             if reports and _troubles(reports[-1]) != self._troubles:
-                self._asking.cancel()
+                asking.cancel()  # if it is still that one
 
     async def _try_suspect(self, uuid: str) -> None:
         """Until a call about this GPU returns: then it is watched again like the others."""
