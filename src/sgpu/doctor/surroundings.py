@@ -10,7 +10,7 @@ from sgpu.doctor.host import Host, read_text
 from sgpu.processes import NotToldError, check_namespace
 from sgpu.units import MIB
 
-#: Bytes. The daemon and the driver's process are about 45 MiB with 8 GPUs and 60 with 16 of 1000 shares; further
+#: Bytes. The daemon and the driver's process are 50 to 55 MiB, whether with 2 GPUs or with 16 of 1000 shares; further
 #: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
 ENOUGH: Final = 100 * MIB
 #: Above this, a limit of cgroup v1 is none: it has no other word for that.
