@@ -35,7 +35,7 @@ from sgpu.report import Orders
 from sgpu.sampler import Sampling, sample
 from sgpu.session import keep_registered
 from sgpu.settings import Settings
-from sgpu.usage import Sample, Usage
+from sgpu.usage import NO_POD, Sample, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ async def keep_divided(node: Inventory, catalog: Catalog, usage: Usage) -> None:
         catalog.replace(node.devices)
         before, down = down, frozenset(gpu.uuid for gpu in node.devices if gpu.health is Health.UNHEALTHY)
         for uuid in sorted(down - before):
-            if pods := [pod or "processes of no pod" for pod in usage.pods(uuid)]:
+            if pods := [pod or NO_POD for pod in usage.pods(uuid)]:
                 logger.warning("GPU %s, which is down, is used by %s", uuid, ", ".join(pods))
         await changed.wait()
 

@@ -1,4 +1,4 @@
-"""The driver's part in the kernel, as the kernel tells of it. Imports nothing of sgpu."""
+"""The driver's part in the kernel, as the kernel's files tell of it. Imports nothing of sgpu."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _BANNER: Final = re.compile(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", re.MUL
 
 def module_version(proc: Path, sysfs: Path) -> str:
     """The version of the module `nvidia`; empty where it is not loaded, or can't be seen in these directories."""
-    if version := _text(sysfs / "module/nvidia/version").strip():
+    if version := read_text(sysfs / "module/nvidia/version").strip():
         return version
-    banner = _BANNER.search(_text(proc / "driver/nvidia/version"))
+    banner = _BANNER.search(read_text(proc / "driver/nvidia/version"))
     return banner[1] if banner else ""
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of one of the kernel's files; empty where there is none."""
     try:
         return path.read_text(errors="replace")
     except OSError:

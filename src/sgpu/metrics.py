@@ -182,17 +182,18 @@ def _ratio(percent: int | None) -> float | None:
 
 
 def _gauge(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
-    family = GaugeMetricFamily(name, meaning, labels=labels)
+    return _filled(GaugeMetricFamily(name, meaning, labels=labels), samples)
+
+
+def _counter(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
+    return _filled(CounterMetricFamily(name, meaning, labels=labels), samples)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    """What is not known is left out."""
     for values, value in samples:
         if value is not None:
             family.add_metric(values, value)
-    return family
-
-
-def _counter(name: str, meaning: str, labels: Labels, samples: Iterable[tuple[Labels, float]]) -> Metric:
-    family = CounterMetricFamily(name, meaning, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, value)
     return family
 
 

@@ -20,7 +20,7 @@ from sgpu.logs import OnChange
 from sgpu.podresources import TIMEOUT, PodResourcesError, list_holders
 from sgpu.pressure import MemorySample
 from sgpu.units import GIB, part_of
-from sgpu.usage import Sample, Usage
+from sgpu.usage import NO_POD, Sample, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,7 @@ def _words(pods: Mapping[str, int | None]) -> str:
     """Who uses a GPU, as far as it is known. Those that use nothing are named only where nobody is known to use it."""
     users = {pod: used for pod, used in pods.items() if used != 0} or dict.fromkeys(pods)
     return ", ".join(
-        (pod or "processes of no pod") + ("" if used is None else f" ({used / GIB:.1f} GiB)")
-        for pod, used in users.items()
+        (pod or NO_POD) + ("" if used is None else f" ({used / GIB:.1f} GiB)") for pod, used in users.items()
     )
 
 

@@ -37,6 +37,8 @@ class Holder:
 
 #: Whose the processes are that belong to no pod.
 NOBODY: Final = Holder("", "", "")
+#: What the log calls them.
+NO_POD: Final = "processes of no pod"
 
 
 @attrs.frozen

@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 
 from sgpu import kernelmodule
+from sgpu.kernelmodule import read_text
 
 
 @attrs.frozen
@@ -41,14 +42,6 @@ class Host:
                 if read_text(device / "vendor").strip() == "0x10de" and read_text(device / "class").startswith("0x03")
             )
         )
-
-
-def read_text(path: Path) -> str:
-    """The content of one of the kernel's files; empty where there is none."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def why_not_writable(directory: Path) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import socket
-import struct
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +15,6 @@ from sgpu.api import v1beta1_pb2
 
 #: Seconds. Who is asked answers from memory.
 TIMEOUT: Final = 3.0
-#: What Linux has for SO_PEERCRED: process, user, group.
-_CREDENTIALS: Final = struct.Struct("3i")
 
 
 @attrs.frozen
@@ -47,7 +43,7 @@ async def call(path: Path, method: str) -> Peer:
         with trio.fail_after(TIMEOUT):
             async with rpc.open_channel(path) as channel:
                 assert isinstance(channel.stream, trio.SocketStream)
-                pid = _pid(channel.stream.socket)
+                pid = rpc.peer_pid(channel.stream.socket)
                 await channel.unary(method, v1beta1_pb2.Empty(), v1beta1_pb2.Empty)
     except rpc.RpcError as error:
         return Peer(error.code, f"it answers {error}", pid)
@@ -63,8 +59,3 @@ async def call(path: Path, method: str) -> Peer:
 def failure(error: Exception) -> str:
     """An error in words, without the number that OSError puts before them."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _pid(connected: trio.socket.SocketType) -> int:
-    pid: int = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
-    return pid

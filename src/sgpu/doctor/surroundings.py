@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from sgpu.doctor.finding import Finding, ok, warn
-from sgpu.doctor.host import Host, read_text
+from sgpu.doctor.host import Host
+from sgpu.kernelmodule import read_text
 from sgpu.processes import NotToldError, check_namespace
 from sgpu.units import MIB
 

@@ -18,6 +18,8 @@ import trio
 
 #: Longest path of a unix socket in bytes (`sun_path` of unix(7), less the closing NUL).
 MAX_PATH_BYTES: Final = 107
+#: What Linux has for SO_PEERCRED: process, user, group.
+_CREDENTIALS: Final = struct.Struct("3i")
 #: Connections that may wait to be accepted.
 BACKLOG: Final = 16
 
@@ -101,8 +103,13 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:
             raise AddressInUseError(path, 0) from None
-        pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        raise AddressInUseError(path, pid)
+        raise AddressInUseError(path, peer_pid(probe))
+
+
+def peer_pid(connected: socket.socket | trio.socket.SocketType) -> int:
+    """Who is at the other end of a unix socket; 0 where that process is not visible from here."""
+    pid: int = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    return pid
 
 
 def _command_line(pid: int) -> str:

@@ -21,6 +21,7 @@ from sgpu.load import Loaded
 from sgpu.settings import Settings
 from sgpu.snapshot import Snapshot
 from sgpu.status.view import BAD, DIM, View, render
+from sgpu.usage import STALE_AFTER
 
 #: Columns for a line that is not to be broken.
 ENDLESS: Final = 1 << 16
@@ -116,4 +117,4 @@ def _console(*, no_color: bool) -> Console:
 
 def _stale_after(settings: Settings) -> float:
     """Seconds after which a sample is old: some were missed, and not for one slow call."""
-    return 3 * settings.sample_interval + settings.driver_timeout
+    return STALE_AFTER * settings.sample_interval + settings.driver_timeout
