@@ -57,7 +57,12 @@ class TestAllocate:
     def test_one_share(self, inventory: Inventory) -> None:
         """A share brings the nodes of its own GPU, those of all GPUs, the libraries, and says which it is."""
         assert allocate(inventory, ["GPU-a::7"], PLAIN) == Allocation(
-            environment={"SGPU_SHARES": "1", "SGPU_GPU_UUIDS": "GPU-a", "SGPU_MEMORY_BYTES": "150"},
+            environment={
+                "SGPU_SHARES": "1",
+                "SGPU_GPU_UUIDS": "GPU-a",
+                "NVIDIA_VISIBLE_DEVICES": "void",
+                "SGPU_MEMORY_BYTES": "150",
+            },
             device_nodes=("nvidia3", *COMMON),
             libraries=True,
         )
@@ -68,6 +73,7 @@ class TestAllocate:
         assert allocation.environment == {
             "SGPU_SHARES": "3",
             "SGPU_GPU_UUIDS": "GPU-a",
+            "NVIDIA_VISIBLE_DEVICES": "void",
             "SGPU_MEMORY_BYTES": "450",
         }
         assert allocation.device_nodes == ("nvidia3", *COMMON)
@@ -78,6 +84,7 @@ class TestAllocate:
         assert allocation.environment == {
             "SGPU_SHARES": "3",
             "SGPU_GPU_UUIDS": "GPU-b,GPU-a",
+            "NVIDIA_VISIBLE_DEVICES": "void",
             "SGPU_MEMORY_BYTES": "450",
         }
         assert allocation.device_nodes == ("nvidia0", *COMMON, "nvidia3")
@@ -85,7 +92,12 @@ class TestAllocate:
     def test_simulated(self, inventory: Inventory) -> None:
         """A simulated GPU gives environment variables only, so that pods start on nodes without libraries."""
         assert allocate(inventory, ["GPU-s::0", "GPU-s::1"], HINTS) == Allocation(
-            environment={"SGPU_SHARES": "2", "SGPU_GPU_UUIDS": "GPU-s", "SGPU_SIMULATED": "1"},
+            environment={
+                "SGPU_SHARES": "2",
+                "SGPU_GPU_UUIDS": "GPU-s",
+                "NVIDIA_VISIBLE_DEVICES": "void",
+                "SGPU_SIMULATED": "1",
+            },
             device_nodes=(),
             libraries=False,
         )
@@ -190,6 +202,7 @@ class TestRules:
         assert allocate(inventory, ["GPU-u::0"], HINTS).environment == {
             "SGPU_SHARES": "1",
             "SGPU_GPU_UUIDS": "GPU-u",
+            "NVIDIA_VISIBLE_DEVICES": "void",
             **FRAMEWORK_HINTS,
         }
 

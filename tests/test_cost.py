@@ -30,7 +30,7 @@ async def calls(peer: Peer, method: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("method", "bounds"),
     [
-        pytest.param("Allocate", {"calls of functions": 900, "bytes": 460}, id="Allocate"),
+        pytest.param("Allocate", {"calls of functions": 900, "bytes": 510}, id="Allocate"),
         pytest.param("GetPreferredAllocation", {"calls of functions": 1000, "bytes": 230}, id="GetPreferredAllocation"),
     ],
 )

@@ -6,9 +6,12 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import attrs
 import grpc
@@ -22,6 +25,15 @@ from sgpu.nvml import Code
 
 pytestmark = pytest.mark.process
 
+#: Takes both kinds of lock on a directory, as a user who owns nothing.
+LOCKER = """
+import fcntl, os, sys, time
+if os.geteuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
 FACTOR = ("-gpu-duplication-factor", "10")
 
 
@@ -113,6 +125,7 @@ class TestAllocate:
         assert dict(answer.envs) == {
             "SGPU_SHARES": "3",
             "SGPU_GPU_UUIDS": f"{gpus[0].uuid},{gpus[2].uuid}",
+            "NVIDIA_VISIBLE_DEVICES": "void",
             "SGPU_MEMORY_BYTES": str(2 * 15 * GIB // 100 + 15 * GIB // 100),
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -389,6 +402,7 @@ class TestFaults:
         assert dict(answer.envs) == {
             "SGPU_SHARES": "1",
             "SGPU_GPU_UUIDS": share.split("::")[0],
+            "NVIDIA_VISIBLE_DEVICES": "void",
             "SGPU_SIMULATED": "1",
             "SGPU_MEMORY_BYTES": str(16 * GIB // 10),
         }
@@ -526,3 +540,24 @@ class TestRobustness:
         )
         with FakeKubelet(node.plugins) as kubelet, node.daemon():
             kubelet.wait_devices(100)
+
+
+class TestLocks:
+    def test_locks_of_others_are_in_nobodys_way(self, node: Node) -> None:
+        """Any user may lock a directory that it can list: it registers, answers and stops all the same."""
+        node.state.parent.mkdir(mode=0o755)
+        status = node.state.parent / "status.sock"
+        with ExitStack() as stack:
+            for directory in (node.plugins, node.state.parent):
+                node.plugins.parent.chmod(0o755)
+                other = stack.enter_context(
+                    subprocess.Popen([sys.executable, "-c", LOCKER, str(directory)], stdout=subprocess.PIPE)
+                )
+                stack.callback(other.kill)
+                assert other.stdout is not None
+                assert other.stdout.readline() == b"locked\n"
+            kubelet = stack.enter_context(FakeKubelet(node.plugins))
+            daemon = stack.enter_context(node.daemon("-status-socket", str(status)))
+            kubelet.wait_devices(100)
+            daemon.wait_log(f"status is told on {status}")
+            daemon.terminate()

@@ -8,9 +8,9 @@ from pathlib import Path
 import attrs
 import pytest
 
+from sgpu.files import MAX_SOCKET_PATH_BYTES
 from sgpu.load import RULE_KINDS, Flags, Loaded, UsageError, load, parse_flags
 from sgpu.policy import Policy, Rule
-from sgpu.rpc import MAX_PATH_BYTES
 from sgpu.settings import KNOBS, Settings, endpoint
 from sgpu.xids import XidPolicy
 
@@ -662,7 +662,7 @@ class TestSocketPath:
     @staticmethod
     def directory(settings: Settings, surplus: int) -> str:
         """A plugin directory that makes the socket's path this many bytes longer than it may be."""
-        return "/" + "d" * (MAX_PATH_BYTES + surplus - len(endpoint(settings.resource_name)) - len("//"))
+        return "/" + "d" * (MAX_SOCKET_PATH_BYTES + surplus - len(endpoint(settings.resource_name)) - len("//"))
 
     def test_longest(self) -> None:
         """The longest path that a socket can have is taken."""
@@ -675,7 +675,7 @@ class TestSocketPath:
         assert refusal({}, {"SGPU_PLUGIN_DIRECTORY": directory}) == (
             "-plugin-directory (SGPU_PLUGIN_DIRECTORY) and -resource-name (default) are too long together: "
             f"{directory}/{endpoint(Settings().resource_name)} is the path of a socket, "
-            f"which takes at most {MAX_PATH_BYTES} bytes"
+            f"which takes at most {MAX_SOCKET_PATH_BYTES} bytes"
         )
 
     def test_bytes_count(self) -> None:
@@ -695,7 +695,8 @@ class TestSocketPath:
         name = "y" * 60 + ".example.com/" + "x" * 40
         assert file_refusal(config, f"gpus:\n- name: '*'\n  resource: {name}\n") == (
             f"-plugin-directory (default) and gpus: resource ({config}:2) are too long together: "
-            f"/device-plugin/{endpoint(name)} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
+            f"/device-plugin/{endpoint(name)} is the path of a socket, "
+            f"which takes at most {MAX_SOCKET_PATH_BYTES} bytes"
         )
 
     def test_trailing_slash(self) -> None:
@@ -710,7 +711,7 @@ class TestSocketPath:
 
     def test_is_one_line(self) -> None:
         """Whatever the path has in it, one line says so."""
-        assert "too long" in refusal({"plugin-directory": "/a\n" + "b" * MAX_PATH_BYTES})
+        assert "too long" in refusal({"plugin-directory": "/a\n" + "b" * MAX_SOCKET_PATH_BYTES})
 
 
 def test_loaded_is_a_value() -> None:

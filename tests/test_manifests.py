@@ -264,3 +264,13 @@ def test_overlays_are_a_few_lines() -> None:
     readme = (K8S.parent / "README.md").read_text()
     for path in OVERLAYS:
         assert f"k8s/overlays/{path.name}" in readme
+
+
+@pytest.mark.parametrize("overlay", ["gke-cos", "gke-ubuntu"])
+def test_the_installers_directory_is_the_installers_to_make(overlay: str) -> None:
+    """Ubuntu's makes a link there, and fails where there is a directory already."""
+    (daemon_set,) = kustomize.render(K8S / "overlays" / overlay).objects
+    volumes = daemon_set["spec"]["template"]["spec"]["volumes"]
+    types = {volume["hostPath"]["path"]: volume["hostPath"].get("type") for volume in volumes}
+    assert types["/home/kubernetes/bin/nvidia"] == "Directory"
+    assert not [path for path, kind in types.items() if kind == "DirectoryOrCreate" and path.startswith("/home")]

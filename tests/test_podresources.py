@@ -89,6 +89,14 @@ class TestHolders:
             kubelet.assign("team", f"pod-{number}", "main", [share_id])
         assert holders(kubelet.path).keys() == set(share_ids)
 
+    def test_a_list_of_megabytes(self, kubelet: FakePodResources) -> None:
+        """650 pods with many ids of another plugin's (5.2 MB): as with a small one."""
+        for number in range(650):
+            ids = [f"other-device-{number}-{index:050d}" for index in range(110)]
+            kubelet.assign("team", f"pod-{number}", "main", ids, resource=OTHER)
+        kubelet.assign("team", "ours", "main", ["GPU-a::0"])
+        assert holders(kubelet.path) == {"GPU-a::0": Holder("team", "ours", "main")}
+
 
 class TestErrors:
     def test_no_socket(self, path: Path) -> None:
@@ -130,10 +138,19 @@ class TestErrors:
         """What the kubelet says is passed on; of one that knows no such method, which Kubernetes does."""
         kubelet.refuse(code, "not today")
         said = refusal(kubelet.path)
-        assert said.startswith(f"the kubelet refuses on {kubelet.path}: {code.name}: not today")
+        assert said.startswith(f"the kubelet's List call on {kubelet.path} failed: {code.name}: not today")
         assert ("it needs Kubernetes 1.20" in said) is hint
         kubelet.accept()
         assert holders(kubelet.path) == {}
+
+    def test_too_long(self, kubelet: FakePodResources, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is said is about the size, and not about the socket, which is the right one."""
+        monkeypatch.setattr(podresources, "MAX_ANSWER_BYTES", 100)
+        kubelet.assign("team", "one", "main", [f"GPU-a::{number}" for number in range(20)])
+        said = refusal(kubelet.path)
+        assert "a message of " in said
+        assert "where 100 are taken" in said
+        assert "-pod-resources-socket" not in said
 
     def test_stopped_while_asked(self, path: Path) -> None:
         """A kubelet that goes away in the middle of a call."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Final
 import pytest
 import trio
 
-from sgpu.rpc import MAX_PATH_BYTES, AddressInUseError, identity, listen
-from sgpu.rpc.unix import BACKLOG
+from sgpu.files import MAX_SOCKET_PATH_BYTES
+from sgpu.rpc import AddressInUseError, identity, listen, unix
 
 #: Tries to listen; says whether it does; keeps at it until its input ends.
 LISTENER: Final = """
@@ -119,10 +119,11 @@ class TestListen:
             assert str(caught.value).endswith(f"already listens on {path}")
             assert connects(path)
 
-    def test_a_full_backlog_counts_as_alive(self, path: Path) -> None:
+    def test_a_full_backlog_counts_as_alive(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody has to accept to be alive, and nobody waits for that."""
+        monkeypatch.setattr(unix, "BACKLOG", 16)
         with listen(path), ExitStack() as clients:
-            for _ in range(BACKLOG + 1):
+            for _ in range(17):
                 client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 client.connect(str(path))
             with pytest.raises(AddressInUseError, match="another process already listens"), listen(path):
@@ -141,29 +142,61 @@ class TestListen:
             assert sorted(said.values()) == ["listening", *[f"refused {winner}"] * 3]
             assert connects(path)
 
-    def test_a_socket_that_is_about_to_listen_is_not_stale(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It refuses connections like one, so whoever comes at that moment waits."""
-        refused_by = []
-
-        def come_at_that_moment() -> None:
-            with pytest.raises(AddressInUseError) as caught, listen(path):
-                pass
-            refused_by.append(caught.value.pid)
-
-        other = threading.Thread(target=come_at_that_moment)
+    def test_a_socket_that_is_about_to_listen_cannot_be_seen(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would refuse connections as a stale one does; whoever comes at that moment gets the name."""
         chmod = os.chmod
 
-        def slow_chmod(path: Path, mode: int) -> None:
+        def slow_chmod(new: Path, mode: int) -> None:
             monkeypatch.undo()
-            other.start()
-            other.join(0.2)
-            assert other.is_alive()
-            chmod(path, mode)
+            assert not path.exists()
+            stack.enter_context(listen(path))
+            chmod(new, mode)
 
-        monkeypatch.setattr(os, "chmod", slow_chmod)
-        with listen(path):
-            other.join()
-        assert refused_by == [os.getpid()]
+        with ExitStack() as stack:
+            monkeypatch.setattr(os, "chmod", slow_chmod)
+            with pytest.raises(AddressInUseError) as caught, listen(path):
+                pass
+            assert caught.value.pid == os.getpid()
+            assert connects(path)
+            assert os.listdir(path.parent) == [path.name]
+
+    def test_a_socket_that_replaced_a_stale_one_meanwhile_stays(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was taken away is looked at once more, and put back."""
+        leave_stale(path)
+        rename = Path.rename
+
+        def slow_rename(self: Path, target: Path) -> Path:
+            monkeypatch.undo()
+            stack.enter_context(listen(path))
+            return rename(self, target)
+
+        with ExitStack() as stack:
+            monkeypatch.setattr(Path, "rename", slow_rename)
+            with pytest.raises(AddressInUseError), listen(path):
+                pass
+            assert connects(path)
+            assert os.listdir(path.parent) == [path.name]
+
+    def test_a_burst_of_peers(self, path: Path) -> None:
+        """All of them are connected before the first is accepted."""
+        with listen(path), ExitStack() as clients:
+            for _ in range(300):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                client.setblocking(False)
+                client.connect(str(path))
+
+    @pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX], ids=["shared", "exclusive"])
+    def test_a_lock_on_the_directory_is_in_nobodys_way(self, kind: int, path: Path) -> None:
+        """Anybody can take it who may list the directory."""
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, kind)
+            with listen(path):
+                assert connects(path)
+        finally:
+            os.close(descriptor)
 
     def test_a_killed_process_leaves_no_one_out(self, path: Path) -> None:
         """Its socket is stale, and it holds no lock."""
@@ -195,7 +228,7 @@ class TestListen:
 
     def test_a_path_as_long_as_allowed(self, tmp_path: Path) -> None:
         """Works; one byte more is an OSError that says so."""
-        name = "s" * (MAX_PATH_BYTES - len(str(tmp_path)) - 1)
+        name = "s" * (MAX_SOCKET_PATH_BYTES - len(str(tmp_path)) - 1)
         with listen(tmp_path / name):
             assert connects(tmp_path / name)
         with pytest.raises(OSError, match="too long"), listen(tmp_path / f"{name}s"):

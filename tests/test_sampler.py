@@ -259,8 +259,7 @@ class TestUnknown:
 
         virtual(kubelet, test)
         assert messages() == [
-            "which shares are in use is not known, so that none is withheld: nobody there; "
-            "-pod-resources-socket has to be the kubelet's",
+            "which shares are in use is not known, so that none is withheld: nobody there",
         ]
 
     def test_it_comes_later(self, kubelet: FakeKubelet) -> None:

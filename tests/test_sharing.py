@@ -214,10 +214,16 @@ class TestAllocate:
             answers = kubelet.allocate(shares(first, [0]), shares(first, [1, 2]) + shares(second, [3]))
         parts = [15 * GIB // 4, 2 * 15 * GIB // 4 + 80 * GIB // 4]
         assert [dict(answer.envs) for answer in answers.container_responses] == [
-            {"SGPU_SHARES": "1", "SGPU_GPU_UUIDS": first.uuid, "SGPU_MEMORY_BYTES": str(parts[0])},
+            {
+                "SGPU_SHARES": "1",
+                "SGPU_GPU_UUIDS": first.uuid,
+                "NVIDIA_VISIBLE_DEVICES": "void",
+                "SGPU_MEMORY_BYTES": str(parts[0]),
+            },
             {
                 "SGPU_SHARES": "3",
                 "SGPU_GPU_UUIDS": f"{first.uuid},{second.uuid}",
+                "NVIDIA_VISIBLE_DEVICES": "void",
                 "SGPU_MEMORY_BYTES": str(parts[1]),
             },
         ]

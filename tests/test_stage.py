@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -33,6 +34,26 @@ LIBRARY_NAMES = {
     "libnvidia-pkcs11.so",
 }
 FILE_NAMES = ("libcuda.so", "libnvidia-ml.so", "libnvidia-nvvm.so", "libnvidia-pkcs11.so")
+
+#: Mounts the directory read-only in its own mount namespace and locks, as another user, all that it can open there.
+POD = """
+import fcntl, os, subprocess, sys
+path = sys.argv[1]
+subprocess.run(["mount", "--bind", "-o", "ro", path, path], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
+os.chdir(path)  # what is above it is pytest's, and closed to others
+os.setgid(65534), os.setuid(65534)
+locked = 0
+for directory, _, names in os.walk("."):
+    for each in (directory, *(os.path.join(directory, name) for name in names)):
+        try:
+            fcntl.flock(os.open(each, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked += 1
+        except (PermissionError, BlockingIOError):  # or a link to what is locked
+            pass
+print(locked, flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +82,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def put(root: Path, path: Path) -> str:
-    return stage_once(root, path, graphics=False)
+    return stage_once(root, path, lock_of(path), graphics=False)
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file of the tests that stage in `path`."""
+    return path.parent.parent / "run/stage.lock"
 
 
 def staged_version(path: Path, *directories: str) -> str:
@@ -127,7 +153,7 @@ class TestFinding:
         driver_layout.multiarch(root, old)
         put(root, path)
         assert not (path / f"lib64/libnvidia-eglcore.so.{OLD}").exists()
-        assert "5 libraries" in stage_once(root, path, graphics=True)
+        assert "5 libraries" in stage_once(root, path, lock_of(path), graphics=True)
         assert (path / f"lib64/libnvidia-eglcore.so.{OLD}").exists()
 
     def test_without_cuda(self, root: Path, path: Path, old: DriverFiles) -> None:
@@ -208,7 +234,7 @@ class TestRefusing:
         monkeypatch.setattr(shutil, "copyfile", copy_and_upgrade)
         assert "was replaced while it was copied" in self.refused(root, path)
         assert staged_version(path) == OLD
-        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "lock", OLD])
+        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", OLD])
 
     @pytest.mark.parametrize("name", ["lib64", "bin"])
     def test_somebody_elses(self, root: Path, path: Path, old: DriverFiles, name: str) -> None:
@@ -216,7 +242,7 @@ class TestRefusing:
         driver_layout.multiarch(root, old)
         (path / name).mkdir(parents=True)
         assert f"{path / name} is there, and was not made by `stage`" in self.refused(root, path)
-        assert left(path) == sorted([".sgpu", name, "lock"])
+        assert left(path) == sorted([".sgpu", name])
 
     def test_no_directory(self, root: Path, path: Path, old: DriverFiles) -> None:
         """The system's words, with what it is about."""
@@ -238,7 +264,7 @@ class TestRefusing:
         assert done.stderr.startswith(f"sgpu: the driver can't be staged in {path}: File too large: ")
         assert done.stderr.count("\n") == 1
         assert staged_version(path) == OLD
-        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "lock", OLD])
+        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", OLD])
 
     @pytest.mark.parametrize("seed", range(3))
     def test_damaged_headers(self, tmp_path: Path, old: DriverFiles, seed: int) -> None:
@@ -330,7 +356,7 @@ class TestAgain:
             assert staged_version(Path(f"/proc/self/fd/{mounted}")) == NEW
         finally:
             os.close(mounted)
-        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "previous", "lock", OLD, NEW])
+        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "previous", OLD, NEW])
 
     def test_it_works_wherever_it_is_mounted(self, root: Path, path: Path, old: DriverFiles) -> None:
         """No link leads outside or says where it is."""
@@ -376,7 +402,8 @@ class TestAgain:
         """One after the other."""
         driver_layout.multiarch(root, old)
         command = [sys.executable, "-m", "sgpu", "stage", "-host-root", str(root), "-host-path", str(path)]
-        with sets.locked(path):
+        command += ["-lock-file", str(lock_of(path))]
+        with sets.locked(lock_of(path)):
             processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         lines = sorted(process.communicate()[0].split()[0] for process in processes)
         assert lines == ["driver", "staged"]
@@ -387,8 +414,45 @@ class TestAgain:
         """It is not waited for for ever."""
         driver_layout.multiarch(root, old)
         monkeypatch.setattr(sets, "LOCK_TIMEOUT", 0.2)
-        with sets.locked(path), pytest.raises(StageError, match=r"held the lock for 0\.2 s: .*/\.sgpu/lock"):
+        with (
+            sets.locked(lock_of(path)),
+            pytest.raises(StageError, match=r"held the lock for 0\.2 s: .*/run/stage\.lock"),
+        ):
             put(root, path)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount and another user")
+    def test_a_pod_locks_all_it_can_open(self, root: Path, path: Path, old: DriverFiles, new: DriverFiles) -> None:
+        """Which is what is mounted into it, read-only: neither a look nor an upgrade waits for it."""
+        driver_layout.multiarch(root, old)
+        put(root, path)
+        with subprocess.Popen(
+            ["unshare", "--mount", sys.executable, "-c", POD, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as pod:
+            assert pod.stdout is not None
+            assert int(pod.stdout.readline()) > 3  # how many it has locked
+            started = time.monotonic()
+            assert put(root, path).endswith("is up to date")
+            shutil.rmtree(root)
+            root.mkdir()
+            driver_layout.multiarch(root, new)
+            assert put(root, path).startswith(f"staged driver {NEW}")
+            assert time.monotonic() - started < sets.LOCK_TIMEOUT / 2
+            pod.kill()
+
+    @pytest.mark.parametrize("umask", [0o000, 0o277], ids=oct)
+    def test_only_the_owner_can_open_the_lock(self, umask: int, root: Path, path: Path, old: DriverFiles) -> None:
+        """Nor its directory, whatever the umask."""
+        driver_layout.multiarch(root, old)
+        before = os.umask(umask)
+        try:
+            with sets.locked(lock_of(path)):
+                modes = [stat.S_IMODE(each.stat().st_mode) for each in (lock_of(path), lock_of(path).parent)]
+        finally:
+            os.umask(before)
+        assert modes == [0o600, 0o700]
 
 
 class _Killed(BaseException):
@@ -451,7 +515,7 @@ class TestKilled:
             assert seen <= {before, NEW}
             put(root, path)
             assert staged_version(path) == NEW
-            expected = {".sgpu", "bin", "lib64", "current", "lock", NEW}
+            expected = {".sgpu", "bin", "lib64", "current", NEW}
             assert set(left(path)) - {"previous", OLD} == expected
             assert len(left(path)) <= len(expected) + 2 * (not first)
             if ended:
@@ -474,7 +538,8 @@ class TestKilled:
         script = (
             "import sys; from pathlib import Path; from itertools import cycle; from sgpu.stage import stage_once\n"
             "print(flush=True)\n"
-            "for root in cycle(sys.argv[2:]): stage_once(Path(root), Path(sys.argv[1]), graphics=False)\n"
+            "path, lock = map(Path, sys.argv[1:3])\n"
+            "for root in cycle(sys.argv[3:]): stage_once(Path(root), path, lock, graphics=False)\n"
         )
         random_ = random.Random(5)
         for _ in range(25):
@@ -490,7 +555,7 @@ class TestKilled:
             assert staged_version(path) in (OLD, NEW)
         put(roots[0], path)
         put(roots[1], path)
-        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "previous", "lock", OLD, NEW])
+        assert left(path) == sorted([".sgpu", "bin", "lib64", "current", "previous", OLD, NEW])
 
 
 class TestCommand:
@@ -501,8 +566,9 @@ class TestCommand:
     ) -> None:
         """On standard output; the host path may come from the environment, as the daemon's does."""
         driver_layout.multiarch(root, old)
+        lock = ["-lock-file", str(lock_of(path))]
         for words in ("staged driver", "up to date"):
-            assert main(["stage", "-host-root", str(root)], {"SGPU_HOST_PATH": str(path)}) == OK
+            assert main(["stage", "-host-root", str(root), *lock], {"SGPU_HOST_PATH": str(path)}) == OK
             assert words in capsys.readouterr().out
 
     def test_it_fails(self, root: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -515,6 +581,7 @@ class TestCommand:
     def test_again_and_again(self, root: Path, path: Path, old: DriverFiles, new: DriverFiles) -> None:
         """With -interval it tells what changes, once, goes on when something is wrong, and stops when it is told to."""
         flags = ["-host-root", str(root), "-host-path", str(path), "-interval", "0.05"]
+        flags += ["-lock-file", str(lock_of(path))]
         command = [sys.executable, "-m", "sgpu", "stage", *flags]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None

@@ -87,13 +87,13 @@ def test_staged_and_loaded(tmp_path: Path, packages: Path, layout: Callable[[Pat
     root.mkdir()
     layout(root, packages)
     driver_layout.make_cache(root, MULTIARCH, "usr/lib64", f"{MULTIARCH}/nvidia/current")
-    line = stage_once(root, path, graphics=False)
+    line = stage_once(root, path, tmp_path / "stage.lock", graphics=False)
     assert line.startswith(f"staged driver {version(packages)}: {len(LIBRARIES)} libraries, {len(TOOLS)} tools (")
     expected = {name for pair in LIBRARIES.items() for name in pair if name}
     expected |= {f"{name}.{version(packages)}" for name in LIBRARIES}
     assert {file.name for file in (path / "lib64").iterdir()} == expected
     assert driver_layout.names((path / "bin").iterdir()) == TOOLS
-    assert stage_once(root, path, graphics=False).endswith("is up to date")
+    assert stage_once(root, path, tmp_path / "stage.lock", graphics=False).endswith("is up to date")
     shutil.rmtree(root)
     assert search.dlopen(path)[0] == path / "lib64/libnvidia-ml.so.1"
     with pytest.raises(NvmlError) as caught, open_library(path):

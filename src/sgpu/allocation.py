@@ -19,6 +19,11 @@ FRAMEWORK_HINTS: Final = {
 }
 
 
+#: Tells NVIDIA's container runtime to do nothing. Where that is the node's default, an image that says `all` would get
+#: every GPU of the node; the kubelet's variables override the image's.
+IGNORED_BY_NVIDIA_RUNTIME: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}
+
+
 class UnknownShareError(Exception):
     """An id that names no share of this node."""
 
@@ -76,6 +81,7 @@ def allocate(inventory: Inventory, share_ids: Sequence[str], rules: Rules) -> Al
         environment={
             "SGPU_SHARES": str(len(share_ids)),
             "SGPU_GPU_UUIDS": ",".join(device.uuid for device in devices),
+            **IGNORED_BY_NVIDIA_RUNTIME,
             **_fair_part(shares),
             **({"SGPU_SIMULATED": "1"} if simulated else {}),
             **(FRAMEWORK_HINTS if rules.framework_hints and not simulated else {}),

@@ -72,6 +72,7 @@ def _stage(loaded: Loaded, options: Mapping[str, Any]) -> int:
     staged = stage(
         Path(options["host-root"]),
         Path(loaded.settings.host_path),
+        Path(options["lock-file"]),
         graphics=options["graphics"],
         interval=options["interval"],
     )
@@ -80,6 +81,9 @@ def _stage(loaded: Loaded, options: Mapping[str, Any]) -> int:
 
 _STAGE_OPTIONS: Final = {
     "host-root": Option(PATH, "/", "where the root of the host's file system is seen; it may be read-only"),
+    "lock-file": Option(
+        PATH, "/run/sgpu/stage.lock", "held while files are copied; in a directory that pods are not given"
+    ),
     "graphics": Option(BOOLEAN, False, "stage the libraries that draw, too (OpenGL, Vulkan, OptiX)"),
     "interval": Option(seconds(0, 86400), 0.0, "seconds until it looks again, for ever; 0: once"),
 }

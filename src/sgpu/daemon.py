@@ -36,6 +36,7 @@ from sgpu.sampler import Sampling, sample
 from sgpu.session import keep_registered
 from sgpu.settings import Settings
 from sgpu.usage import NO_POD, Sample, Usage
+from sgpu.watchdog import exit_when_stuck
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     node = Inventory()
     async with trio.open_nursery() as nursery:
         stop_on_signal(nursery.cancel_scope)
+        nursery.start_soon(exit_when_stuck)
         monitor = None
         if settings.simulate:
             nursery.start_soon(simulate, settings, node)

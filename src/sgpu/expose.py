@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from sgpu import __version__, probes, rpc, snapshot
+from sgpu.files import make_private_directory
 from sgpu.logs import OnChange
 from sgpu.observer import Observer
 from sgpu.record import Record
@@ -111,7 +112,7 @@ async def _tcp(host: str, port: int) -> AsyncIterator[Sequence[trio.SocketListen
 
 @asynccontextmanager
 async def _unix(path: Path) -> AsyncIterator[Sequence[trio.SocketListener]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_directory(path.parent)
     with rpc.listen(path) as listener:
         logger.info("status is told on %s", path)
         yield [listener]

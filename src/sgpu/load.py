@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from sgpu.files import MAX_SOCKET_PATH_BYTES
 from sgpu.logs import printable
 from sgpu.policy import BUS_ID, Policy, Rule
-from sgpu.rpc import MAX_PATH_BYTES
 from sgpu.settings import BOOLEAN, KNOBS, RESOURCE, SHARES, Kind, Settings, endpoint
 from sgpu.xids import XidPolicy, parse_numbers
 
@@ -213,10 +213,10 @@ def _plain(value: object) -> object:
 
 def _check_socket_path(settings: Settings, resource: str, named: str, origins: Mapping[str, str]) -> None:
     path = PurePosixPath(settings.plugin_directory) / endpoint(resource)
-    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise UsageError(
             f"-plugin-directory ({origins['plugin-directory']}) and {named} are too long together: "
-            f"{path} is the path of a socket, which takes at most {MAX_PATH_BYTES} bytes"
+            f"{path} is the path of a socket, which takes at most {MAX_SOCKET_PATH_BYTES} bytes"
         )
 
 

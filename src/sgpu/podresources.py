@@ -15,10 +15,15 @@ from sgpu.usage import Holder
 
 #: Seconds. The kubelet answers from memory.
 TIMEOUT: Final = 5.0
+#: Bytes of the kubelet's answer, which has every device of every pod: 5 MB were seen, and the kubelet has no limit. It
+#: takes three times as much memory while it is read.
+MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024
+#: What to do where the socket may be another's, or none.
+_WHICH_SOCKET: Final = "; -pod-resources-socket has to be the kubelet's"
 
 
 class PodResourcesError(Exception):
-    """The kubelet does not tell who has which share. The message says why."""
+    """The kubelet does not tell who has which share. The message says why, and what to do where that is known."""
 
 
 async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str, Mapping[str, Holder]]:
@@ -33,12 +38,13 @@ async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str,
                 "/v1.PodResourcesLister/List",
                 podresources_pb2.ListPodResourcesRequest(),
                 podresources_pb2.ListPodResourcesResponse,
+                MAX_ANSWER_BYTES,
             )
     except rpc.RpcError as error:
-        hint = "; it needs Kubernetes 1.20" if error.code is StatusCode.UNIMPLEMENTED else ""
-        raise PodResourcesError(f"the kubelet refuses on {socket}: {error}{hint}") from error
+        hint = f"; it needs Kubernetes 1.20{_WHICH_SOCKET}" if error.code is StatusCode.UNIMPLEMENTED else ""
+        raise PodResourcesError(f"the kubelet's List call on {socket} failed: {error}{hint}") from error
     except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-        raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}") from error
+        raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}{_WHICH_SOCKET}") from error
     except trio.TooSlowError as error:
         raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
     held: dict[str, dict[str, Holder]] = {resource: {} for resource in resources}

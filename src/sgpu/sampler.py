@@ -66,8 +66,7 @@ async def sample(
             failures += 1
             if usage.holders is None or failures >= TOLERATED:
                 usage.held(None)
-                words = f"which shares are in use is not known, so that none is withheld: {error}"
-                trouble.report(f"{words}; -pod-resources-socket has to be the kubelet's")
+                trouble.report(f"which shares are in use is not known, so that none is withheld: {error}")
         await attribution.update()
         if usage.holders is None or not failures:  # else a kubelet restarts; what it said last holds a while longer
             pressed = withhold(sampling.watermark, catalog.inventories.values(), usage, pressed, trio.current_time())

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import attrs
 
+from sgpu.files import make_private_directory, write_private_file
 from sgpu.health import Cure, Fault
 from sgpu.monitor import Memory
 
@@ -62,10 +63,8 @@ def save(path: Path, boot_id: str, memory: Memory) -> None:
             for uuid, faults in memory.faults.items()
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(new, path)
+    make_private_directory(path.parent)
+    write_private_file(path, json.dumps(content, indent=1).encode())
 
 
 def boot_id() -> str:

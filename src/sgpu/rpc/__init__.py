@@ -8,11 +8,10 @@ from sgpu.rpc.client import Channel, open_channel, unary_call
 from sgpu.rpc.protocol import MAX_MESSAGE_BYTES, BrokenPeerError, RpcError
 from sgpu.rpc.routing import Route, routes
 from sgpu.rpc.server import serve_connection
-from sgpu.rpc.unix import MAX_PATH_BYTES, AddressInUseError, Identity, identity, listen, peer_pid
+from sgpu.rpc.unix import AddressInUseError, Identity, identity, listen, peer_pid
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
-    "MAX_PATH_BYTES",
     "AddressInUseError",
     "BrokenPeerError",
     "Channel",

@@ -14,25 +14,43 @@ from google.protobuf.message import DecodeError
 from purerpc import StatusCode
 from purerpc.grpclib import events
 
-from sgpu.rpc.protocol import RECEIVE_BYTES, BrokenPeerError, MessageRefused, Protocol, RpcError, StreamReset, frame
+from sgpu.rpc.protocol import (
+    MAX_MESSAGE_BYTES,
+    RECEIVE_BYTES,
+    BrokenPeerError,
+    MessageRefused,
+    Protocol,
+    RpcError,
+    StreamReset,
+    frame,
+)
 
 Response = TypeVar("Response")
 
 
 @asynccontextmanager
-async def open_channel(path: Path) -> AsyncIterator[Channel]:
-    """Connect to the server that listens on the socket at `path`. Raises OSError when none does."""
+async def open_channel(path: Path, max_message_bytes: int = MAX_MESSAGE_BYTES) -> AsyncIterator[Channel]:
+    """Connect to the server that listens on the socket at `path`. Raises OSError when none does.
+
+    A longer answer than `max_message_bytes` is an RpcError, RESOURCE_EXHAUSTED.
+    """
     async with await trio.open_unix_socket(str(path)) as stream:
-        yield Channel(stream, Protocol(client_side=True))
+        yield Channel(stream, Protocol(client_side=True, max_message_bytes=max_message_bytes))
 
 
-async def unary_call(path: Path, method: str, request: Any, response_type: Callable[[], Response]) -> Response:  # noqa: ANN401  # a protobuf message
+async def unary_call(
+    path: Path,
+    method: str,
+    request: Any,  # noqa: ANN401  # a protobuf message
+    response_type: Callable[[], Response],
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> Response:
     """Connect, make one call (`/package.Service/Method`), and disconnect.
 
     Raises OSError when nobody listens, trio.BrokenResourceError when the server goes away, BrokenPeerError when it
     does not speak gRPC, RpcError when it answers something other than OK. There is no deadline: put one around it.
     """
-    async with open_channel(path) as channel:
+    async with open_channel(path, max_message_bytes) as channel:
         return await channel.unary(method, request, response_type)
 
 

@@ -20,7 +20,7 @@ from purerpc.grpclib.events import Event, MessageReceived
 
 from sgpu.rpc.headers import Decoder, Encoder
 
-#: Largest message accepted, in bytes: grpc-go's default, which is also all that the kubelet accepts from us.
+#: Largest message accepted unless said otherwise, in bytes: the default of grpc-go, and so of the kubelet.
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 #: Bytes taken off a socket at a time.
 RECEIVE_BYTES: Final = 64 * 1024
@@ -96,8 +96,9 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
     #: Bytes; HTTP/2's own default. Larger frames would only be buffered twice.
     MAX_INBOUND_FRAME_SIZE = 16 * 1024
 
-    def __init__(self, *, client_side: bool) -> None:
-        super().__init__(GRPCConfiguration(client_side=client_side, max_message_length=MAX_MESSAGE_BYTES))
+    def __init__(self, *, client_side: bool, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        super().__init__(GRPCConfiguration(client_side=client_side, max_message_length=max_message_bytes))
+        self._max_message_bytes = max_message_bytes
         config = self.h2_connection.config
         # What we send is ours, and well-formed; of what we get, purerpc checks what matters and the rest means nothing
         # here. To have h2 check it all takes a tenth of an Allocate.
@@ -153,10 +154,9 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
             if compressed:
                 error = RpcError(StatusCode.UNIMPLEMENTED, "compressed messages are not taken")
                 return [*found, MessageRefused(stream_id, error)]
-            if length > MAX_MESSAGE_BYTES:
-                error = RpcError(
-                    StatusCode.RESOURCE_EXHAUSTED, f"a message of {length} bytes, where {MAX_MESSAGE_BYTES} are taken"
-                )
+            if length > self._max_message_bytes:
+                words = f"a message of {length} bytes, where {self._max_message_bytes} are taken"
+                error = RpcError(StatusCode.RESOURCE_EXHAUSTED, words)
                 return [*found, MessageRefused(stream_id, error)]
             end = _MESSAGE_HEADER.size + length
             if len(data) < end:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
+import secrets
 import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import attrs
 import trio
 
-#: Longest path of a unix socket in bytes (`sun_path` of unix(7), less the closing NUL).
-MAX_PATH_BYTES: Final = 107
+from sgpu.files import MAX_SOCKET_PATH_BYTES
+
 #: What Linux has for SO_PEERCRED: process, user, group.
 _CREDENTIALS: Final = struct.Struct("3i")
-#: Connections that may wait to be accepted.
-BACKLOG: Final = 16
+#: Connections that may wait to be accepted; beyond it they are refused. With 16, a burst of 300 peers lost some.
+BACKLOG: Final = 1024
 
 
 class AddressInUseError(Exception):
@@ -56,15 +56,24 @@ def listen(path: Path) -> Iterator[trio.SocketListener]:
     """Listen on `path`, readable and writable by the owner alone. At the end, remove the socket if it is still ours.
 
     A socket left by a process that is gone is replaced. Raises AddressInUseError for a live one, OSError otherwise,
-    also when what is there is no socket at all.
+    also when what is there is no socket at all. Never waits: there is no lock, which somebody else could hold.
     """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise OSError(errno.ENAMETOOLONG, f"path too long for a socket ({MAX_SOCKET_PATH_BYTES} bytes)", str(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        with _only_one(path.parent):
-            _remove_stale(path)
-            sock.bind(str(path))
-            os.chmod(path, 0o600)
+        new = _unused_name(path)
+        try:
+            sock.bind(str(new))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        try:
+            os.chmod(new, 0o600)
             sock.listen(BACKLOG)
-            bound = identity(path)  # no other file gets the same for as long as `sock` is open
+            bound = identity(new)  # no other file gets the same for as long as `sock` is open
+            # Only now does it get its name: a socket that is bound and does not listen yet would look stale to others.
+            _link(new, path)
+        finally:
+            new.unlink(missing_ok=True)
         sock.setblocking(False)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         try:
@@ -74,15 +83,18 @@ def listen(path: Path) -> Iterator[trio.SocketListener]:
                 path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Keep two processes that start at once from each taking the other's new socket for a stale one."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _unused_name(path: Path) -> Path:
+    """A name beside `path` that nobody else uses, and no longer than our sockets' names are."""
+    return path.with_name(f".sgpu-{secrets.token_hex(4)}")
+
+
+def _link(new: Path, path: Path) -> None:
+    while True:
+        try:
+            os.link(new, path)  # where a rename would replace a live socket
+            return
+        except FileExistsError:
+            _remove_stale(path)
 
 
 def _remove_stale(path: Path) -> None:
@@ -92,18 +104,33 @@ def _remove_stale(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):  # whose connections are refused as well
         raise FileExistsError(errno.EEXIST, "there is something that is not a socket", str(path))
+    if pid := _listener_pid(path):
+        raise AddressInUseError(path, pid if pid > 0 else 0)
+    # Another process can have replaced it since: look again at what was taken away, and put a live socket back.
+    taken = _unused_name(path)
+    try:
+        path.rename(taken)
+    except FileNotFoundError:
+        return
+    try:
+        if _listener_pid(taken):
+            with suppress(FileExistsError):  # a third process was faster; the owner sees that its socket is gone
+                os.link(taken, path)
+    finally:
+        taken.unlink(missing_ok=True)
+
+
+def _listener_pid(path: Path) -> int:
+    """The process that listens on the socket: -1 where it is not visible from here, 0 where there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog means alive, and must not be waited for
         try:
             probe.connect(str(path))
-        except FileNotFoundError:
-            return  # just removed
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
+        except (FileNotFoundError, ConnectionRefusedError):
+            return 0
         except BlockingIOError:
-            raise AddressInUseError(path, 0) from None
-        raise AddressInUseError(path, peer_pid(probe))
+            return -1
+        return peer_pid(probe) or -1
 
 
 def peer_pid(connected: socket.socket | trio.socket.SocketType) -> int:

@@ -25,13 +25,13 @@ class StageError(Exception):
     """It could not be staged; what was staged before stays. The message says what to do."""
 
 
-def stage(host_root: Path, host_path: Path, *, graphics: bool, interval: float) -> bool:
+def stage(host_root: Path, host_path: Path, lock: Path, *, graphics: bool, interval: float) -> bool:
     """Stage, once, or for ever each `interval` seconds, and tell what has changed. Returns whether it went well."""
     os.umask(0o022)  # containers read it with any user
     told = ""
     while True:
         try:
-            line, staged = stage_once(host_root, host_path, graphics=graphics), True
+            line, staged = stage_once(host_root, host_path, lock, graphics=graphics), True
         except StageError as error:
             line, staged = f"sgpu: {error}", False
         if line != told:
@@ -42,14 +42,17 @@ def stage(host_root: Path, host_path: Path, *, graphics: bool, interval: float) 
         time.sleep(interval)
 
 
-def stage_once(host_root: Path, host_path: Path, *, graphics: bool) -> str:
+def stage_once(host_root: Path, host_path: Path, lock: Path, *, graphics: bool) -> str:
     """Stage if there is anything new, and say what was done. Raises StageError."""
     try:
         driver = find(host_root, graphics=graphics)
-        with sets.locked(host_path):
+        up_to_date = f"driver {driver.version} in {host_path} is up to date"
+        if sets.is_current(host_path, driver) and not sets.leftovers(host_path):  # which takes no lock
+            return up_to_date
+        with sets.locked(lock):
             if sets.is_current(host_path, driver):
                 sets.clean(host_path)
-                return f"driver {driver.version} in {host_path} is up to date"
+                return up_to_date
             sets.put(host_path, driver)
             return _done(driver, host_path)
     except OtherVersionError as error:

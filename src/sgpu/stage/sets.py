@@ -19,11 +19,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from sgpu.files import make_private_directory
 from sgpu.stage.driver import OWN_DIRECTORY, Driver, File
 
 LIBRARIES: Final = "lib64"
@@ -31,7 +32,6 @@ TOOLS: Final = "bin"
 CURRENT: Final = "current"
 PREVIOUS: Final = "previous"
 MANIFEST: Final = "manifest"
-_LOCK: Final = "lock"
 _NEW_LINK: Final = "link"
 #: Seconds that another `stage` may take to copy a driver, and between two looks whether it has.
 LOCK_TIMEOUT: Final = 60.0
@@ -50,25 +50,28 @@ class ChangedError(Exception):
 
 
 @contextmanager
-def locked(host_path: Path) -> Iterator[None]:
-    """Makes the directory if need be, and waits until nobody else changes sets in it.
+def locked(lock: Path) -> Iterator[None]:
+    """Wait until no other process changes sets. Raises OSError, also when that takes too long.
 
-    Raises OSError, also when that takes too long: a pod, too, could lock what it may only read.
+    Whoever can open a file, if only to read it, can lock it: so this one lies where pods can't reach it.
     """
-    home = host_path / OWN_DIRECTORY
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / _LOCK).open("wb") as file:
+    make_private_directory(lock.parent)
+    descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
         deadline = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     words = f"another process has held the lock for {LOCK_TIMEOUT:g} s"
-                    raise TimeoutError(errno.ETIMEDOUT, words, file.name) from None
+                    raise TimeoutError(errno.ETIMEDOUT, words, str(lock)) from None
                 time.sleep(_LOCK_PAUSE)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def is_current(host_path: Path, driver: Driver) -> bool:
@@ -87,10 +90,11 @@ def put(host_path: Path, driver: Driver) -> None:
     Raises NotOursError, ChangedError or OSError; what readers see has not changed then.
     """
     home = host_path / OWN_DIRECTORY
+    home.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARIES, TOOLS):
         _check_ours(host_path / name)
     old = _target(home / CURRENT)
-    _remove_all_but(home, old)  # first, for there may not be room for three
+    _remove(_all_but(home, old))  # first, for there may not be room for three
     new = Path(tempfile.mkdtemp(prefix=f"{driver.version}-", dir=home))
     try:
         _fill(new, driver)
@@ -106,10 +110,15 @@ def put(host_path: Path, driver: Driver) -> None:
     clean(host_path)
 
 
-def clean(host_path: Path) -> None:
-    """Remove what runs that were killed have left, and sets older than the previous one. Needs the lock."""
+def leftovers(host_path: Path) -> list[Path]:
+    """What runs that were killed have left, and sets older than the previous one."""
     home = host_path / OWN_DIRECTORY
-    _remove_all_but(home, _target(home / CURRENT), _target(home / PREVIOUS))
+    return _all_but(home, PREVIOUS, _target(home / CURRENT), _target(home / PREVIOUS))
+
+
+def clean(host_path: Path) -> None:
+    """Remove the leftovers. Needs the lock."""
+    _remove(leftovers(host_path))
 
 
 def _whole(host_path: Path) -> dict[str, Any] | None:
@@ -141,11 +150,12 @@ def _check_ours(path: Path) -> None:
         )
 
 
-def _remove_all_but(home: Path, *sets: str) -> None:
-    keep = {_LOCK, CURRENT, *sets, *([PREVIOUS] if len(sets) > 1 else [])}
-    for path in home.iterdir():
-        if path.name in keep:
-            continue
+def _all_but(home: Path, *names: str) -> list[Path]:
+    return [path for path in home.iterdir() if path.name not in (CURRENT, *names)]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
