@@ -1,14 +1,14 @@
-# The base: Linux with glibc, and Python 3.10 or later with pip, called `python`.
+# The base: Linux with glibc, and Python 3.11 or later with pip, called `python`.
 ARG BASE=docker.io/library/python:3.13-slim
 
 FROM ${BASE} AS build
 COPY requirements.lock /tmp/
-# All of it as wheels: nothing is compiled, here or on the node.
+# Wheels only: nothing is compiled, here or on the node.
 RUN python -m pip install --no-compile --require-hashes --only-binary :all: --target /opt/sgpu -r /tmp/requirements.lock \
     && rm -r /opt/sgpu/bin
 COPY src/sgpu /opt/sgpu/sgpu
-# Bytecode is made here, because the root file system is read-only where it runs: each start would compile anew.
-# Nothing in an image changes behind it, so no import looks whether it is still right.
+# Compile to bytecode here: the root file system is read-only at run time, so each start would compile again. Files in an
+# image don't change, so imports need not check the bytecode against the source.
 RUN python -m compileall -q -o 2 --invalidation-mode unchecked-hash /opt/sgpu
 
 FROM ${BASE}
@@ -19,8 +19,8 @@ LABEL org.opencontainers.image.title="sgpu" \
 COPY --from=build /opt/sgpu /opt/sgpu
 # Without docstrings and asserts both processes together take 2.1 MB less.
 ENV PYTHONPATH=/opt/sgpu PYTHONOPTIMIZE=2
-# An image that can't do it all is not built. It also leaves the bytecode of those parts of Python's library that the
-# daemon uses, which slim bases come without.
+# Fail the build if the image does not work. The demo also leaves bytecode of the parts of Python's library that the daemon
+# uses; slim base images lack it.
 RUN python -m sgpu demo
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["python", "-m", "sgpu"]

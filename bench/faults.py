@@ -19,9 +19,9 @@ from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
 from node import RESOURCE, Node, new_node
 from stub_driver import StubDriver, StubGpu
-from watching import wait_down, wait_listening
+from watching import wait_down, wait_listening, wait_polls
 
-from sgpu.nvml import Code, EventType
+from sgpu.driver.nvml import Code, EventType
 
 GPUS: Final = 8
 SHARES: Final = 100
@@ -56,11 +56,10 @@ class Bench:
     def gpu(self) -> StubGpu:
         return self.gpus[1]
 
-    def told(self, text: str, change: Callable[[], object]) -> None:
-        """Make a change and wait until it is in the log, for those that the kubelet does not see."""
-        since = len(self.daemon.lines)
-        change()
-        self.daemon.wait_log(text, TIMEOUT, since=since)
+    def wait_polled(self) -> None:
+        """Wait until the daemon has polled once more since now, for changes that the kubelet does not see."""
+        for _ in range(2):  # one may be under way
+            wait_polls(self.node, 1)
 
 
 Step = Callable[[Bench], object]
@@ -91,11 +90,13 @@ def both(*steps: Step) -> Step:
 
 
 def lost(bench: Bench) -> None:
-    bench.told("no longer answers", lambda: facts(lost=1)(bench))
+    facts(lost=1)(bench)
+    bench.wait_polled()
 
 
 def asked(bench: Bench) -> None:
-    bench.told("the driver asks to", lambda: both(facts(recovery_action=1), event(EventType.RECOVERY_ACTION))(bench))
+    both(facts(recovery_action=1), event(EventType.RECOVERY_ACTION))(bench)
+    bench.wait_polled()
 
 
 def vanish(bench: Bench) -> None:

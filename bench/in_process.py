@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 import trio
 from plugins import Size
-from replay import Peer, connected, count, devices, offer, requests
+from replay import Peer, connected, count, offer, requests
 from table import Figure
 
 #: Calls before anything is measured: h2 remembers 1024 streams.
@@ -40,10 +40,10 @@ async def best(peer: Peer, calls: list[bytes]) -> float:
 
 async def measure(method: str, size: Size, rounds: int) -> tuple[float, Mapping[str, float]]:
     """Microseconds of one call, and its counts."""
-    gpus = devices(size.gpus, size.shares)
-    request = requests(gpus)[method]
+    context = offer(size.gpus, size.shares)
+    request = requests(context)[method]
     part = size.devices if method != "Allocate" else 400  # whose costs it goes by
-    async with connected(offer(gpus)) as peer:
+    async with connected(context) as peer:
         for _ in range(WARM_UP * 400 // part if rounds > 1 else 1):
             await peer.send(peer.encode(method, request))
         number = max(8, CALLS * 400 // part)

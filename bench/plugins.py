@@ -18,7 +18,7 @@ from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node, new_node
 from stub_driver import StubGpu
 
-from sgpu.nvml import EventType
+from sgpu.driver.nvml import EventType
 
 EVENTS: Final = EventType.XID_CRITICAL | EventType.DOUBLE_BIT_ECC | EventType.RECOVERY_ACTION
 #: Seconds after which something that is measured is taken not to happen.
@@ -96,7 +96,7 @@ class Running:
 
     def scrape(self, page: str = "/metrics") -> bytes:
         """One page, as Prometheus asks for it."""
-        url = self.process.wait_log("metrics and probes are served on ").text.partition(" served on ")[2]
+        url = next(word for word in self.process.wait_log("http://").text.split() if word.startswith("http://"))
         headers = {"Accept": "application/openmetrics-text;version=1.0.0", "Accept-Encoding": "gzip"}
         with urllib.request.urlopen(urllib.request.Request(url + page, headers=headers)) as answer:
             text: bytes = answer.read()

@@ -13,7 +13,7 @@ from typing import Final
 from plugins import Running
 from table import Aim, Figure
 
-from sgpu.nvml import EventType
+from sgpu.driver.nvml import EventType
 
 #: Seconds between scrapes.
 SCRAPE_INTERVAL: Final = 15

@@ -1,7 +1,7 @@
 """Generate every committed generated module of sgpu. Run it from a checkout: `tox -e generate`.
 
 - `proto/sgpu/api/*.proto` → `src/sgpu/api/*_pb2.py` (+ `.pyi`) by protoc, `*_grpc.py` by purerpc's plugin;
-- `proto/nvml/nvml.h` → `src/sgpu/nvml/_bindings.py` by cffi (ABI mode, out of line: neither a compiler nor
+- `proto/nvml/nvml.h` → `src/sgpu/driver/nvml/_bindings.py` by cffi (ABI mode, out of line: neither a compiler nor
   pycparser is needed where it runs, and opening a library falls back to no search of its own).
 """
 
@@ -34,16 +34,16 @@ def generate_api(target: Path) -> None:
 
 
 def generate_nvml(target: Path) -> None:
-    """Compile NVML's declarations into `target`/sgpu/nvml/_bindings.py."""
+    """Compile NVML's declarations into `target`/sgpu/driver/nvml/_bindings.py."""
     ffi = cffi.FFI()
-    ffi.set_source("sgpu.nvml._bindings", None)
+    ffi.set_source("sgpu.driver.nvml._bindings", None)
     ffi.cdef((PROTO / "nvml" / "nvml.h").read_text())
-    ffi.emit_python_code(str(target / "sgpu" / "nvml" / "_bindings.py"))
+    ffi.emit_python_code(str(target / "sgpu" / "driver" / "nvml" / "_bindings.py"))
 
 
 def main(target: Path) -> None:
     """Write all generated modules below `target` (a directory like `src`)."""
-    for package in ("api", "nvml"):
+    for package in ("api", "driver/nvml"):
         (target / "sgpu" / package).mkdir(parents=True, exist_ok=True)
     generate_api(target)
     generate_nvml(target)

@@ -22,8 +22,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import attrs
 
-#: Seconds after which a process that should have said or done something is taken to hang.
-TIMEOUT: Final = 10.0
+#: Seconds after which a process that should have written or done something is taken to hang.
+TIMEOUT: Final = 30.0
 COMMAND: Final = (sys.executable, "-m", "sgpu")
 
 Process = TypeVar("Process", bound="LoggedProcess")

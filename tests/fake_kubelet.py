@@ -37,7 +37,7 @@ DIAL_TIMEOUT: Final = 10.0
 #: Bytes a message from a plugin may have: the default of grpc-go, which the kubelet leaves alone.
 RECEIVE_LIMIT: Final = 4 * 1024 * 1024
 #: Seconds after which a test's own wait or call is taken to hang; the kubelet's Allocate has no deadline.
-TIMEOUT: Final = 10.0
+TIMEOUT: Final = 30.0
 #: Concurrent calls of plugins that are served; grpc-go has no limit.
 SERVER_THREADS: Final = 8
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sgpu.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 GPU: Final = GpuSnapshot(
     uuid="GPU-bf428e1d-2c9a-5d47-8f6a-3d0b6f1c2e11",
@@ -23,7 +23,7 @@ GPU: Final = GpuSnapshot(
     memory_total=15 << 30,
     memory_used=7 << 30,
     memory_free=8 << 30,
-    utilisation=37,
+    utilization=37,
     shares=100,
     allocated=3,
     withheld=0,
@@ -35,7 +35,7 @@ SNAPSHOT: Final = Snapshot(
     waiting="",
     sampled_at=1.0,
     holders_known=True,
-    processes_trouble="",
+    processes_problem="",
     resources=(ResourceSnapshot("deepomatic.com/shared-gpu", registered=True, streams=1),),
     gpus=(GPU,),
 )

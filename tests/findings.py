@@ -1,22 +1,22 @@
-"""Looking at what the doctor found."""
+"""How tests look at what the doctor found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sgpu.doctor.finding import Finding, Level
+from sgpu.commands.doctor.finding import Finding, Level
 
 
-def about(findings: Iterable[Finding], subject: str) -> Finding:
-    """The one finding whose subject begins like that."""
+def find(findings: Iterable[Finding], subject: str) -> Finding:
+    """Return the one finding whose subject starts with this."""
     (found,) = [finding for finding in findings if finding.subject.startswith(subject)]
     return found
 
 
-def told(finding: Finding, level: str, words: str, advice: str = "") -> bool:
-    """Whether it is of that level and has those words and that advice in it; fails with what it has."""
+def expect(finding: Finding, level: str, *facts: object, advice: str = "") -> None:
+    """Check its level, the facts in its message, one in its advice, and that it has advice only where it should."""
     assert finding.level is Level(level), finding
-    assert words in finding.words, finding
+    for fact in facts:
+        assert str(fact) in finding.message, finding
     assert advice in finding.advice, finding
     assert bool(finding.advice) == (finding.level in (Level.WARN, Level.FAIL)), finding
-    return True

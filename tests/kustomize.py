@@ -5,6 +5,7 @@ What it does not know it refuses. That it does as kustomize does is tested where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,7 @@ class Rendered:
     remote: tuple[str, ...]
 
 
+@functools.cache
 def render(directory: Path) -> Rendered:
     """The output of the kustomization in `directory`. Raises ValueError for what is not known here."""
     kustomization = yaml.safe_load((directory / "kustomization.yaml").read_text())

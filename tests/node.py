@@ -9,7 +9,7 @@ from pathlib import Path
 from daemon_process import COMMAND, DaemonProcess, short_directory
 from stub_driver import StubDriver
 
-from sgpu.processes import HOST_NAMESPACE
+from sgpu.pods.processes import HOST_NAMESPACE
 
 RESOURCE = "deepomatic.com/shared-gpu"
 #: Seconds between the daemon's polls, unless a test says otherwise.
@@ -17,7 +17,7 @@ INTERVAL = 0.3
 
 
 class Node:
-    """What a node has for the daemon. Starts with a driver for one GPU and all device nodes."""
+    """All that the daemon finds on a node. Starts with a driver for one GPU and all device nodes."""
 
     def __init__(self, root: Path) -> None:
         self.plugins = root / "p"
@@ -71,7 +71,7 @@ class Node:
         places += ["-proc-directory", self.proc, "-container-log-directory", self.logs]
         places += ["-metrics-address=", "-status-socket="]  # not even on a test's own node, unless it asks for them
         extra = ("-simulate", simulate) if simulate else ()
-        often = ("-health-interval", INTERVAL)
+        often = ("-sample-interval", INTERVAL)
         all_flags = [str(flag) for flag in (*places, *often, *extra, *flags)]
         return DaemonProcess(self.plugins, self.host, all_flags, command=command)
 

@@ -1,6 +1,6 @@
 """NVIDIA's own libnvidia-ml for tests, from Debian's package: unpacked, never installed, and no part of sgpu.
 
-It can show that the library is found, loaded and asked as it wants to be; without a GPU it can't show more.
+It shows that sgpu finds the library, loads it and calls it correctly; without a GPU it can't show more.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def non_free(sources: str) -> str:
 
 
 def _run(command: list[str], directory: Path, deadline: float) -> None:
-    """Run one step; skip the test, with the step's words, when it can't be done."""
+    """Run one step; skip the test, with the step's output, when it fails."""
     try:
         subprocess.run(
             command,
@@ -127,6 +127,6 @@ def _run(command: list[str], directory: Path, deadline: float) -> None:
             text=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        words = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        output = " ".join((getattr(error, "stderr", None) or str(error)).split())
         step = " ".join(word for word in command[:4] if not word.startswith("-"))
-        pytest.skip(f"needs {VARIABLE}, or Debian's {PACKAGE} and others from non-free: {step}: {words}")
+        pytest.skip(f"needs {VARIABLE}, or Debian's {PACKAGE} and others from non-free: {step}: {output}")

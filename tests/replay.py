@@ -11,10 +11,9 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import PurePosixPath
 from types import FrameType
 from typing import Any, Final
 
@@ -26,16 +25,16 @@ from google.protobuf.message import Message
 from rpc_peer import PREFACE, http2_frame, message, settings, window_update
 
 from sgpu import rpc
-from sgpu.allocation import HostPaths, Rules
 from sgpu.api import v1beta1_pb2
-from sgpu.device import Device
-from sgpu.inventory import Inventory
-from sgpu.placement import MultiShare, Placement
-from sgpu.plugin import Offer, Streams, plugin_routes
-from sgpu.record import Record
-from sgpu.simulation import simulated_devices
-from sgpu.usage import Usage
+from sgpu.deviceplugin.servicer import PluginContext, Streams, plugin_routes
+from sgpu.driver.simulated import simulated_gpus
+from sgpu.node.edits import AllocationOptions, HostPaths
+from sgpu.node.policy import Policy
+from sgpu.node.state import NodeState
+from sgpu.observe.counters import Counters
 
+RESOURCE: Final = "deepomatic.com/shared-gpu"
+PATHS: Final = HostPaths("/home/kubernetes/bin/nvidia", "/usr/local/nvidia", "/dev")
 #: Bytes that may be on their way to the peer: more than are sent before the connection ends.
 WINDOW: Final = 1 << 30
 RECEIVE_BYTES: Final = 1 << 20
@@ -58,29 +57,22 @@ SYSTEM_CALLS: Final = frozenset(
 )
 
 
-def devices(gpus: int, shares: int) -> tuple[Device, ...]:
-    """GPUs like those of a real node."""
+def offer(gpus: int, shares: int) -> PluginContext:
+    """A node with GPUs like those of a real one, offered as the daemon does by default."""
     controls = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
-    return tuple(
-        attrs.evolve(device, simulated=False, device_nodes=(f"nvidia{minor}", *controls))
-        for minor, device in enumerate(simulated_devices(gpus, shares))
+    node = NodeState(Policy(RESOURCE, shares), interval=5)
+    node.set_gpus(
+        tuple(
+            attrs.evolve(gpu, simulated=False, device_nodes=(f"nvidia{minor}", *controls))
+            for minor, gpu in enumerate(simulated_gpus(gpus))
+        )
     )
+    return PluginContext(node, RESOURCE, AllocationOptions(PATHS))
 
 
-def offer(gpus: Sequence[Device]) -> Offer:
-    """What the daemon offers by default."""
-    paths = HostPaths(
-        libraries=PurePosixPath("/home/kubernetes/bin/nvidia"),
-        libraries_in_container=PurePosixPath("/usr/local/nvidia"),
-        devices=PurePosixPath("/dev"),
-    )
-    rules = Rules(framework_hints=True, strict_distinct=False)
-    return Offer(Inventory(gpus), Usage(5), paths, Placement.SPREAD, MultiShare.DISTINCT, rules)
-
-
-def requests(gpus: Sequence[Device]) -> Mapping[str, Message]:
+def requests(context: PluginContext) -> Mapping[str, Message]:
     """For each method, what a kubelet asks while nothing is taken yet: one share; which 4 of all."""
-    ids = [share_id for device in gpus for share_id in device.share_ids()]
+    ids = [share_id for offer in context.node.offered(RESOURCE) for share_id in offer.share_ids()]
     allocate, preferred = v1beta1_pb2.AllocateRequest(), v1beta1_pb2.PreferredAllocationRequest()
     allocate.container_requests.add(devices_ids=ids[:1])
     preferred.container_requests.add(available_deviceIDs=ids, allocation_size=4)
@@ -142,17 +134,16 @@ class Peer:
 
 
 @asynccontextmanager
-async def connected(offered: Offer) -> AsyncIterator[Peer]:
-    """A server of this offer, as the daemon runs it for one connection, and its peer."""
+async def connected(context: PluginContext) -> AsyncIterator[Peer]:
+    """A server of this resource, as the daemon runs it for one connection, and its peer."""
     ours, theirs = socket.socketpair()
     with ours:
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WINDOW)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-        record = Record(trio.current_time)
         async with trio.open_nursery() as nursery:
-            table = plugin_routes(offered, Streams())
-            nursery.start_soon(partial(rpc.serve_connection, table, stream, ended=record.called))
+            table = plugin_routes(context, Streams())
+            nursery.start_soon(partial(rpc.serve_connection, table, stream, ended=Counters().called))
             peer = Peer(ours)
             await peer.greet()
             yield peer

@@ -14,6 +14,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from purerpc import StatusCode
 
 from sgpu import rpc
+from sgpu.lib.concurrency import Broadcast, wait_until
 from sgpu.rpc import Route, RpcError
 
 SERVICE: Final = "test.Service"
@@ -30,16 +31,19 @@ LATE_BUG: Final = f"/{SERVICE}/LateBug"
 #: A message that a header can't carry as it is.
 REFUSAL: Final = "no such share: ‘GPU-ü::7’ 100 % 🂡\n"
 #: Seconds that a test's own wait may take; only a failing test gets there.
-TIMEOUT: Final = 10.0
+TIMEOUT: Final = 30.0
 
 
 class Methods:
-    """A service to be called, with a count of the calls that are waiting and of the messages that were taken."""
+    """A service to be called, with a count of the calls that are waiting and of the messages that were taken.
+
+    Some of its unary methods are coroutines, and some answer at once.
+    """
 
     def __init__(self) -> None:
         self.waiting = 0
         self.taken = 0
-        self._changed = trio.Event()
+        self._changed = Broadcast()
 
     def routes(self) -> Mapping[str, Route]:
         unary = {ECHO: self.echo, BIG: self.big, WAIT: self.wait, REFUSE: self.refuse, BUG: self.bug}
@@ -51,13 +55,12 @@ class Methods:
     async def wait_waiting(self, count: int) -> None:
         """Until so many calls wait."""
         with trio.fail_after(TIMEOUT):
-            while self.waiting != count:
-                await self._changed.wait()
+            await wait_until(lambda: self.waiting == count, self._changed)
 
     async def echo(self, message: BytesValue) -> BytesValue:
         return message
 
-    async def big(self, message: BytesValue) -> BytesValue:
+    def big(self, message: BytesValue) -> BytesValue:
         """As many bytes as the request says."""
         return BytesValue(value=bytes(int(message.value)))
 
@@ -83,10 +86,10 @@ class Methods:
             yield text("first")
             await trio.sleep_forever()
 
-    async def refuse(self, _: BytesValue) -> BytesValue:
+    def refuse(self, _: BytesValue) -> BytesValue:
         raise RpcError(StatusCode.NOT_FOUND, REFUSAL)
 
-    async def bug(self, _: BytesValue) -> BytesValue:
+    def bug(self, _: BytesValue) -> BytesValue:
         raise ZeroDivisionError("a bug in the handler")
 
     async def late_bug(self, _: BytesValue) -> AsyncGenerator[BytesValue, None]:
@@ -103,8 +106,7 @@ class Methods:
 
     def _note(self, difference: int) -> None:
         self.waiting += difference
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.notify()
 
 
 def text(value: str) -> BytesValue:

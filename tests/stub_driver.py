@@ -19,7 +19,7 @@ from uuid import NAMESPACE_OID, uuid5
 
 import attrs
 
-from sgpu.nvml import EventType
+from sgpu.driver.nvml import EventType
 
 SOURCE: Final = Path(__file__).parent / "stub" / "nvml_stub.c"
 HEADER: Final = Path(__file__).parent.parent / "proto" / "nvml" / "nvml.h"
@@ -32,7 +32,7 @@ MIB: Final = 1 << 20
 
 @attrs.frozen
 class StubGpu:
-    """One GPU as NVML tells of it. `StubGpu(n)` is the n-th of a machine full of equal ones."""
+    """One GPU as NVML describes it. `StubGpu(n)` is the n-th of a machine full of equal ones."""
 
     number: int = 0
     uuid: str = attrs.Factory(lambda self: f"GPU-{uuid5(NAMESPACE_OID, str(self.number))}", takes_self=True)
@@ -45,7 +45,7 @@ class StubGpu:
     event_types: int = EventType.XID_CRITICAL | EventType.DOUBLE_BIT_ECC
     lost: bool = False  # still counted, but every call for it fails
     # None: this GPU does not support the question.
-    utilisation: int | None = 0
+    utilization: int | None = 0
     recovery_action: int | None = None
     rows_pending: int | None = 0
     rows_failed: int = 0
@@ -62,7 +62,7 @@ class StubGpu:
 
 @attrs.frozen
 class StubEvent:
-    """One event, heard by every event set that is registered for it when it happens."""
+    """One event, delivered to every event set that is registered for it when it happens."""
 
     gpu: StubGpu
     type: int
@@ -80,7 +80,7 @@ class StubState:
     events: tuple[StubEvent, ...] = ()
     #: Bytes by which the newest variants make an entry of a list of processes longer, as drivers 535.43 to 535.86 do.
     process_surplus: int = 0
-    #: Whether samples from before the time that is asked for are told as well.
+    #: Whether samples from before the time that is asked for are returned as well.
     stale_samples: bool = False
 
     def lines(self) -> list[str]:
@@ -156,7 +156,7 @@ class StubDriver:
         self.event(gpu, EventType.XID_CRITICAL, number)
 
     def event(self, gpu: StubGpu, event_type: int, data: int = 0) -> None:
-        """Have an event happen. Those not registered for it by now never hear of it."""
+        """Have an event happen. Event sets that are not registered for it by now never get it."""
         self.set(events=(*self.state.events, StubEvent(gpu, event_type, data)))
 
     def calls(self, function: str, gpu: StubGpu | None = None) -> int:

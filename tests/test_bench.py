@@ -1,4 +1,4 @@
-"""The measuring itself: what it measures is no test's business, that it does is."""
+"""The benchmark runs. What it measures is not checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER = (
 
 
 def test_every_figure_is_measured_side_by_side(tmp_path: Path) -> None:
-    """Of sgpu, of the reference where it has such a thing, and of another plugin by its command line."""
+    """Measure sgpu, the reference where it has such a thing, and another plugin by its command line."""
     written = tmp_path / "figures.json"
     done = subprocess.run(
         [sys.executable, str(MEASURE), "--glance", "--json", str(written), "--other", OTHER, "--other-name", "twin"],
@@ -44,7 +44,7 @@ def test_every_figure_is_measured_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_part_that_there_is_not() -> None:
-    """One line, which names those that there are."""
+    """Print one line that names those that there are."""
     done = subprocess.run(
         [sys.executable, str(MEASURE), "no-such"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
@@ -53,4 +53,6 @@ def test_a_part_that_there_is_not() -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == "no such part: no-such; there are starts, calls, rest, crowd, in-process\n"
+    (line,) = done.stderr.splitlines()
+    for part in ("no-such", "starts", "calls", "rest", "crowd", "in-process"):
+        assert part in line

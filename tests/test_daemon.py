@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,10 +19,12 @@ import grpc
 import pytest
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
+from fake_pod_resources import wait_until
 from node import RESOURCE, Node
 from stub_driver import GIB, StubDriver, StubGpu
 
-from sgpu.nvml import Code
+from sgpu.deviceplugin.session import STREAM_GRACE
+from sgpu.driver.nvml import Code
 
 pytestmark = pytest.mark.process
 
@@ -41,73 +44,47 @@ def health(kubelet: FakeKubelet) -> Counter[str]:
     return Counter(kubelet.devices(RESOURCE).values())
 
 
-class TestListing:
-    def test_every_gpu_is_listed_as_many_healthy_shares(self, node: Node) -> None:
-        """Ids are `<UUID>::<n>` with n from 0; all healthy."""
-        gpus = node.driver.gpus(3)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            devices = kubelet.wait_devices(300)
-        assert devices == {f"{gpu.uuid}::{n}": "Healthy" for gpu in gpus for n in range(100)}
+def count(daemon: DaemonProcess, fact: str) -> int:
+    """In how many lines of the log it is."""
+    return sum(fact in line.text for line in daemon.lines)
 
-    def test_the_registration_names_resource_endpoint_and_options(self, node: Node) -> None:
-        """The same options are said in the request and when asked."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon("-resource-name", "example.com/gpu"):
-            registration = kubelet.wait_registrations(1)
+
+@pytest.mark.smoke
+class TestServing:
+    def test_the_gpus_are_registered_and_listed(self, node: Node) -> None:
+        """Each GPU is that many healthy shares, on the NUMA node that the kernel knows."""
+        gpus = node.driver.gpus(3)
+        for gpu, numa_node in zip(gpus, (0, -1), strict=False):
+            node.set_numa_node(gpu.bus_id, numa_node)
+        resource = "example.com/gpu"
+        with FakeKubelet(node.plugins) as kubelet, node.daemon("-resource-name", resource):
+            devices = kubelet.wait_devices(300)
+            (registration,) = kubelet.registrations
+            listed = kubelet.lists[resource][-1].response.devices
+        assert devices == {f"{gpu.uuid}::{n}": "Healthy" for gpu in gpus for n in range(100)}
+        topologies = [[numa.ID for numa in device.topology.nodes] for device in listed[::100]]
+        assert topologies == [[0], [], []]
         request = registration.request
-        assert (request.version, request.resource_name) == ("v1beta1", "example.com/gpu")
+        assert (request.version, request.resource_name) == ("v1beta1", resource)
         assert request.endpoint == "sgpu-example.com_gpu.sock"
         assert request.options == registration.options
         assert registration.options.get_preferred_allocation_available
         assert not registration.options.pre_start_required
 
-    def test_topology_is_given_where_the_kernel_knows_the_numa_node(self, node: Node) -> None:
-        """Node 0 counts as known; -1 and no entry are left out."""
-        gpus = node.driver.gpus(4)
-        for gpu, numa_node in zip(gpus, (0, 1, -1), strict=False):
-            node.set_numa_node(gpu.bus_id, numa_node)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon("-gpu-duplication-factor", 1):
-            kubelet.wait_devices(4)
-            listed = kubelet.lists[RESOURCE][-1].response.devices
-        topologies = [device.topology if device.HasField("topology") else None for device in listed]
-        assert [topology and [numa.ID for numa in topology.nodes] for topology in topologies] == [[0], [1], None, None]
-
-    def test_a_gpu_that_does_not_answer_is_left_out_with_a_warning(self, node: Node) -> None:
-        """The others are offered all the same."""
-        lost, good = node.driver.gpus(2)
-        node.driver.change(lost, lost=True)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
-            devices = kubelet.wait_devices(10)
-            daemon.wait_log("GPU 0 is left out: nvmlDeviceGetHandleByIndex_v2: GPU is lost")
-        assert {share.split("::")[0] for share in devices} == {good.uuid}
-
-    def test_60000_shares_are_listed(self, node: Node) -> None:
-        """Close to the kubelet's limit of 4 MiB a message."""
-        node.driver.gpus(2)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon("-gpu-duplication-factor", 30_000):
-            assert len(kubelet.wait_devices(60_000, timeout=30)) == 60_000
-
-    def test_more_shares_than_a_message_holds_are_refused_with_the_most_that_fit(self, node: Node) -> None:
-        """Exit code 2 and one line; the factor it names is accepted."""
+    def test_more_shares_than_a_message_holds(self, node: Node) -> None:
+        """They are refused with exit code 2 and one line; the factor that it names is listed."""
         node.driver.gpus(2)
         with node.daemon("-gpu-duplication-factor", 40_000) as daemon:
             assert daemon.wait_exit() == 2
             line = daemon.lines[-1].text
-        assert line.startswith("sgpu: 80000 shares on 2 GPU(s) do not fit")
-        fits = int(line.split(" at most ")[1].split()[0])
+        assert line.startswith("sgpu: ")
+        assert "80000" in line
+        fits = int(re.findall(r"\d+", line)[-1])
         with FakeKubelet(node.plugins) as kubelet, node.daemon("-gpu-duplication-factor", fits):
-            kubelet.wait_devices(2 * fits, timeout=30)
+            kubelet.wait_devices(2 * fits, timeout=60)
 
-    def test_an_idle_daemon_sends_nothing(self, node: Node) -> None:
-        """One list, and no more without a change."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
-            kubelet.wait_devices(10)
-            time.sleep(1)
-            assert len(kubelet.lists[RESOURCE]) == 1
-
-
-class TestAllocate:
     def test_a_container_gets_nodes_libraries_and_environment(self, node: Node) -> None:
-        """The node is the minor number's, not the index's; nodes come once however many shares."""
+        """The node is the minor number's, not the index's."""
         gpus = tuple(attrs.evolve(StubGpu(number), minor=7 - number) for number in range(3))
         node.driver.set(gpus=gpus)
         node.make_nodes("nvidia-modeset")
@@ -131,159 +108,103 @@ class TestAllocate:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
 
-    def test_each_container_of_a_request_is_answered(self, node: Node) -> None:
-        """In the order asked."""
-        first, second = node.driver.gpus(2)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            kubelet.wait_devices(200)
-            answers = kubelet.allocate([f"{second.uuid}::0"], [f"{first.uuid}::0"]).container_responses
-        assert [answer.envs["SGPU_GPU_UUIDS"] for answer in answers] == [second.uuid, first.uuid]
-
-    def test_optional_nodes_that_are_absent_are_left_out(self, node: Node) -> None:
-        """No path that the container runtime would trip over."""
-        (node.dev / "nvidia-uvm-tools").unlink()
-        (gpu,) = node.driver.gpus(1)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            kubelet.wait_devices(100)
-            (answer,) = kubelet.allocate([f"{gpu.uuid}::0"]).container_responses
-        assert [d.container_path for d in answer.devices] == ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm"]
-
-    @pytest.mark.parametrize(
-        "share",
-        ["{uuid}::100", "{uuid}::-1", "{uuid}::01", "{uuid}", "GPU-0::0", ""],
-        ids=["number", "sign", "zero", "no number", "gpu", "empty"],
-    )
-    def test_an_unknown_share_is_refused_by_name_and_the_server_goes_on(self, node: Node, share: str) -> None:
-        """NOT_FOUND with the id in the message, which ends up in the pod's events."""
-        (gpu,) = node.driver.gpus(1)
-        unknown = share.format(uuid=gpu.uuid)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            kubelet.wait_devices(100)
-            with pytest.raises(grpc.RpcError) as refusal:
-                kubelet.allocate([f"{gpu.uuid}::1", unknown])
-            kubelet.allocate([f"{gpu.uuid}::1"])
-        assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
-        assert refusal.value.details() == f"share {unknown} is not one of this node's"
-
-    def test_an_unhealthy_share_is_refused_with_the_reason(self, node: Node) -> None:
-        """FAILED_PRECONDITION naming share, GPU and reason."""
-        faults = node.host / "faults"
-        faults.write_text("1 made up for this test\n")
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", str(faults), simulate=2):
-            kubelet.wait_for(lambda: health(kubelet) == {"Healthy": 10, "Unhealthy": 10})
-            down = next(share for share, word in kubelet.devices(RESOURCE).items() if word == "Unhealthy")
-            with pytest.raises(grpc.RpcError) as refusal:
-                kubelet.allocate([down])
-        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        uuid = down.split("::")[0]
-        assert refusal.value.details() == f"share {down}: GPU {uuid} is unhealthy (made up for this test)"
-
-    def test_preferred_allocation_spreads(self, node: Node) -> None:
-        """Over as many GPUs as there are, must-haves kept; PreStartContainer is there and does nothing."""
+    def test_the_other_calls(self, node: Node) -> None:
+        """Preferred shares are spread, must-haves kept; PreStartContainer does nothing; an unknown share is refused."""
         a, b, c = node.driver.gpus(3)
         with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
             kubelet.wait_devices(30)
             available = [f"{gpu.uuid}::{n}" for gpu, free in ((a, 3), (b, 5), (c, 4)) for n in range(free)]
             chosen = kubelet.preferred(available, [f"{a.uuid}::2"], 4)
             kubelet.pre_start(chosen)
+            unknown = f"{a.uuid}::10"
+            with pytest.raises(grpc.RpcError) as refusal:
+                kubelet.allocate([*chosen, unknown])
+            kubelet.allocate(chosen)
         assert chosen[0] == f"{a.uuid}::2"
         assert Counter(share.split("::")[0] for share in chosen) == {a.uuid: 1, b.uuid: 2, c.uuid: 1}
+        assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
+        assert unknown in str(refusal.value.details())
 
-
-def no_library(node: Node) -> None:
-    shutil.rmtree(node.host / "lib64")
-
-
-def install_library(node: Node) -> None:
-    StubDriver(node.host).gpus(1)
-
-
-WAITS: dict[str, tuple[Callable[[Node], object], str, Callable[[Node], object]]] = {
-    "library": (no_library, "no libnvidia-ml could be loaded from under", install_library),
-    "driver": (
-        lambda node: node.driver.fail("nvmlInit", Code.DRIVER_NOT_LOADED),
-        "nvmlInit_v2: Driver Not Loaded",
-        lambda node: node.driver.works("nvmlInit"),
-    ),
-    "nvidiactl": (
-        lambda node: (node.dev / "nvidiactl").unlink(),
-        "nvidiactl not there yet",
-        lambda node: node.make_nodes("nvidiactl"),
-    ),
-    "nvidia-uvm": (
-        lambda node: (node.dev / "nvidia-uvm").unlink(),
-        "nvidia-modprobe -u",
-        lambda node: node.make_nodes("nvidia-uvm"),
-    ),
-    "device node": (
-        lambda node: (node.dev / "nvidia0").unlink(),
-        "nvidia0 is not there",
-        lambda node: node.make_nodes("nvidia0"),
-    ),
-    "gpu": (lambda node: node.driver.gpus(0), "no GPU to offer", lambda node: node.driver.gpus(1)),
-}
+    def test_simulated_gpus(self, node: Node) -> None:
+        """They give a pod its environment alone; a fault takes all shares of its GPU and no other, until it is over."""
+        faults = node.host / "faults"
+        with (
+            FakeKubelet(node.plugins) as kubelet,
+            node.daemon(*FACTOR, "-simulate-faults", str(faults), simulate=3) as daemon,
+        ):
+            devices = kubelet.wait_devices(30)
+            daemon.wait_log("SIMULATED")
+            uuids = list(dict.fromkeys(share.split("::")[0] for share in devices))
+            (answer,) = kubelet.allocate([f"{uuids[0]}::3"]).container_responses
+            faults.write_text("1\n")
+            kubelet.wait_for(lambda: health(kubelet)["Unhealthy"])
+            down = {share.split("::")[0] for share, word in kubelet.devices(RESOURCE).items() if word == "Unhealthy"}
+            assert down == {uuids[1]}
+            assert health(kubelet) == {"Healthy": 20, "Unhealthy": 10}
+            faults.unlink()
+            kubelet.wait_for(lambda: health(kubelet) == {"Healthy": 30})
+            assert len(kubelet.lists[RESOURCE]) == 3
+        assert not answer.devices
+        assert not answer.mounts
+        assert dict(answer.envs) == {
+            "SGPU_SHARES": "1",
+            "SGPU_GPU_UUIDS": uuids[0],
+            "NVIDIA_VISIBLE_DEVICES": "void",
+            "SGPU_SIMULATED": "1",
+            "SGPU_MEMORY_BYTES": str(16 * GIB // 10),
+        }
 
 
 class TestWaiting:
-    @pytest.mark.parametrize(("remove", "reason", "restore"), WAITS.values(), ids=WAITS)
-    def test_it_waits_for_what_is_missing_and_registers_when_it_comes(
-        self, node: Node, remove: Callable[[Node], object], reason: str, restore: Callable[[Node], object]
-    ) -> None:
-        """Without being restarted, and with one log line however often it tries."""
-        remove(node)
+    def test_for_the_driver(self, node: Node) -> None:
+        """It is not restarted, each reason is logged once, and the GPU is registered when it comes."""
+        shutil.rmtree(node.host / "lib64")
         with FakeKubelet(node.plugins) as kubelet, node.daemon() as daemon:
-            daemon.wait_log(reason)
-            time.sleep(0.5)  # several attempts
-            assert daemon.logs.count("waiting for a GPU") == 1
+            daemon.wait_log("libnvidia-ml")
+            driver = StubDriver(node.host)
+            driver.gpus(1)
+            driver.fail("nvmlInit", Code.DRIVER_NOT_LOADED)
+            daemon.wait_log("Driver Not Loaded")
+            tries = driver.calls("nvmlInit")
+            wait_until(lambda: driver.calls("nvmlInit") >= tries + 3, "more attempts")
+            assert count(daemon, "Driver Not Loaded") == 1
             assert not kubelet.attempts
-            restore(node)
+            driver.works("nvmlInit")
             kubelet.wait_devices(100)
 
-    def test_each_change_of_reason_is_logged_once(self, node: Node) -> None:
-        """First no driver, then no GPU, then another driver's library."""
-        node.driver.gpus(0)
-        node.driver.fail("nvmlInit", Code.DRIVER_NOT_LOADED)
-        with node.daemon() as daemon:
-            daemon.wait_log("Driver Not Loaded")
-            node.driver.works("nvmlInit")
-            daemon.wait_log("no GPU to offer")
-            node.driver.fail("nvmlInit", Code.LIB_RM_VERSION_MISMATCH)
-            daemon.wait_log("version mismatch")
-            assert daemon.logs.count("waiting for a GPU") == 3
-
-    def test_it_waits_for_the_kubelet(self, node: Node) -> None:
-        """Started before it: one log line, and registered as soon as it is there."""
+    def test_for_the_kubelet(self, node: Node) -> None:
+        """That is logged once. It is registered with as soon as it is there."""
         kubelet = FakeKubelet(node.plugins)
         with node.daemon() as daemon:
-            daemon.wait_log("the kubelet does not answer")
-            time.sleep(0.5)
-            assert daemon.logs.count("not registered") == 1
+            daemon.wait_log(str(kubelet.socket))
+            time.sleep(4.2)  # attempts grow rarer: the next one of its own accord is 4 s away
+            assert count(daemon, str(kubelet.socket)) == 1
+            started = time.monotonic()
             with kubelet:
-                started = time.monotonic()
                 kubelet.wait_devices(100)
-                assert time.monotonic() - started < 2  # not the 5 s that attempts may be apart
+                assert time.monotonic() - started < 3
 
-    def test_it_waits_for_the_plugin_directory(self, node: Node) -> None:
+    def test_for_the_plugin_directory(self, node: Node) -> None:
         """A kubelet that was never started has made none yet."""
         node.plugins.rmdir()
         with node.daemon() as daemon:
-            daemon.wait_log(f"waiting for {node.plugins}")
+            daemon.wait_log(str(node.plugins))
             node.plugins.mkdir()
             with FakeKubelet(node.plugins) as kubelet:
                 kubelet.wait_devices(100)
 
-    def test_a_kubelet_that_refuses_is_tried_again(self, node: Node) -> None:
-        """What it said is logged once."""
+    def test_for_a_kubelet_that_refuses(self, node: Node) -> None:
+        """It is asked again, and what it said is logged once."""
         with FakeKubelet(node.plugins) as kubelet:
             kubelet.refuse(grpc.StatusCode.UNKNOWN, "not today")
             with node.daemon() as daemon:
-                daemon.wait_log("the kubelet refused deepomatic.com/shared-gpu: UNKNOWN: not today")
+                daemon.wait_log("UNKNOWN: not today")
                 kubelet.wait_attempts(5)
-                assert daemon.logs.count("not registered") == 1
+                assert count(daemon, "not today") == 1
                 kubelet.accept()
                 kubelet.wait_devices(100)
 
-    def test_a_kubelet_that_answers_late_is_waited_for(self, node: Node) -> None:
+    def test_for_a_kubelet_that_answers_late(self, node: Node) -> None:
         """It is registered with once."""
         with FakeKubelet(node.plugins) as kubelet:
             kubelet.register_delay = 1
@@ -300,7 +221,7 @@ class TestRegistration:
         with FakeKubelet(node.plugins, api="v1alpha", versions=[version]) as kubelet, node.daemon() as daemon:
             devices = kubelet.wait_devices(100)
             answer = kubelet.allocate_v1alpha([f"{gpu.uuid}::7"])
-            daemon.wait_log(f"({version})")
+            daemon.wait_log(version)
         assert devices == {f"{gpu.uuid}::{n}": "Healthy" for n in range(100)}
         assert answer.devices[0].container_path == "/dev/nvidia0"
         assert answer.envs["SGPU_SHARES"] == "1"
@@ -316,7 +237,6 @@ class TestRegistration:
                 kubelet.restart(gap, unlink=unlink)
                 kubelet.wait_registrations(restart + 2)
                 kubelet.wait_devices(10)
-            time.sleep(0.3)
             assert len(kubelet.registrations) == 4
 
     def test_two_kubelets_in_quick_succession(self, node: Node) -> None:
@@ -329,39 +249,39 @@ class TestRegistration:
                 kubelet.wait_devices(10)
 
     def test_the_same_socket_again_is_no_restart(self, node: Node) -> None:
-        """An event for the inode that we registered with means nothing."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
+        """Nothing comes of an event for the inode that it registered with; our own socket, gone later, is the next."""
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
             kubelet.wait_devices(10)
             aside = node.plugins / "aside"
             kubelet.socket.rename(aside)
-            time.sleep(0.2)
+            time.sleep(0.2)  # so that both are noticed
             aside.rename(kubelet.socket)
-            time.sleep(0.5)
-            assert len(kubelet.registrations) == 1
-            assert len(kubelet.devices(RESOURCE)) == 10
+            time.sleep(0.2)
+            node.socket.unlink()
+            daemon.wait_log(str(node.socket))
+            kubelet.wait_registrations(2)
+            kubelet.wait_devices(10)
+            assert len(kubelet.registrations) == 2
 
     def test_our_socket_deleted_is_made_again(self, node: Node) -> None:
-        """And the kubelet, the same as before, is told once its old stream has drained."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
-            for round_ in range(1, 6):
+        """And the same kubelet has all devices, also when the end of its old streams had its consequences."""
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
+            for number in range(2, 6):
                 kubelet.wait_devices(10)
                 node.socket.unlink()
-                daemon.wait_log(f"{node.socket} was removed")
-                kubelet.wait_registrations(round_ + 1)
-            kubelet.wait_devices(10)
-            time.sleep(0.3)  # time for a stream's end to take the new registration with it
-            assert len(kubelet.devices(RESOURCE)) == 10
-            assert len(kubelet.registrations) == 6
+                kubelet.wait_registrations(number)
+                kubelet.wait_for(lambda: all(connection.ended for connection in kubelet.connections[:-1]))
+                kubelet.wait_devices(10)
+            assert len(kubelet.registrations) == 5
 
     def test_a_lost_stream_leads_to_a_new_registration(self, node: Node) -> None:
         """A kubelet that dropped its stream and did not restart would count us as gone for ever."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
+        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR):
             kubelet.wait_devices(10)
             kubelet.drop_stream()
             kubelet.wait_for(lambda: not kubelet.devices(RESOURCE))
-            kubelet.wait_registrations(2, timeout=15)
+            kubelet.wait_registrations(2, timeout=3 * STREAM_GRACE)
             kubelet.wait_devices(10)
-            assert "no ListAndWatch stream open for 10 s" in daemon.logs
 
     def test_the_plugin_directory_made_anew(self, node: Node) -> None:
         """As when a node's state is wiped under running pods."""
@@ -369,43 +289,12 @@ class TestRegistration:
             kubelet.wait_devices(10)
             kubelet.stop()
             shutil.rmtree(node.plugins)
-            daemon.wait_log(f"waiting for {node.plugins}")
+            wait_until(
+                lambda: count(daemon, str(node.plugins)) > count(daemon, f"{node.plugins}/"), "its absence noticed"
+            )
             node.plugins.mkdir()
             kubelet.start()
             kubelet.wait_devices(10)
-
-
-class TestFaults:
-    def test_a_simulated_fault_takes_all_shares_of_that_gpu_and_of_no_other(self, node: Node) -> None:
-        """Down and back, one list each."""
-        faults = node.host / "faults"
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, "-simulate-faults", str(faults), simulate=3):
-            devices = kubelet.wait_devices(30)
-            uuids = list(dict.fromkeys(share.split("::")[0] for share in devices))
-            faults.write_text("1\n")
-            kubelet.wait_for(lambda: health(kubelet)["Unhealthy"])
-            down = {share.split("::")[0] for share, word in kubelet.devices(RESOURCE).items() if word == "Unhealthy"}
-            assert down == {uuids[1]}
-            assert health(kubelet) == {"Healthy": 20, "Unhealthy": 10}
-            faults.unlink()
-            kubelet.wait_for(lambda: health(kubelet) == {"Healthy": 30})
-            assert len(kubelet.lists[RESOURCE]) == 3
-
-    def test_simulated_gpus_give_only_environment(self, node: Node) -> None:
-        """So that pods start on nodes without a GPU; the log says plainly that it simulates."""
-        with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR, simulate=1) as daemon:
-            (share, *_) = kubelet.wait_devices(10)
-            (answer,) = kubelet.allocate([share]).container_responses
-            daemon.wait_log("SIMULATED")
-        assert not answer.devices
-        assert not answer.mounts
-        assert dict(answer.envs) == {
-            "SGPU_SHARES": "1",
-            "SGPU_GPU_UUIDS": share.split("::")[0],
-            "NVIDIA_VISIBLE_DEVICES": "void",
-            "SGPU_SIMULATED": "1",
-            "SGPU_MEMORY_BYTES": str(16 * GIB // 10),
-        }
 
 
 def registered(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
@@ -420,17 +309,15 @@ def registering(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None
 
 
 def waiting_for_the_kubelet(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
-    daemon.wait_log("the kubelet does not answer")
+    daemon.wait_log(str(kubelet.socket))
 
 
 def waiting_for_the_driver(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
-    daemon.wait_log("waiting for a GPU")
+    daemon.wait_log("Driver Not Loaded")
 
 
 def in_a_call_that_never_returns(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
-    deadline = time.monotonic() + 10
-    while not node.driver.calls("nvmlDeviceGetCount") and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: node.driver.calls("nvmlDeviceGetCount"), "the call")
 
 
 def draining(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
@@ -441,20 +328,24 @@ def draining(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
     os.kill(daemon.pid, signal.SIGCONT)
 
 
-PHASES = (
-    registered,
-    registering,
-    waiting_for_the_kubelet,
-    waiting_for_the_driver,
-    in_a_call_that_never_returns,
-    draining,
-)
+TERM, INT = signal.SIGTERM, signal.SIGINT
+PHASES = {
+    "SIGTERM, registered": (registered, TERM),
+    "SIGINT, registered": (registered, INT),
+    "registering": (registering, TERM),
+    "waiting for the kubelet": (waiting_for_the_kubelet, TERM),
+    "waiting for the driver": (waiting_for_the_driver, TERM),
+    "in a call that never returns": (in_a_call_that_never_returns, TERM),
+    "SIGTERM, draining": (draining, TERM),
+    "SIGINT, draining": (draining, INT),
+}
+#: Seconds, fewer than any wait that a signal cuts short.
+AT_ONCE = 5
 
 
 class TestStopping:
-    @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__.replace("_", " "))
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-    def test_a_signal_in_any_phase_ends_it_within_a_second(
+    @pytest.mark.parametrize(("phase", "number"), PHASES.values(), ids=PHASES)
+    def test_a_signal_in_any_phase_ends_it_at_once(
         self, node: Node, phase: Callable[[Node, FakeKubelet, DaemonProcess], None], number: int
     ) -> None:
         """Exit code 0, and no socket left."""
@@ -466,10 +357,8 @@ class TestStopping:
         try:
             with node.daemon(*FACTOR) as daemon:
                 phase(node, kubelet, daemon)
-                told = time.monotonic()
                 daemon.signal(number)
-                assert daemon.wait_exit() == 0
-                assert time.monotonic() - told < 1
+                assert daemon.wait_exit(AT_ONCE) == 0
                 assert not node.socket.exists()
         finally:
             kubelet.close()
@@ -490,8 +379,9 @@ class TestStopping:
             with node.daemon(*FACTOR) as second:
                 assert second.wait_exit() == 1
                 said = second.lines[-1].text
-            assert said.startswith(f"sgpu: process {first.pid} (")
-            assert said.endswith(f"already listens on {node.socket}")
+            assert said.startswith("sgpu: ")
+            assert f" {first.pid} " in said
+            assert str(node.socket) in said
             kubelet.allocate([next(iter(kubelet.devices(RESOURCE)))])
             assert len(kubelet.registrations) == 1
 
@@ -506,9 +396,9 @@ class TestStopping:
                 kubelet.wait_devices(10)
 
 
-class TestRobustness:
+class TestOthers:
     def test_connections_that_break_leave_nothing_behind(self, node: Node) -> None:
-        """No descriptor, no thread, and the registration stays."""
+        """No descriptor, and the registration stays."""
         with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
             kubelet.wait_devices(10)
             share = next(iter(kubelet.devices(RESOURCE)))
@@ -519,37 +409,17 @@ class TestRobustness:
                     peer.connect(str(node.socket))
                     peer.sendall(garbage)
             kubelet.allocate([share])
-            deadline = time.monotonic() + 5
-            while daemon.fd_count() > before and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert daemon.fd_count() == before
+            wait_until(lambda: daemon.fd_count() <= before, "all closed")
             assert len(kubelet.registrations) == 1
 
-    def test_memory_not_supported_does_not_leave_a_gpu_out(self, node: Node) -> None:
-        """GPUs that share the machine's memory have none of their own to report."""
-        node.driver.fail("nvmlDeviceGetMemoryInfo", Code.NOT_SUPPORTED)
-        node.driver.fail("nvmlDeviceGetMemoryInfo_v2", Code.NOT_SUPPORTED)
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            kubelet.wait_devices(100)
-
-    def test_an_old_driver_is_enough(self, node: Node) -> None:
-        """One that has only the first variant of each function."""
-        old = ("nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetMemoryInfo_v2")
-        StubDriver(node.host, without=(*old, "nvmlDeviceGetPciInfo_v3", "nvmlDeviceGetPciInfo_v2")).set(
-            gpus=(attrs.evolve(StubGpu(), total=11 * GIB),)
-        )
-        with FakeKubelet(node.plugins) as kubelet, node.daemon():
-            kubelet.wait_devices(100)
-
-
-class TestLocks:
     def test_locks_of_others_are_in_nobodys_way(self, node: Node) -> None:
         """Any user may lock a directory that it can list: it registers, answers and stops all the same."""
         node.state.parent.mkdir(mode=0o755)
         status = node.state.parent / "status.sock"
         with ExitStack() as stack:
             for directory in (node.plugins, node.state.parent):
-                node.plugins.parent.chmod(0o755)
+                for each in (node.plugins.parent, directory):  # mkdir goes by the umask
+                    each.chmod(0o755)
                 other = stack.enter_context(
                     subprocess.Popen([sys.executable, "-c", LOCKER, str(directory)], stdout=subprocess.PIPE)
                 )
@@ -559,5 +429,5 @@ class TestLocks:
             kubelet = stack.enter_context(FakeKubelet(node.plugins))
             daemon = stack.enter_context(node.daemon("-status-socket", str(status)))
             kubelet.wait_devices(100)
-            daemon.wait_log(f"status is told on {status}")
+            daemon.wait_log(str(status))
             daemon.terminate()

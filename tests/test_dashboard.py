@@ -1,4 +1,4 @@
-"""docs/grafana-dashboard.json asks for series and labels that the daemon has, and is laid out soundly."""
+"""docs/grafana-dashboard.json queries series and labels that the daemon has, and its layout is sound."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import attrs
 import pytest
 from fake_status import GPU, SNAPSHOT
 
-from sgpu.metrics import families
-from sgpu.record import Durations, Record, Registration
-from sgpu.snapshot import ContainerUse
+from sgpu.node.usage import ContainerUse
+from sgpu.observe.counters import Counters, Durations
+from sgpu.observe.metrics import families
+
+pytestmark = pytest.mark.static
 
 DASHBOARD: Final[dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "docs" / "grafana-dashboard.json").read_text()
@@ -24,14 +26,14 @@ DASHBOARD: Final[dict[str, Any]] = json.loads(
 
 def _series() -> dict[str, set[str]]:
     """Series → its labels, of a daemon that has something of each."""
-    use = ContainerUse("default", "server", "main", shares=1, memory_used=1, utilisation=1, processes=1)
+    use = ContainerUse("default", "server", "main", shares=1, memory_used=1, utilization=1, processes=1)
     gpu = attrs.evolve(GPU, healthy=False, reason="XID 79", containers=(use,))
-    record = Record(float)
-    record.calls["Allocate", "OK"] = Durations()
-    record.nvml_errors["nvmlDeviceGetUUID", "15"] += 1
-    record.registrations["example.com/gpu"] = Registration()
+    counters = Counters()
+    counters.calls["Allocate", "OK"] = Durations()
+    counters.nvml_errors["nvmlDeviceGetUUID", "15"] += 1
+    counters.registrations["example.com/gpu", True] += 1
     labels: dict[str, set[str]] = {}
-    for family in families(attrs.evolve(SNAPSHOT, gpus=(gpu,)), record):
+    for family in families(attrs.evolve(SNAPSHOT, gpus=(gpu,)), counters):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
     return labels
@@ -67,7 +69,7 @@ def groups(pattern: str, text: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("query", "legend"), list(queries()))
 def test_queries(query: str, legend: str) -> None:
-    """Each is of series that there are, with labels that they have."""
+    """Query only series that there are, by labels that they have."""
     names = set(re.findall(r"\bsgpu_\w+", query))
     assert names
     assert names <= SERIES.keys()
@@ -83,12 +85,12 @@ def test_queries(query: str, legend: str) -> None:
 
 @pytest.mark.parametrize("series", sorted(SERIES.keys() - DERIVED))
 def test_series(series: str) -> None:
-    """Each is to be seen somewhere."""
+    """Show each series somewhere."""
     assert any(series in target["expr"] for panel in PANELS for target in panel["targets"])
 
 
 def test_data_source() -> None:
-    """All is from the one that is chosen, so that it can be provisioned anywhere."""
+    """Query only the data source that is chosen, so that the dashboard can be provisioned anywhere."""
     sources = [panel["datasource"] for panel in PANELS]
     sources += [target["datasource"] for panel in PANELS for target in panel["targets"]]
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
@@ -97,7 +99,7 @@ def test_data_source() -> None:
 
 
 def test_layout() -> None:
-    """No two panels stand in one place, none beyond the edge, and each has an id of its own and says what it shows."""
+    """Have no two panels in one place, none beyond the edge, and an id and a description for each."""
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:
@@ -111,7 +113,7 @@ def test_layout() -> None:
 
 @pytest.mark.parametrize("panel", TABLES, ids=lambda panel: panel["title"])
 def test_tables(panel: dict[str, Any]) -> None:
-    """Columns that are put in order and named are there."""
+    """Order and name only columns that there are."""
     (organize,) = (step["options"] for step in panel["transformations"] if step["id"] == "organize")
     targets = panel["targets"]
     columns = {"Value"} if len(targets) == 1 else {f"Value #{target['refId']}" for target in targets}

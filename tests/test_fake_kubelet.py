@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import select
-import signal
 import socket
 import sys
 import threading
@@ -53,9 +52,9 @@ class Plugin:
             unary = [("Allocate", "AllocateRequest", self.allocate_v1alpha)]
         handlers = {
             method: grpc.unary_unary_rpc_method_handler(
-                behaviour, getattr(self.messages, request).FromString, serialized
+                behavior, getattr(self.messages, request).FromString, serialized
             )
-            for method, request, behaviour in unary
+            for method, request, behavior in unary
         }
         handlers["ListAndWatch"] = grpc.unary_stream_rpc_method_handler(
             self.list_and_watch, self.messages.Empty.FromString, serialized
@@ -152,6 +151,7 @@ def register_error(
 
 
 def test_registering_asks_for_options_and_lists_the_devices(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Call back before the answer, then watch the list."""
     before = time.monotonic()
     plugin.register()
     registration = kubelet.wait_registrations(1)
@@ -165,6 +165,7 @@ def test_registering_asks_for_options_and_lists_the_devices(kubelet: FakeKubelet
 
 
 def test_the_calls_of_a_kubelet_reach_the_plugin(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Call each method of the connected plugin; raise its status when it fails."""
     plugin.register()
     assert [answer.envs["IDS"] for answer in kubelet.allocate(["a"], ["b", "c"]).container_responses] == ["a", "b,c"]
     assert kubelet.preferred(["a", "b"], ["c"], 2) == ["c", "a"]
@@ -172,16 +173,13 @@ def test_the_calls_of_a_kubelet_reach_the_plugin(kubelet: FakeKubelet, plugin: P
     kubelet.pre_start(["a"])
     request, response = v1beta1_pb2.Empty(), v1beta1_pb2.DevicePluginOptions
     assert kubelet.call("v1beta1.DevicePlugin", "GetDevicePluginOptions", request, response).pre_start_required
-
-
-def test_a_failing_call_raises_its_status(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    plugin.register()
     with pytest.raises(grpc.RpcError) as caught:
         kubelet.allocate(["unknown"])
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_starting_removes_sockets_and_nothing_else(directory: Path) -> None:
+    """Empty the directory as CleanupPluginDirectory does."""
     (directory / "folder").mkdir(parents=True)
     (directory / "file").touch()
     with socket.socket(socket.AF_UNIX) as stale:
@@ -191,12 +189,14 @@ def test_starting_removes_sockets_and_nothing_else(directory: Path) -> None:
 
 
 def test_stopping_leaves_a_socket_that_refuses(kubelet: FakeKubelet) -> None:
+    """Leave kubelet.sock behind, as a kubelet that exits does."""
     kubelet.stop()
     with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
         client.connect(str(kubelet.socket))
 
 
 def test_restarting_forgets_the_plugin_and_takes_it_again(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Make another socket, remove the plugin's, and accept a new registration."""
     plugin.register()
     kubelet.wait_devices(2)
     before = kubelet.socket.stat()
@@ -216,6 +216,7 @@ def test_restarting_forgets_the_plugin_and_takes_it_again(kubelet: FakeKubelet, 
 def test_a_dropped_stream_disconnects_the_plugin(
     kubelet: FakeKubelet, plugin: Plugin, drop: Callable[[FakeKubelet], None]
 ) -> None:
+    """Fail calls until it registers again."""
     plugin.register()
     kubelet.wait_devices(2)
     drop(kubelet)
@@ -230,6 +231,7 @@ def test_a_dropped_stream_disconnects_the_plugin(
 
 
 def test_an_old_stream_that_ends_kills_a_new_registration(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Disconnect whatever has the resource's name."""
     plugin.register()
     kubelet.wait_devices(2)
     with Plugin(kubelet.directory, "new.sock") as new:
@@ -262,6 +264,7 @@ def test_an_old_stream_that_ends_while_a_plugin_is_dialled_leaves_it_undead(
 
 
 def test_up_to_1_24_an_old_stream_that_ends_does_no_harm(directory: Path) -> None:
+    """Stop only the endpoint that the stream belongs to."""
     with (
         FakeKubelet(directory, answers_first=True) as kubelet,
         Plugin(directory) as plugin,
@@ -278,6 +281,7 @@ def test_up_to_1_24_an_old_stream_that_ends_does_no_harm(directory: Path) -> Non
 
 
 def test_refusing_until_told_otherwise(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Count attempts and registrations apart."""
     kubelet.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
     assert register_error(plugin) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
     kubelet.accept()
@@ -286,24 +290,31 @@ def test_refusing_until_told_otherwise(kubelet: FakeKubelet, plugin: Plugin) -> 
     assert len(kubelet.registrations) == 1
 
 
-def test_another_version_is_refused_in_the_words_of_the_kubelet(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    code, details = register_error(plugin, version="v1")
-    assert code is grpc.StatusCode.UNKNOWN
-    assert details == 'requested API version "v1" is not supported by kubelet. Supported version is ["v1beta1"]'
-
-
-@pytest.mark.parametrize("name", ["gpu", "kubernetes.io/gpu", "requests.example.com/gpu", "Example.com/gpu", "a/b/c"])
-def test_an_invalid_resource_name_is_refused(kubelet: FakeKubelet, plugin: Plugin, name: str) -> None:
-    assert register_error(plugin, resource=name) == (grpc.StatusCode.UNKNOWN, f'the ResourceName "{name}" is invalid')
-
-
-def test_a_plugin_that_does_not_listen_is_waited_for(kubelet: FakeKubelet) -> None:
-    code, _ = register_error(Plugin(kubelet.directory), timeout=0.2)
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert kubelet.registrations == []
+@pytest.mark.parametrize(
+    ("version", "resource", "details"),
+    [
+        pytest.param(
+            "v1",
+            RESOURCE,
+            'requested API version "v1" is not supported by kubelet. Supported version is ["v1beta1"]',
+            id="version",
+        ),
+        *(
+            pytest.param("v1beta1", name, f'the ResourceName "{name}" is invalid', id=name)
+            for name in ("gpu", "kubernetes.io/gpu", "requests.example.com/gpu", "Example.com/gpu", "a/b/c")
+        ),
+    ],
+)
+def test_a_bad_request_is_refused(
+    kubelet: FakeKubelet, plugin: Plugin, version: str, resource: str, details: str
+) -> None:
+    """Refuse it in the kubelet's own words."""
+    assert register_error(plugin, version, resource) == (grpc.StatusCode.UNKNOWN, details)
+    assert not kubelet.registrations
 
 
 def test_the_answer_can_come_before_the_stream_and_after(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Keep the two delays apart."""
     kubelet.stream_delay = 60
     plugin.register()
     assert kubelet.devices() == {}
@@ -316,6 +327,7 @@ def test_the_answer_can_come_before_the_stream_and_after(kubelet: FakeKubelet, p
 
 
 def test_a_slow_kubelet_stops_at_once(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Cut its delays short."""
     kubelet.register_delay = 60
     with futures.ThreadPoolExecutor(1) as pool:
         registered = pool.submit(register_error, plugin)
@@ -325,6 +337,7 @@ def test_a_slow_kubelet_stops_at_once(kubelet: FakeKubelet, plugin: Plugin) -> N
 
 
 def test_a_list_over_4_mib_ends_the_stream(kubelet: FakeKubelet, plugin: Plugin) -> None:
+    """Refuse it with grpc-go's default limit."""
     plugin.show({"x" * 5_000_000: "Healthy"})
     plugin.register()
     kubelet.wait_for(lambda: kubelet.connections[0].ended)
@@ -333,6 +346,7 @@ def test_a_list_over_4_mib_ends_the_stream(kubelet: FakeKubelet, plugin: Plugin)
 
 @pytest.mark.parametrize("version", ["v1alpha1", "v1alpha2"], ids=["1.8", "1.9"])
 def test_v1alpha(directory: Path, version: str) -> None:
+    """Serve the old API alone, in the version asked for."""
     with (
         FakeKubelet(directory, api="v1alpha", versions=[version]) as kubelet,
         Plugin(directory, package="deviceplugin") as plugin,
@@ -345,13 +359,9 @@ def test_v1alpha(directory: Path, version: str) -> None:
             assert register_error(new) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
-def test_a_wait_that_fails_says_what_there_is(kubelet: FakeKubelet) -> None:
-    with pytest.raises(AssertionError, match=r"not within 0.01 s: 3 devices; 0 Register calls"):
-        kubelet.wait_devices(3, timeout=0.01)
-
-
 @pytest.mark.parametrize("api", ["v1beta1", "v1alpha"])
 def test_nothing_is_left_behind(directory: Path, api: Literal["v1beta1", "v1alpha"]) -> None:
+    """Leave no thread, and no file but the checkpoint."""
     before = set(threading.enumerate())
     package = "v1beta1" if api == "v1beta1" else "deviceplugin"
     with FakeKubelet(directory, api=api) as kubelet, Plugin(directory, package=package) as plugin:
@@ -382,6 +392,7 @@ def script(directory: Path, status: int) -> DaemonProcess:
 
 
 def test_a_daemon_process_is_watched_and_ended(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read its log and its footprint; kill its children with it."""
     monkeypatch.setenv("SGPU_A", "1")
     with script(directory, 0) as process:
         line = process.wait_log("ready")
@@ -405,6 +416,7 @@ def test_a_daemon_process_is_watched_and_ended(directory: Path, monkeypatch: pyt
 
 
 def test_a_daemon_process_that_misbehaves_is_shown_with_its_log(directory: Path) -> None:
+    """Put the log into each AssertionError."""
     with script(directory, 3) as process:
         process.wait_log("ready")
         with pytest.raises(AssertionError, match=r"no line with 'nonsense' within 0.01 s(?s:.*)ready"):
@@ -413,21 +425,3 @@ def test_a_daemon_process_that_misbehaves_is_shown_with_its_log(directory: Path)
             process.wait_exit(timeout=0.01)
         with pytest.raises(AssertionError, match=r"exit status 3 after SIGTERM(?s:.*)ready"):
             process.terminate()
-
-
-def test_the_log_is_shown_when_a_test_fails(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        with script(directory, 0) as process:
-            process.wait_log("ready")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert "ready" in capsys.readouterr().err
-
-
-def test_a_daemon_process_that_dies_ends_the_waiting(directory: Path) -> None:
-    with script(directory, 0) as process:
-        process.wait_log("ready")
-        process.signal(signal.SIGKILL)
-        assert process.wait_exit() == -signal.SIGKILL

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,62 @@ import yaml
 
 from sgpu import __version__
 from sgpu.cli import COMMANDS
-from sgpu.load import parse_flags
-from sgpu.settings import KNOBS, Settings, split_address
+from sgpu.config.load import load, parse_flags
+from sgpu.config.settings import Settings
+from sgpu.config.values import split_address
 
 # What `tox -e once` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.static
 
 K8S = plain.DIRECTORY
+BASE = K8S / "base"
 OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
 EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
 #: All at once: the plugin, and a pod that asks for a share.
 FIRST_LOOK = K8S / "examples" / "simulated"
+KUSTOMIZATIONS = [BASE, *OVERLAYS, FIRST_LOOK]
 #: The plugin's manifests: all that run it.
-RUNNING = [K8S / "base", *(path for path in OVERLAYS if path.name != "monitoring")]
+RUNNING = [BASE, *(path for path in OVERLAYS if path.name != "monitoring")]
+SHARE = Settings().resource_name
 #: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e once` sets it.
 OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
 
-
-def each_source() -> Iterator[Any]:
-    """Every file and every kustomization, as what it comes to."""
-    for path in [plain.PLAIN, *EXAMPLES]:
-        yield pytest.param(tuple(kustomize.load(path)), id=path.stem)
-    for directory in [K8S / "base", *OVERLAYS, FIRST_LOOK]:
-        yield pytest.param(kustomize.render(directory).objects, id=directory.name)
+each_source = pytest.mark.parametrize("source", [plain.PLAIN, *EXAMPLES, *KUSTOMIZATIONS], ids=lambda path: path.stem)
+each_running = pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
 
 
-SOURCES = tuple(each_source())
+def objects(source: Path) -> list[Mapping[str, Any]]:
+    """All of Kubernetes itself. The Prometheus operator's schema is nowhere to be had as a package."""
+    found = kustomize.render(source).objects if source.is_dir() else kustomize.load(source)
+    return [thing for thing in found if thing["kind"] != "PodMonitor"]
+
+
+def daemon_set(directory: Path) -> Mapping[str, Any]:
+    """The plugin's own object."""
+    (thing,) = (thing for thing in kustomize.render(directory).objects if thing["metadata"]["name"] == "sgpu")
+    return thing
+
+
+def pod_spec(directory: Path) -> Mapping[str, Any]:
+    """The specification of the plugin's pods."""
+    spec: Mapping[str, Any] = daemon_set(directory)["spec"]["template"]["spec"]
+    return spec
+
+
+def container(directory: Path) -> Mapping[str, Any]:
+    """The plugin's own container."""
+    (found,) = pod_spec(directory)["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def settings_of(directory: Path) -> Settings:
+    """The settings that the daemon gets: all by variables, so that a command in the same container has them too."""
+    found = container(directory)
+    assert not found.keys() & {"args", "command"}
+    loaded = load({}, {variable["name"]: variable["value"] for variable in found.get("env", ())})
+    assert loaded.warnings == ()
+    return loaded.settings
 
 
 @pytest.fixture(scope="session")
@@ -65,212 +95,161 @@ def problems_in_old(thing: Mapping[str, Any], definitions: Mapping[str, Any]) ->
     return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(thing)]
 
 
-def known(objects: tuple[Mapping[str, Any], ...]) -> list[Mapping[str, Any]]:
-    """Those of Kubernetes itself. The Prometheus operator's schema is nowhere to be had as a package."""
-    return [thing for thing in objects if thing["kind"] != "PodMonitor"]
+class TestTaken:
+    @each_source
+    def test_by_kubernetes_1_9(self, source: Path, old_definitions: Mapping[str, Any]) -> None:
+        """Nothing is newer than the oldest release that the manifests are for."""
+        assert [problem for thing in objects(source) for problem in problems_in_old(thing, old_definitions)] == []
+
+    @pytest.mark.parametrize("version", ["1.25", "1.37"])
+    @each_source
+    def test_by_current_kubernetes(self, source: Path, version: str) -> None:
+        """Nothing has been taken out of the API since, or is misspelled."""
+        import kubernetes_validate
+
+        for thing in objects(source):
+            kubernetes_validate.validate(thing, version, strict=True)
+
+    def test_the_checks_see_what_is_too_new_or_wrong(self, old_definitions: Mapping[str, Any]) -> None:
+        """A field that came with 1.20, and one that never was."""
+        import kubernetes_validate
+
+        (thing,) = kustomize.load(plain.PLAIN)
+        pod = thing["spec"]["template"]["spec"]
+        pod["containers"][0]["startupProbe"] = pod["containers"][0]["livenessProbe"]
+        assert "startupProbe" in " ".join(problems_in_old(thing, old_definitions))
+        pod["containers"][0]["imagePolicy"] = "Always"
+        with pytest.raises(kubernetes_validate.ValidationError, match="imagePolicy"):
+            kubernetes_validate.validate(thing, "1.25", strict=True)
 
 
-@pytest.mark.parametrize("objects", SOURCES)
-def test_kubernetes_1_9_takes_it(objects: tuple[Mapping[str, Any], ...], old_definitions: Mapping[str, Any]) -> None:
-    """Nothing is newer than the oldest release that the manifests are for."""
-    assert [problem for thing in known(objects) for problem in problems_in_old(thing, old_definitions)] == []
+class TestRendered:
+    def test_the_plain_file_is_made_from_the_base(self) -> None:
+        """`tox -e generate` makes it anew."""
+        assert plain.PLAIN.read_text() == plain.plain(), "k8s/daemonset.yaml is out of date: run `tox -e generate`"
+        assert tuple(kustomize.load(plain.PLAIN)) == kustomize.render(BASE).objects
+
+    @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
+    @pytest.mark.parametrize("directory", KUSTOMIZATIONS, ids=lambda path: str(path.relative_to(K8S)))
+    def test_kubectl_makes_the_same_of_it(self, directory: Path) -> None:
+        """What the other tests look at is what kubectl would apply."""
+        rendered = kustomize.render(directory)
+        if rendered.remote:
+            pytest.skip(f"needs {rendered.remote[0]}")
+        output = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=True).stdout
+        assert tuple(yaml.safe_load_all(output)) == rendered.objects
+
+    def test_what_others_publish_is_pinned(self) -> None:
+        """To a commit: what an overlay applies does not change by itself."""
+        pinned = r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/[\w./-]+\.yaml"
+        addresses = [address for directory in OVERLAYS for address in kustomize.render(directory).remote]
+        assert addresses
+        assert [address for address in addresses if not re.fullmatch(pinned, address)] == []
+
+    def test_the_readme_names_each_overlay(self) -> None:
+        """And the first look, which takes one command."""
+        assert {path.name for path in OVERLAYS} == {"gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated"}
+        readme = (K8S.parent / "README.md").read_text()
+        for path in OVERLAYS:
+            assert f"k8s/overlays/{path.name}" in readme
+        assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in readme
 
 
-@pytest.mark.parametrize("version", ["1.25", "1.37"])
-@pytest.mark.parametrize("objects", SOURCES)
-def test_current_kubernetes_takes_it(objects: tuple[Mapping[str, Any], ...], version: str) -> None:
-    """Nothing has been taken out of the API since, or is spelt wrong."""
-    import kubernetes_validate
+class TestPlugin:
+    @each_running
+    def test_what_the_settings_name_is_mounted(self, directory: Path) -> None:
+        """The kubelet's sockets, the state, and what the driver has: at the same path inside, where pods get it too."""
+        settings = settings_of(directory)
+        volumes = {volume["name"]: volume["hostPath"]["path"] for volume in pod_spec(directory)["volumes"]}
+        #: For each directory in the container, the one of the host and whether it can be written to.
+        mounted = {
+            mount["mountPath"]: (volumes[mount["name"]], not mount.get("readOnly", False))
+            for mount in container(directory)["volumeMounts"]
+        }
+        assert mounted[settings.plugin_directory] == ("/var/lib/kubelet/device-plugins", True)
+        pod_resources = str(Path(settings.pod_resources_socket).parent)
+        assert mounted[pod_resources] == (pod_resources, False)
+        for file in (settings.state_file, settings.status_socket):
+            assert mounted[str(Path(file).parent)] == ("/run/sgpu", True)
+        if not settings.simulate:
+            assert mounted[settings.dev_directory] == ("/dev", True)
+            assert mounted[settings.host_path] == (settings.host_path, False)
 
-    for thing in known(objects):
-        kubernetes_validate.validate(thing, version, strict=True)
+    @each_running
+    def test_it_may_no_more_than_it_needs(self, directory: Path) -> None:
+        """Privileged for the driver's sake only."""
+        pod, found = pod_spec(directory), container(directory)
+        simulated = settings_of(directory).simulate > 0
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["priorityClassName"] == "system-node-critical"
+        assert not pod.get("hostNetwork")
+        assert pod.get("hostPID", False) is not simulated
+        for each in (found, *pod.get("initContainers", ())):
+            security = each["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            if each is not found or simulated:
+                assert not security.get("privileged")
+                assert security["allowPrivilegeEscalation"] is False
+                assert security["capabilities"] == {"drop": ["ALL"]}
 
+    @each_running
+    def test_probes_and_scrapes_ask_where_the_daemon_answers(self, directory: Path) -> None:
+        """At the port of -metrics-address; that the paths are served there, on_cluster.py shows."""
+        found, address = container(directory), split_address(settings_of(directory).metrics_address)
+        assert address
+        assert found["ports"] == [{"name": "metrics", "containerPort": address[1]}]
+        assert found["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+        assert found["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+        annotations = daemon_set(directory)["spec"]["template"]["metadata"]["annotations"]
+        assert (annotations["prometheus.io/port"], annotations["prometheus.io/path"]) == (str(address[1]), "/metrics")
 
-def test_the_checks_see_what_is_too_new_or_wrong(old_definitions: Mapping[str, Any]) -> None:
-    """A field that came with 1.20, and one that never was."""
-    import kubernetes_validate
+    @each_running
+    def test_all_of_its_containers_are_ours(self, directory: Path) -> None:
+        """Of this version, with options that they take, and the daemon's settings, so that both mean one directory."""
+        init_containers = pod_spec(directory).get("initContainers", ())
+        images = {each["image"] for each in (container(directory), *init_containers)}
+        assert images == {f"sgpu:{__version__}"}
+        for each in init_containers:
+            name, *flags = each["args"]
+            parsed = parse_flags(flags, {option: about.kind for option, about in COMMANDS[name].options.items()})
+            assert not parsed.positional
+            assert each["env"] == container(directory)["env"]
 
-    (thing,) = kustomize.load(plain.PLAIN)
-    pod = thing["spec"]["template"]["spec"]
-    pod["containers"][0]["startupProbe"] = pod["containers"][0]["livenessProbe"]
-    assert "startupProbe" in " ".join(problems_in_old(thing, old_definitions))
-    pod["containers"][0]["imagePolicy"] = "Always"
-    with pytest.raises(kubernetes_validate.ValidationError, match="imagePolicy"):
-        kubernetes_validate.validate(thing, "1.25", strict=True)
-
-
-def test_the_plain_file_is_made_from_the_base() -> None:
-    """`tox -e generate` makes it anew."""
-    assert plain.PLAIN.read_text() == plain.plain(), "k8s/daemonset.yaml is not what k8s/base says: `tox -e generate`"
-    assert tuple(kustomize.load(plain.PLAIN)) == kustomize.render(K8S / "base").objects
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
-@pytest.mark.parametrize(
-    "directory", [K8S / "base", *OVERLAYS, FIRST_LOOK], ids=lambda path: str(path.relative_to(K8S))
-)
-def test_kubectl_makes_the_same_of_it(directory: Path) -> None:
-    """What the other tests look at is what kubectl would apply."""
-    rendered = kustomize.render(directory)
-    if rendered.remote:
-        pytest.skip(f"needs {rendered.remote[0]}")
-    output = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=True).stdout
-    assert tuple(yaml.safe_load_all(output)) == rendered.objects
-
-
-@pytest.mark.parametrize("directory", OVERLAYS, ids=lambda path: path.name)
-def test_what_others_publish_is_pinned(directory: Path) -> None:
-    """To a commit: what an overlay applies does not change by itself."""
-    for address in kustomize.render(directory).remote:
-        assert re.fullmatch(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/[\w./-]+\.yaml", address)
-
-
-def daemon_set(directory: Path) -> Mapping[str, Any]:
-    """The plugin's own object."""
-    (thing,) = (thing for thing in kustomize.render(directory).objects if thing["metadata"]["name"] == "sgpu")
-    return thing
-
-
-def container(directory: Path) -> Mapping[str, Any]:
-    """The plugin's own container."""
-    (found,) = daemon_set(directory)["spec"]["template"]["spec"]["containers"]
-    assert isinstance(found, dict)
-    return found
-
-
-def settings_of(directory: Path) -> Settings:
-    """The settings that the daemon gets: all by variables, so that a command in the same container has them too."""
-    found = container(directory)
-    assert not found.keys() & {"args", "command"}
-    given = {
-        name: KNOBS[name].metadata["kind"].from_text(variable["value"])
-        for variable in found.get("env", ())
-        for name in (variable["name"].removeprefix("SGPU_").lower().replace("_", "-"),)
-    }
-    return Settings(**{name.replace("-", "_"): value for name, value in given.items()})
+    @pytest.mark.parametrize("overlay", ["gke-cos", "gke-ubuntu"])
+    def test_the_installer_s_directory_is_the_installer_s_to_make(self, overlay: str) -> None:
+        """Ubuntu's makes a link there, and fails where there is a directory already."""
+        volumes = pod_spec(K8S / "overlays" / overlay)["volumes"]
+        types = {volume["hostPath"]["path"]: volume["hostPath"].get("type") for volume in volumes}
+        assert types["/home/kubernetes/bin/nvidia"] == "Directory"
+        assert not [path for path, kind in types.items() if kind == "DirectoryOrCreate" and path.startswith("/home")]
 
 
-def mounts(directory: Path) -> dict[str, tuple[str, bool]]:
-    """For each directory in the container, the one of the host and whether it can be written to."""
-    volumes = {
-        volume["name"]: volume["hostPath"]["path"]
-        for volume in daemon_set(directory)["spec"]["template"]["spec"]["volumes"]
-    }
-    return {
-        mount["mountPath"]: (volumes[mount["name"]], not mount.get("readOnly", False))
-        for mount in container(directory)["volumeMounts"]
-    }
+class TestBeside:
+    def test_the_pod_monitor_finds_the_pods_and_keeps_what_the_metrics_name(self) -> None:
+        """Pods that use a GPU are in labels of the series; `instance`, the dashboard's Node, is the node."""
+        (monitor,) = kustomize.render(K8S / "overlays" / "monitoring").objects
+        pods, selector = daemon_set(BASE), monitor["spec"]["selector"]["matchLabels"]
+        assert monitor["metadata"]["namespace"] == pods["metadata"]["namespace"]
+        assert selector.items() <= pods["spec"]["template"]["metadata"]["labels"].items()
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] in [port["name"] for port in container(BASE)["ports"]]
+        assert endpoint["honorLabels"] is True
+        node = {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "instance"}
+        assert endpoint["relabelings"] == [node]
 
+    @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+    def test_examples_ask_for_shares_and_tolerate_the_taints(self, path: Path) -> None:
+        """GKE's, and the one that the README proposes."""
+        asking = 0
+        for thing in kustomize.load(path):
+            pod = thing["spec"] if thing["kind"] == "Pod" else thing.get("spec", {}).get("template", {}).get("spec")
+            if pod:
+                asking += sum(SHARE in each["resources"]["limits"] for each in pod["containers"])
+                assert {"nvidia.com/gpu", SHARE} <= {each["key"] for each in pod["tolerations"]}
+        assert asking
 
-@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
-def test_what_the_settings_name_is_mounted(directory: Path) -> None:
-    """The kubelet's sockets, the state, and what the driver has: at the same path inside, where pods get it too."""
-    settings, mounted = settings_of(directory), mounts(directory)
-    assert mounted[settings.plugin_directory] == ("/var/lib/kubelet/device-plugins", True)
-    pod_resources = str(Path(settings.pod_resources_socket).parent)
-    assert mounted[pod_resources] == (pod_resources, False)
-    for file in (settings.state_file, settings.status_socket):
-        assert mounted[str(Path(file).parent)] == ("/run/sgpu", True)
-    if not settings.simulate:
-        assert mounted[settings.dev_directory] == ("/dev", True)
-        assert mounted[settings.host_path] == (settings.host_path, False)
-
-
-@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
-def test_what_runs_may_no_more_than_it_needs(directory: Path) -> None:
-    """Privileged for the driver's sake only."""
-    pod, found = daemon_set(directory)["spec"]["template"]["spec"], container(directory)
-    simulated = settings_of(directory).simulate > 0
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["priorityClassName"] == "system-node-critical"
-    assert not pod.get("hostNetwork")
-    assert pod.get("hostPID", False) is not simulated
-    for each in (found, *pod.get("initContainers", ())):
-        security = each["securityContext"]
-        assert security["readOnlyRootFilesystem"] is True
-        if each is not found or simulated:
-            assert not security.get("privileged")
-            assert security["allowPrivilegeEscalation"] is False
-            assert security["capabilities"] == {"drop": ["ALL"]}
-
-
-@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
-def test_probes_and_scrapes_ask_where_the_daemon_answers(directory: Path) -> None:
-    """At the port of -metrics-address; that the paths are served there, on_cluster.py shows."""
-    template, found = daemon_set(directory)["spec"]["template"], container(directory)
-    address = split_address(settings_of(directory).metrics_address)
-    assert address
-    assert found["ports"] == [{"name": "metrics", "containerPort": address[1]}]
-    assert found["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
-    assert found["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
-    annotations = template["metadata"]["annotations"]
-    assert (annotations["prometheus.io/port"], annotations["prometheus.io/path"]) == (str(address[1]), "/metrics")
-
-
-def test_the_pod_monitor_finds_the_pods_and_keeps_what_the_metrics_name() -> None:
-    """Pods that use a GPU are in labels of the series; `instance`, the dashboard's Node, is the node."""
-    (monitor,) = kustomize.render(K8S / "overlays" / "monitoring").objects
-    pods = daemon_set(K8S / "base")
-    assert monitor["metadata"]["namespace"] == pods["metadata"]["namespace"]
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= pods["spec"]["template"]["metadata"]["labels"].items()
-    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    assert endpoint["port"] in [port["name"] for port in container(K8S / "base")["ports"]]
-    assert endpoint["honorLabels"] is True
-    assert endpoint["relabelings"] == [{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "instance"}]
-
-
-@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
-def test_commands_of_init_containers_are_ours(directory: Path) -> None:
-    """With options that they take, and the daemon's settings, so that both mean the same directory."""
-    for each in daemon_set(directory)["spec"]["template"]["spec"].get("initContainers", ()):
-        name, *flags = each["args"]
-        parsed = parse_flags(flags, {option: about.kind for option, about in COMMANDS[name].options.items()})
-        assert not parsed.words
-        assert each["env"] == container(directory)["env"]
-
-
-@pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
-def test_the_image_is_this_version(directory: Path) -> None:
-    """In every container, so that a new version is new in all of them."""
-    pod = daemon_set(directory)["spec"]["template"]["spec"]
-    images = {each["image"] for each in (*pod["containers"], *pod.get("initContainers", ()))}
-    assert images == {f"sgpu:{__version__}"}
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_ask_for_shares_and_tolerate_the_taints(path: Path) -> None:
-    """GKE's, and the one that the README proposes."""
-    asking = 0
-    for thing in kustomize.load(path):
-        pod = thing["spec"] if thing["kind"] == "Pod" else thing.get("spec", {}).get("template", {}).get("spec")
-        if pod:
-            shares = [each["resources"]["limits"].get(Settings().resource_name) for each in pod["containers"]]
-            asking += sum(map(bool, shares))
-            assert {"nvidia.com/gpu", Settings().resource_name} <= {each["key"] for each in pod["tolerations"]}
-    assert asking
-
-
-def test_the_first_look_takes_one_command() -> None:
-    """The simulated overlay as it is, and a pod that asks for what it offers."""
-    plugin, pod = kustomize.render(FIRST_LOOK).objects
-    assert plugin == daemon_set(K8S / "overlays" / "simulated")
-    assert pod["spec"]["containers"][0]["resources"]["limits"] == {Settings().resource_name: "1"}
-    assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in (K8S.parent / "README.md").read_text()
-
-
-def test_overlays_are_a_few_lines() -> None:
-    """And those that the README names."""
-    assert {path.name for path in OVERLAYS} == {"gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated"}
-    readme = (K8S.parent / "README.md").read_text()
-    for path in OVERLAYS:
-        assert f"k8s/overlays/{path.name}" in readme
-
-
-@pytest.mark.parametrize("overlay", ["gke-cos", "gke-ubuntu"])
-def test_the_installers_directory_is_the_installers_to_make(overlay: str) -> None:
-    """Ubuntu's makes a link there, and fails where there is a directory already."""
-    (daemon_set,) = kustomize.render(K8S / "overlays" / overlay).objects
-    volumes = daemon_set["spec"]["template"]["spec"]["volumes"]
-    types = {volume["hostPath"]["path"]: volume["hostPath"].get("type") for volume in volumes}
-    assert types["/home/kubernetes/bin/nvidia"] == "Directory"
-    assert not [path for path, kind in types.items() if kind == "DirectoryOrCreate" and path.startswith("/home")]
+    def test_the_first_look(self) -> None:
+        """The simulated overlay as it is, and a pod that asks for what it offers."""
+        plugin, pod = kustomize.render(FIRST_LOOK).objects
+        assert plugin == daemon_set(K8S / "overlays" / "simulated")
+        assert pod["spec"]["containers"][0]["resources"]["limits"] == {SHARE: "1"}

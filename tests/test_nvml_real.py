@@ -9,8 +9,8 @@ import pytest
 import real_driver
 from stub_driver import FUNCTIONS
 
-from sgpu.nvml import Code, EventType, NvmlError, memory_by_process, open_library, search, utilisation_by_process
-from sgpu.nvml._bindings import ffi
+from sgpu.driver.nvml import Code, EventType, NvmlError, memory_by_process, open_library, search, utilization_by_process
+from sgpu.driver.nvml._bindings import ffi
 
 #: There when the kernel's part of the driver is loaded.
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
@@ -29,13 +29,13 @@ def driver() -> Path:
 
 @pytest.mark.skipif(real_driver.VARIABLE in os.environ, reason=f"{real_driver.VARIABLE} has its own layout")
 def test_debian_layout(driver: Path) -> None:
-    """The library is found where Debian's package puts it, and the loader takes it."""
+    """Find and load the library where Debian's package puts it."""
     path, _ = search.dlopen(driver)
     assert path == driver / "usr/lib/x86_64-linux-gnu/nvidia/current/libnvidia-ml.so.1"
 
 
 def test_symbols(driver: Path) -> None:
-    """It has every function that sgpu may call, old variants too."""
+    """Find every function that sgpu may call, old variants too."""
     _, library = search.dlopen(driver)
     absent = set()
     for function in FUNCTIONS - YOUNGER:
@@ -48,7 +48,7 @@ def test_symbols(driver: Path) -> None:
 
 @without_gpu
 def test_no_driver(driver: Path) -> None:
-    """Without a driver in the kernel it can't start, and says so in its own words."""
+    """Raise the library's own error without a driver in the kernel."""
     with pytest.raises(NvmlError) as caught, open_library(driver):
         pass
     error = caught.value
@@ -57,7 +57,7 @@ def test_no_driver(driver: Path) -> None:
 
 @with_gpu
 def test_machine() -> None:
-    """On a machine with GPUs all facts of each can be had, and it can be registered for XIDs."""
+    """Read all facts of each GPU of this machine, and register it for XIDs."""
     with open_library(Path("/")) as library, library.event_set() as event_set:
         assert library.driver_version() in KERNEL_DRIVER.read_text()
         assert library.count() > 0
@@ -69,7 +69,7 @@ def test_machine() -> None:
             memory = library.memory(handle)
             assert 0 < memory.used + memory.free <= memory.total
             assert all(used is None or used <= memory.total for used in memory_by_process(library, handle).values())
-            assert all(percent <= 100 for percent in utilisation_by_process(library, handle, 0).values())
+            assert all(percent <= 100 for percent in utilization_by_process(library, handle, 0).values())
             assert event_set.register(handle, EventType.XID_CRITICAL) == EventType.XID_CRITICAL
         assert event_set.wait(1) is None
 
@@ -100,5 +100,5 @@ def test_machine() -> None:
     ],
 )
 def test_sources(sources: str, non_free: str) -> None:
-    """The package comes from wherever the machine's others do."""
+    """Take the package from where the machine's others come from."""
     assert real_driver.non_free(sources) == non_free

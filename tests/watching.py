@@ -1,4 +1,4 @@
-"""What the kubelet was told of each GPU, and that it was told no more than that.
+"""Which GPUs are unhealthy in the kubelet's lists, and waits for that to change.
 
 A list in which one GPU has healthy and unhealthy shares, a list that repeats the one before, and a registration that
 was lost are failures wherever they happen: `watched` looks for them at the end of each test.
@@ -21,16 +21,16 @@ from stub_driver import StubGpu
 #: Shares of each GPU: more than one, and few enough to read in a failure.
 SHARES: Final = 4
 #: Seconds after which something that is due is taken not to come.
-TIMEOUT: Final = 10.0
+TIMEOUT: Final = 30.0
 
 
 def down_in(healths: Mapping[str, str]) -> frozenset[str]:
     """The UUIDs of the GPUs that are unhealthy, from health by share. All shares of a GPU must agree."""
-    words = defaultdict(set)
-    for share, word in healths.items():
-        words[share.partition("::")[0]].add(word)
-    assert all(len(said) == 1 for said in words.values()), f"shares of one GPU differ: {dict(words)}"
-    return frozenset(uuid for uuid, said in words.items() if "Unhealthy" in said)
+    by_gpu = defaultdict(set)
+    for share, health in healths.items():
+        by_gpu[share.partition("::")[0]].add(health)
+    assert all(len(found) == 1 for found in by_gpu.values()), f"shares of one GPU differ: {dict(by_gpu)}"
+    return frozenset(uuid for uuid, found in by_gpu.items() if "Unhealthy" in found)
 
 
 def history(kubelet: FakeKubelet) -> list[frozenset[str]]:
@@ -41,7 +41,7 @@ def history(kubelet: FakeKubelet) -> list[frozenset[str]]:
 
 
 def wait_down(kubelet: FakeKubelet, *gpus: StubGpu, timeout: float = TIMEOUT) -> float:
-    """Wait until the kubelet holds these GPUs for unhealthy and no others; returns when it was told."""
+    """Wait until these GPUs and no others are unhealthy for the kubelet; returns when it got that list."""
     uuids = {gpu.uuid for gpu in gpus}
     kubelet.wait_for(
         lambda: kubelet.devices(RESOURCE) and down_in(kubelet.devices(RESOURCE)) == uuids, timeout, f"{uuids} down"
@@ -60,7 +60,7 @@ def shares(*gpus: StubGpu) -> set[str]:
 
 @contextmanager
 def watched(node: Node, *flags: str | float) -> Iterator[tuple[FakeKubelet, DaemonProcess]]:
-    """A kubelet that has every GPU of the node's driver, and the daemon it has them from."""
+    """A kubelet that has every GPU of the node's driver, and the daemon that registered them."""
     with FakeKubelet(node.plugins) as kubelet, started(node, *flags) as daemon:
         kubelet.wait_devices(SHARES * len(node.driver.state.gpus))
         yield kubelet, daemon
@@ -74,19 +74,19 @@ def started(node: Node, *flags: str | float) -> DaemonProcess:
 
 
 def check_updates(kubelet: FakeKubelet) -> None:
-    """Every list was news."""
+    """Fail if a list repeats the one before."""
     history(kubelet)
-    # The session it was sent in matters: a kubelet that restarts must be told what it was told before.
+    # The session it was sent in matters: a kubelet that restarts must get what it got before.
     bounds = [registration.time for registration in kubelet.registrations]
     previous = None
     for listed in kubelet.lists[RESOURCE]:
-        said = (sum(bound <= listed.time for bound in bounds), listed.response)
-        assert said != previous, f"the same list twice: {down_in({d.ID: d.health for d in listed.response.devices})}"
-        previous = said
+        current = (sum(bound <= listed.time for bound in bounds), listed.response)
+        assert current != previous, f"the same list twice: {down_in({d.ID: d.health for d in listed.response.devices})}"
+        previous = current
 
 
 def wait_until(condition: Callable[[], object], message: str, timeout: float = TIMEOUT) -> None:
-    """For what nobody tells of: asks every few milliseconds."""
+    """Wait for what nobody announces: check every few milliseconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {message}"

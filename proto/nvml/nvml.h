@@ -1,5 +1,5 @@
 /* The part of NVML's C interface that sgpu uses, as cffi reads it and as the tests' stub library includes it.
- * Source: NVIDIA's nvml.h (CUDA 12.9); tests/test_nvml_layout.py proves sizes and offsets against the real one.
+ * Source: NVIDIA's nvml.h (CUDA 12.9); tests/test_driver_nvml_layout.py proves sizes and offsets against the real one.
  * Enumerations are declared as int, which is how the C ABI passes them. */
 
 typedef int nvmlReturn_t;

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     # Until the daemon listens for signals itself, being told to stop ends the process as cleanly: there is nothing
     # to undo yet. (As process 1 of a container, a signal without a handler would be ignored.) At once, because an
     # exception can get lost in whatever is being imported or begun; the other commands do have something to undo.

@@ -13,9 +13,10 @@ from typing import Any, Final
 import attrs
 
 from sgpu import __version__
-from sgpu.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
-from sgpu.logs import printable
-from sgpu.settings import BOOLEAN, KNOBS, PATH, Kind, choice, seconds
+from sgpu.config.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
+from sgpu.config.settings import SETTINGS
+from sgpu.config.values import BOOLEAN, PATH, Kind, choice, seconds
+from sgpu.lib.logs import printable
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
@@ -23,7 +24,7 @@ OK, FAILED, USAGE = 0, 1, 2
 
 @attrs.frozen
 class Option:
-    """A flag that one command takes beside the settings."""
+    """A flag of one command, in addition to the settings."""
 
     kind: Kind
     default: Any
@@ -41,33 +42,33 @@ class Command:
 
 
 def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
-    from sgpu.demo import demo  # here, because the daemon should not pay for it
+    from sgpu.commands.demo import demo  # here, because the daemon should not pay for it
 
     return demo()
 
 
 def _doctor(loaded: Loaded, options: Mapping[str, Any]) -> int:
-    from sgpu.doctor import doctor
+    from sgpu.commands.doctor import doctor
 
     return OK if doctor(loaded, options["o"]) else FAILED
 
 
 def _status(loaded: Loaded, options: Mapping[str, Any]) -> int:
-    from sgpu.status.command import status  # here, because the daemon should not pay for it
+    from sgpu.commands.status.command import status  # here, because the daemon should not pay for it
 
     return status(loaded, options)
 
 
 _STATUS_OPTIONS: Final = {
-    "watch": Option(BOOLEAN, False, "show it again and again, until Ctrl-C"),
-    "interval": Option(seconds(0.1, 3600), 2.0, "with -watch: seconds from one time to the next"),
+    "watch": Option(BOOLEAN, False, "show it repeatedly, until Ctrl-C"),
+    "interval": Option(seconds(0.1, 3600), 2.0, "with -watch: seconds between refreshes"),
     "o": Option(choice("text", "json"), "text", "a table for people, or all of it for programs"),
-    "no-color": Option(BOOLEAN, False, "no colours, as where NO_COLOR is set"),
+    "no-color": Option(BOOLEAN, False, "no colors, as with NO_COLOR"),
 }
 
 
 def _stage(loaded: Loaded, options: Mapping[str, Any]) -> int:
-    from sgpu.stage import stage
+    from sgpu.commands.stage import stage
 
     staged = stage(
         Path(options["host-root"]),
@@ -80,23 +81,23 @@ def _stage(loaded: Loaded, options: Mapping[str, Any]) -> int:
 
 
 _STAGE_OPTIONS: Final = {
-    "host-root": Option(PATH, "/", "where the root of the host's file system is seen; it may be read-only"),
+    "host-root": Option(PATH, "/", "where the root of the host's file system is mounted; it may be read-only"),
     "lock-file": Option(
-        PATH, "/run/sgpu/stage.lock", "held while files are copied; in a directory that pods are not given"
+        PATH, "/run/sgpu/stage.lock", "lock held while files are copied; its directory must not be mounted into pods"
     ),
-    "graphics": Option(BOOLEAN, False, "stage the libraries that draw, too (OpenGL, Vulkan, OptiX)"),
-    "interval": Option(seconds(0, 86400), 0.0, "seconds until it looks again, for ever; 0: once"),
+    "graphics": Option(BOOLEAN, False, "stage the graphics libraries, too (OpenGL, Vulkan, OptiX)"),
+    "interval": Option(seconds(0, 86400), 0.0, "seconds between looks; 0: look once"),
 }
 
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
-    "demo": Command("show it working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
+    "demo": Command("show sgpu working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
     "doctor": Command(
-        "say why this node offers no shares, or pods can't use them; changes nothing",
+        "find out why this node offers no shares, or pods can't use them; changes nothing",
         _doctor,
         {"o": Option(choice("text", "json"), "text", "how the findings are printed")},
     ),
-    "status": Command("show the GPUs of this node and who uses them, as its daemon knows it", _status, _STATUS_OPTIONS),
+    "status": Command("show the GPUs of this node and the pods that use them", _status, _STATUS_OPTIONS),
     "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }
 
@@ -124,8 +125,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         if "version" in flags.actions:
             print(f"sgpu {__version__}")
             return OK
-        if flags.words:
-            raise UsageError(f"unknown command {' '.join((name, *flags.words)).strip()!r} (see -help)")
+        if flags.positional:
+            raise UsageError(f"unknown command {' '.join((name, *flags.positional)).strip()!r} (see -help)")
         if command and not command.takes_settings and (flags.values or flags.actions):
             raise UsageError(f"{name} takes no flags")
         loaded = load(flags.values, environment if not command or command.takes_settings else {})
@@ -142,9 +143,10 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
     import trio
 
-    from sgpu import daemon, listing, logs, rpc
-    from sgpu.nurseries import find_error
-    from sgpu.policy import PolicyConflictError
+    from sgpu import daemon, rpc
+    from sgpu.lib import logs
+    from sgpu.lib.concurrency import find_error
+    from sgpu.node.policy import OffersRefusedError
 
     logs.configure(loaded.settings.log_format, loaded.settings.v)
     gc.freeze()  # modules are no garbage: to look through them takes 5 ms each time, in which the kubelet would wait
@@ -152,10 +154,8 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
         trio.run(daemon.run, loaded, reload)
     except Exception as error:
         # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
-        if too_many := find_error(error, listing.TooManySharesError):
-            return _fail(too_many, USAGE)
-        if conflict := find_error(error, PolicyConflictError):
-            return _fail(conflict, USAGE)
+        if refused := find_error(error, OffersRefusedError):
+            return _fail(refused, USAGE)
         if in_use := find_error(error, rpc.AddressInUseError):
             return _fail(in_use, FAILED)
         raise
@@ -169,7 +169,7 @@ def _fail(error: BaseException, code: int) -> int:
 
 def _help() -> str:
     lines = [USAGE_TEXT]
-    for name, field in KNOBS.items():
+    for name, field in SETTINGS.items():
         lines.append(_flag_help(name, field.metadata["kind"], field.default, field.metadata["meaning"]))
     lines.append("  -config FILE\n        YAML file with the settings above, and with rules per GPU under `gpus`\n")
     lines.append("  -print-config\n        show the effective settings and where each came from\n")
@@ -193,9 +193,9 @@ def _flag_help(name: str, kind: Kind, value: object, meaning: str) -> str:
 
 
 def _effective(loaded: Loaded) -> str:
-    """The settings as a -config file would have them, each with its origin."""
+    """Return the settings as a -config file has them, each with its origin."""
     lines = []
-    for name in KNOBS:
+    for name in SETTINGS:
         value = getattr(loaded.settings, name.replace("-", "_"))
         lines.append(f"{name}: {_as_yaml(value)}  # {printable(loaded.origins[name])}\n")
     if loaded.policy.rules:

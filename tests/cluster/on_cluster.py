@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from sgpu import __version__
-from sgpu.settings import Settings
+from sgpu.config.settings import Settings
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBECONFIG is not set"),

@@ -61,7 +61,7 @@ struct nvmlEventSet_st {
 
 static struct nvmlDevice_st slots[MOST_GPUS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* held by every call, except while it waits */
-static unsigned int initialised;
+static unsigned int initialized;
 
 /* ---- the state file ---- */
 
@@ -202,7 +202,7 @@ static nvmlReturn_t enter(const char *function, nvmlDevice_t device)
     note_call(function, device);
     nvmlReturn_t code = steered(function, device);
     bool always = strncmp(function, "nvmlInit", strlen("nvmlInit")) == 0 || strcmp(function, "nvmlShutdown") == 0;
-    return code == SUCCESS && !initialised && !always ? UNINITIALIZED : code;
+    return code == SUCCESS && !initialized && !always ? UNINITIALIZED : code;
 }
 
 static nvmlReturn_t gpu_state(nvmlDevice_t device)
@@ -285,22 +285,22 @@ const char *nvmlErrorString(nvmlReturn_t result)
 nvmlReturn_t nvmlInit_v2(void)
 {
     ENTER();
-    initialised++;
+    initialized++;
     return SUCCESS;
 }
 
 nvmlReturn_t nvmlInit(void)
 {
     ENTER();
-    initialised++;
+    initialized++;
     return SUCCESS;
 }
 
 nvmlReturn_t nvmlShutdown(void)
 {
     ENTER();
-    if (initialised) /* NVML counts, and forgives a shutdown too many */
-        initialised--;
+    if (initialized) /* NVML counts, and forgives a shutdown too many */
+        initialized--;
     return SUCCESS;
 }
 
@@ -435,8 +435,8 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
 nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *utilization)
 {
     ENTER_GPU(device);
-    SUPPORTED(device, "utilisation");
-    utilization->gpu = fact_number(device, "utilisation");
+    SUPPORTED(device, "utilization");
+    utilization->gpu = fact_number(device, "utilization");
     utilization->memory = 0;
     return SUCCESS;
 }
@@ -645,7 +645,7 @@ static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEve
     nvmlReturn_t code;
     for (;; sleep_until_replaced(watch, deadline)) {
         code = steered(function, NULL);
-        if (code == SUCCESS && !initialised)
+        if (code == SUCCESS && !initialized)
             code = UNINITIALIZED;
         if (code != SUCCESS || next_event(set, data))
             break;

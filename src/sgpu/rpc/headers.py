@@ -29,7 +29,7 @@ class _Memory(Generic[Key, Meaning]):
         self.known: dict[Key, Meaning] = {}
 
     def recall(self, key: Key, work_out: Callable[[], Meaning]) -> Meaning:
-        """What it means, worked out if that is not known."""
+        """Return the meaning, computed if it is not remembered."""
         self._forget_if_changed()
         if (meaning := self.known.get(key)) is None:
             resized = self._table.resized  # which the next block that is said begins with, and no other

@@ -155,8 +155,8 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
                 error = RpcError(StatusCode.UNIMPLEMENTED, "compressed messages are not taken")
                 return [*found, MessageRefused(stream_id, error)]
             if length > self._max_message_bytes:
-                words = f"a message of {length} bytes, where {self._max_message_bytes} are taken"
-                error = RpcError(StatusCode.RESOURCE_EXHAUSTED, words)
+                message = f"a message of {length} bytes, where {self._max_message_bytes} are taken"
+                error = RpcError(StatusCode.RESOURCE_EXHAUSTED, message)
                 return [*found, MessageRefused(stream_id, error)]
             end = _MESSAGE_HEADER.size + length
             if len(data) < end:
@@ -181,16 +181,16 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
 
 
 def frame(message: Any) -> memoryview:  # noqa: ANN401  # any protobuf message; protobuf has no typed base here
-    """A protobuf message as gRPC writes it: not compressed, length first."""
+    """Return a protobuf message as gRPC writes it: not compressed, length first."""
     payload = message.SerializeToString()
     return memoryview(_MESSAGE_HEADER.pack(False, len(payload)) + payload)
 
 
 def status(code: StatusCode, message: str) -> Status:
-    """A status that can be sent, whatever the message: a stray byte of a file name has no UTF-8."""
+    """Return a status that can be sent, whatever the message: a stray byte of a file name has no UTF-8."""
     return Status(code, message[:_MAX_STATUS_MESSAGE].encode("utf-8", "replace").decode())
 
 
 def quoted(text: str) -> str:
-    """What a peer wrote, safe to repeat: on one line, and not long."""
+    """Return what a peer wrote, safe to repeat: on one line, and not long."""
     return repr(text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…")

@@ -23,7 +23,7 @@ class Route:
     streams: bool
 
     def parse(self, message: bytes | None) -> Any:  # noqa: ANN401  # a protobuf message
-        """The request in a message. Raises RpcError."""
+        """Return the request in a message. Raises RpcError."""
         request = self.request_type()
         if message is None:
             raise RpcError(StatusCode.INVALID_ARGUMENT, "no message in the request")
@@ -35,7 +35,7 @@ class Route:
 
 
 def routes(services: Iterable[Service]) -> Mapping[str, Route]:
-    """The routes of purerpc's generated servicers (their `.service`), by gRPC path (`/package.Service/Method`)."""
+    """Return the routes of purerpc's generated servicers (their `.service`), by path (`/package.Service/Method`)."""
     table = {}
     for service in services:
         for name, bound in service.methods.items():

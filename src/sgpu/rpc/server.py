@@ -18,6 +18,7 @@ import trio
 from purerpc import StatusCode
 from purerpc.grpclib import events
 
+from sgpu.lib.concurrency import Broadcast, wait_until
 from sgpu.rpc.protocol import (
     RECEIVE_BYTES,
     BrokenPeerError,
@@ -40,15 +41,15 @@ _CALLS_WAIT: Final = 64 * 1024
 #: Unwritten bytes beyond which the reader waits too: what only answers a peer's frames (PING) has no other bound.
 _READER_WAITS: Final = 256 * 1024
 
-#: Told of each call that ended: its method's name, the status and how many seconds it took, a stream until its end.
+#: Called for each call that ended: its method's name, the status, and the seconds it took (a stream: until its end).
 Ended = Callable[[str, str, float], None]
 
 
-def _nobody(method: str, code: str, seconds: float) -> None:
-    """Nobody wants to know."""
+def _ignore(method: str, code: str, seconds: float) -> None:
+    """Ignore the outcome."""
 
 
-async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream, ended: Ended = _nobody) -> None:
+async def serve_connection(table: Mapping[str, Route], stream: trio.abc.Stream, ended: Ended = _ignore) -> None:
     """Serve one connection until the peer closes it or breaks the protocol; then every call on it is cancelled.
 
     Never raises for anything the peer does. A handler's own error is logged and answered with UNKNOWN.
@@ -81,9 +82,8 @@ class _Connection:
         self._output = bytearray()
         self._descriptor = stream.socket.fileno() if isinstance(stream, trio.SocketStream) else None
         self._writing = False
-        # Both are replaced at each use: whoever waits on the old one is woken.
-        self._output_ready = trio.Event()
-        self._room = trio.Event()  # the peer opened a window, or the writer took the output
+        self._output_ready = Broadcast()
+        self._room = Broadcast()  # the peer opened a window, or the writer took the output
         self._reading = trio.CancelScope()
 
     async def run(self) -> None:
@@ -98,7 +98,7 @@ class _Connection:
             nursery.cancel_scope.cancel()
 
     async def _read(self, nursery: trio.Nursery) -> None:
-        """Until the peer closes the connection, start a task for each complete request."""
+        """Read until the peer closes the connection, and answer each complete request."""
         with self._reading:
             try:
                 while data := await self._stream.receive_some(RECEIVE_BYTES):
@@ -108,17 +108,17 @@ class _Connection:
                             self._answer_now(call, nursery)
                     self._flush()
                     while len(self._output) > _READER_WAITS:
-                        await self._room.wait()
+                        await self._room.next.wait()
             except trio.BrokenResourceError:
                 pass  # a peer that vanished without a word, which is no different from one that closed
             except BrokenPeerError as error:
                 logger.warning("closed a connection whose peer broke the protocol: %s", error)
 
     def _react(self, event: events.Event, nursery: trio.Nursery) -> _Call | None:
-        """Returns a call that can be answered without a task."""
+        """Handle an event. Returns a call that can be answered without a task."""
         call = self._calls.get(event.stream_id)
         if isinstance(event, events.WindowUpdated):
-            self._make_room()
+            self._room.notify()
         elif isinstance(event, events.RequestReceived):
             path = f"/{event.service_name}/{event.method_name}"
             self._calls[event.stream_id] = _Call(event.stream_id, path)
@@ -179,7 +179,7 @@ class _Connection:
             self._end(call, StatusCode.UNKNOWN, f"{call.path} failed; the plugin's log says why")
 
     def _forget(self, call: _Call) -> None:
-        if call.path in self._table:  # a name that the peer made up is nobody's
+        if call.path in self._table:  # a name that the peer made up is not counted
             self._ended(call.path.rpartition("/")[2], call.code.name, trio.current_time() - call.began)
         self._calls.pop(call.stream_id, None)
 
@@ -210,10 +210,10 @@ class _Connection:
                 self._flush()
                 data = data[size:]
             else:
-                await self._room.wait()
+                await self._room.next.wait()
 
     def _room_for(self, call: _Call) -> int:
-        """Bytes that can be sent now."""
+        """Return how many bytes can be sent now."""
         if len(self._output) > _CALLS_WAIT:
             return 0
         window: int = self._protocol.flow_control_window(call.stream_id)
@@ -244,19 +244,14 @@ class _Connection:
             with suppress(OSError):
                 del self._output[: os.write(self._descriptor, self._output)]
         if self._output:
-            self._output_ready.set()
-
-    def _make_room(self) -> None:
-        self._room.set()
-        self._room = trio.Event()
+            self._output_ready.notify()
 
     async def _write(self) -> None:
         """Write what the protocol has to say. A task by itself, so that cancelling a call never cuts a frame."""
         while True:
-            await self._output_ready.wait()
-            self._output_ready = trio.Event()
+            await wait_until(lambda: bool(self._output), self._output_ready)
             output, self._output = self._output, bytearray()
-            self._make_room()
+            self._room.notify()
             self._writing = True
             try:
                 await self._stream.send_all(output)

@@ -1,4 +1,4 @@
-"""Listening on a unix socket that nobody else listens on."""
+"""Listen on a unix socket that no other process listens on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Final
 import attrs
 import trio
 
-from sgpu.files import MAX_SOCKET_PATH_BYTES
+from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 
 #: What Linux has for SO_PEERCRED: process, user, group.
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -36,14 +36,14 @@ class AddressInUseError(Exception):
 
 @attrs.frozen
 class Identity:
-    """Which file a path names: a file made anew has another identity, as long as the old one is held open."""
+    """Which file a path names: a file that replaces it has another identity, as long as the old one is held open."""
 
     device: int
     inode: int
 
 
 def identity(path: Path) -> Identity | None:
-    """What `path` names now; None when there is nothing, or nothing that can be reached."""
+    """Return which file `path` names; None when there is none, or none that can be reached."""
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -84,7 +84,7 @@ def listen(path: Path) -> Iterator[trio.SocketListener]:
 
 
 def _unused_name(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, and no longer than our sockets' names are."""
+    """Return a name beside `path` that nobody else uses, no longer than the names of our sockets."""
     return path.with_name(f".sgpu-{secrets.token_hex(4)}")
 
 
@@ -121,7 +121,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _listener_pid(path: Path) -> int:
-    """The process that listens on the socket: -1 where it is not visible from here, 0 where there is none."""
+    """Return the process that listens on the socket: -1 where it is not visible from here, 0 where there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog means alive, and must not be waited for
         try:
@@ -134,7 +134,7 @@ def _listener_pid(path: Path) -> int:
 
 
 def peer_pid(connected: socket.socket | trio.socket.SocketType) -> int:
-    """Who is at the other end of a unix socket; 0 where that process is not visible from here."""
+    """Return the process at the other end of a unix socket; 0 where it is not visible from here."""
     pid: int = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
     return pid
 

@@ -1,0 +1,229 @@
+"""The list of checks, and how they run: side by side, in time, reported in order. Knows what is checked; not how."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import attrs
+import trio
+
+from sgpu.commands.doctor import configured, driver, kubelet, libraries, nodes, served, surroundings
+from sgpu.commands.doctor.driver import Answer
+from sgpu.commands.doctor.finding import Finding, fail, ok, skip
+from sgpu.commands.doctor.host import Host
+from sgpu.commands.doctor.kubelet import Daemon
+from sgpu.commands.doctor.libraries import Library
+from sgpu.commands.doctor.peer import failure
+from sgpu.config.load import Loaded
+from sgpu.driver import simulated
+from sgpu.lib.concurrency import find_error
+
+#: Seconds for all checks. What waits for an answer gives up before: this is for file systems that hang.
+DEADLINE: Final = 8.5
+
+Result = TypeVar("Result")
+
+
+@attrs.define
+class Facts:
+    """What checks look at, and what they found out for those that come after them."""
+
+    loaded: Loaded
+    host: Host
+    library: Library | None = None
+    answer: Answer = attrs.Factory(Answer)
+    daemons: list[Daemon] = attrs.Factory(list)  # those that serve a resource
+
+
+@attrs.frozen
+class Check:
+    """One subject. It runs once the subjects in `needs` are done, and returns its findings."""
+
+    subject: str
+    run: Callable[[Facts], Awaitable[Iterable[Finding]]]
+    needs: tuple[str, ...] = ()
+
+
+def checks(loaded: Loaded) -> list[Check]:
+    """Return the checks for these settings, in the order in which an operator should read their findings."""
+    daemons = {f"daemon for {resource}": resource for resource in loaded.policy.resources()}
+    of_driver = (
+        [Check("driver", _simulated)]
+        if loaded.settings.simulate
+        else [
+            Check("libraries", _libraries),
+            Check("driver", _driver, ("libraries",)),
+            Check("device nodes", _nodes, ("driver",)),
+            Check("rules per GPU", _rules, ("driver",)),
+        ]
+    )
+    of_processes = (  # no process uses simulated GPUs
+        []
+        if loaded.settings.simulate
+        else [
+            Check("host's processes", _blocking(lambda facts: [surroundings.check_processes(_proc(facts))])),
+            Check("container logs", _blocking(lambda facts: [surroundings.check_container_logs(_logs(facts))])),
+        ]
+    )
+    return [
+        *of_driver,
+        Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
+        Check("kubelet.sock", _kubelet),
+        *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
+        Check("other plugins", _others),
+        Check("PodResources", _pod_resources),
+        Check("metrics and probes", _served, tuple(daemons)),
+        Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
+        Check("settings", _blocking(lambda facts: configured.check_settings(facts.loaded, facts.host))),
+        Check("memory limit", _blocking(lambda facts: [surroundings.check_memory(facts.host)])),
+        *of_processes,
+    ]
+
+
+async def examine(loaded: Loaded, host: Host) -> list[Finding]:
+    """Run all checks and return their findings in order."""
+    facts = Facts(loaded, host)
+    todo = checks(loaded)
+    done = {check.subject: trio.Event() for check in todo}
+    found: dict[str, list[Finding]] = {}
+
+    async def run(check: Check) -> None:
+        with trio.move_on_at(deadline) as waiting:
+            for subject in check.needs:
+                await done[subject].wait()
+        if waiting.cancelled_caught:
+            found[check.subject] = [skip(check.subject, f"because the check of {', '.join(check.needs)} did not end")]
+        else:
+            found[check.subject] = await _in_time(check, facts, deadline)
+            done[check.subject].set()
+
+    deadline = trio.current_time() + DEADLINE
+    async with trio.open_nursery() as nursery:
+        for check in todo:
+            nursery.start_soon(run, check)
+    return [finding for check in todo for finding in found[check.subject]]
+
+
+async def _in_time(check: Check, facts: Facts, deadline: float) -> list[Finding]:
+    with trio.move_on_at(deadline):
+        try:
+            return list(await check.run(facts))
+        except Exception as error:  # one error, or several in a group
+            problem = find_error(error, OSError)
+            if problem is None:
+                raise
+            message = f"the check ended with {failure(problem)}: {problem.filename}"
+            advice = "run the doctor as root, in the daemon's pod or on the node; else see `dmesg`"
+            return [fail(check.subject, message, advice)]
+    message = f"the check did not end within {DEADLINE:g} s"
+    return [fail(check.subject, message, "a file system hangs: see `dmesg`, and `ps -eo stat,args` for state D")]
+
+
+async def _look(look: Callable[[], Result]) -> Result:
+    """Run what looks at files, which may block; it is left behind when time is up."""
+    return await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+
+
+def _blocking(look: Callable[[Facts], Iterable[Finding]]) -> Callable[[Facts], Awaitable[Iterable[Finding]]]:
+    async def run(facts: Facts) -> Iterable[Finding]:
+        return await _look(lambda: list(look(facts)))
+
+    return run
+
+
+def _plugins(facts: Facts) -> Path:
+    return Path(facts.loaded.settings.plugin_directory)
+
+
+def _proc(facts: Facts) -> Path:
+    return Path(facts.loaded.settings.proc_directory)
+
+
+def _logs(facts: Facts) -> Path:
+    return Path(facts.loaded.settings.container_log_directory)
+
+
+# The driver and its GPUs
+
+
+async def _simulated(facts: Facts) -> Iterable[Finding]:
+    count = facts.loaded.settings.simulate
+    finding = ok("driver", f"-simulate {count}: the GPUs are simulated, and no driver is asked")
+    return [finding, *configured.check_rules(facts.loaded, simulated.simulated_gpus(count))]
+
+
+async def _libraries(facts: Facts) -> Iterable[Finding]:
+    settings = facts.loaded.settings
+    findings = await _look(lambda: list(libraries.check_libraries(settings)))
+    facts.library = await _look(partial(libraries.find_library, Path(settings.host_path)))
+    return findings
+
+
+async def _driver(facts: Facts) -> Iterable[Finding]:
+    settings = facts.loaded.settings
+    if facts.library:
+        facts.answer = await driver.ask(settings)
+
+    def look() -> Iterator[Finding]:
+        yield from driver.check_kernel(facts.host, facts.library, facts.answer)
+        yield driver.check_nvml(facts.host, facts.library, facts.answer)
+        yield from driver.check_gpus(settings, facts.host, facts.answer)
+
+    return await _look(lambda: list(look()))
+
+
+async def _nodes(facts: Facts) -> Iterable[Finding]:
+    dev = Path(facts.loaded.settings.dev_directory)
+    report = facts.answer.report
+
+    def look() -> Iterator[Finding]:
+        yield from nodes.check_nodes(dev, report.gpus if report else ())
+        yield nodes.check_uvm(dev, facts.host)
+        yield nodes.check_links(dev)
+
+    return await _look(lambda: list(look()))
+
+
+async def _rules(facts: Facts) -> Iterable[Finding]:
+    report = facts.answer.report
+    return configured.check_rules(facts.loaded, configured.gpus(report.gpus) if report else None)
+
+
+# The kubelet and the daemon
+
+
+async def _kubelet(facts: Facts) -> Iterable[Finding]:
+    return [await kubelet.check_kubelet(_plugins(facts))]
+
+
+async def _daemon(resource: str, facts: Facts) -> Iterable[Finding]:
+    """Check the daemon that serves a resource, and what the kubelet has of it."""
+    directory = _plugins(facts)
+    daemon = await kubelet.find_daemon(directory, resource)
+    findings = [daemon.finding]
+    if daemon.serves:
+        facts.daemons.append(daemon)
+        if pid := daemon.peer.pid:
+            check = partial(configured.check_daemon_settings, facts.loaded, facts.host.proc, pid)
+            findings.append(await _look(check))
+    return findings + await _look(lambda: list(kubelet.check_registration(directory, daemon)))
+
+
+async def _others(facts: Facts) -> Iterable[Finding]:
+    directory = _plugins(facts)
+    if not await _look(directory.is_dir):
+        return [skip("other plugins", "because the plugin directory is not there")]
+    paths = await _look(partial(kubelet.other_plugins, directory, facts.loaded.policy.resources()))
+    return [await kubelet.check_others(directory, paths)]
+
+
+async def _pod_resources(facts: Facts) -> Iterable[Finding]:
+    return [await kubelet.check_pod_resources(facts.loaded.settings, facts.loaded.policy.resources())]
+
+
+async def _served(facts: Facts) -> Iterable[Finding]:
+    check = partial(served.check_served, facts.loaded.settings.metrics_address, running=bool(facts.daemons))
+    return [await _look(check)]

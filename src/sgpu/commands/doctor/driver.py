@@ -1,0 +1,158 @@
+"""The driver: the kernel's part, NVML's answers, and each GPU. NVML is asked by a process of its own, in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import attrs
+import trio
+
+from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
+from sgpu.commands.doctor.host import Host
+from sgpu.commands.doctor.libraries import Library
+from sgpu.config.settings import Settings
+from sgpu.driver.health import polled_problems
+from sgpu.driver.messages import CallStarted, GpuReport, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.process import run_worker
+from sgpu.lib.sizes import part_of
+
+#: Seconds that the driver gets to answer. A driver that nobody holds open takes some of them to wake its GPUs.
+DEADLINE: Final = 7.0
+#: Seconds that a process which was killed gets to be gone. One that is stuck in the kernel is left to it.
+REAP_TIMEOUT: Final = 0.5
+_MISMATCH: Final = (
+    "the driver was upgraded and its kernel module was not reloaded, or -host-path has an old copy: reboot the "
+    "node (drained), or unload and load the nvidia modules; then restart this pod"
+)
+_LOG: Final = "see `dmesg | grep -iE 'nvrm|xid'` on the host"
+#: In an answer of NVML → what to do about it.
+_ADVICE: Final = {
+    "Driver Not Loaded": f"load the kernel module: `modprobe nvidia` on the host; if that fails {_LOG}",
+    "version mismatch": _MISMATCH,
+    "Insufficient Permissions": "the container may not open the device nodes: it has to be privileged",
+    "Unknown Error": "the container may not open the device nodes: it has to be privileged, with the host's /dev",
+    "not there yet": "see the device nodes below",
+    "no libnvidia-ml could be loaded": "it is there and the loader refuses it: install the driver again",
+    "no GPU to offer": f"the driver finds no GPU, or none that answers: {_LOG}",
+}
+
+
+@attrs.frozen
+class Answer:
+    """What NVML said: a report, or why there is none. `in_call` is the GPU that the last call was about."""
+
+    report: Report | None = None
+    not_ready: str = ""
+    problem: str = ""
+    in_call: str = ""
+    seconds: float = 0.0
+
+
+async def ask(settings: Settings) -> Answer:
+    """Ask NVML once, and wait no longer than the deadline.
+
+    NVML itself may make device nodes that are missing, as it does for `nvidia-smi`, where `nvidia-modprobe` is at hand.
+    """
+    places = (settings.host_path, settings.dev_directory, settings.sysfs_directory)
+    config = WorkerConfig(*places, interval=1.0, once=True, look_only=True)
+    said: list[Message] = []
+    ended: list[trio.Process] = []
+    began = trio.current_time()
+    problem = f"NVML has not answered for {DEADLINE:g} s"
+    with trio.move_on_after(DEADLINE):
+        problem = (await run_worker(config, DEADLINE, ended, said.append)).problem
+    with trio.move_on_after(REAP_TIMEOUT):
+        for process in ended:
+            await process.wait()  # or the daemon, where it is process 1, has a zombie of ours
+    answer = Answer(
+        problem=problem,
+        in_call=next((message.uuid for message in reversed(said) if isinstance(message, CallStarted)), ""),
+        seconds=trio.current_time() - began,
+    )
+    for message in said:
+        if isinstance(message, Report):
+            return attrs.evolve(answer, report=message, problem="")
+        if isinstance(message, NotReady):
+            return attrs.evolve(answer, not_ready=message.reason, problem="")
+    return answer
+
+
+def check_kernel(host: Host, library: Library | None, answer: Answer) -> Iterator[Finding]:
+    """Check the PCI bus, the kernel module, and that the library has its version."""
+    gpus = host.pci_gpus()
+    if gpus:
+        yield ok("PCI bus", f"{len(gpus)} NVIDIA GPU(s): {', '.join(gpus)}")
+    elif gpus is not None:
+        advice = "this node has no GPU: keep the DaemonSet away from it; in a virtual machine, pass the GPU through"
+        yield (warn if answer.report else fail)("PCI bus", "there is no NVIDIA GPU on it", advice)
+    version = host.module_version()
+    if not version:
+        if answer.report:
+            yield ok("kernel module", "its version is not visible from here, but NVML answers")
+        else:
+            message = f"nvidia is not loaded (no {host.proc}/driver/nvidia/version)"
+            yield fail("kernel module", message, f"{_ADVICE['Driver Not Loaded']}; on GKE wait for the installer")
+    elif library and library.version and library.version != version:
+        message = f"nvidia {version} is loaded, and the library is of {library.version} ({library.path})"
+        yield fail("kernel module", message, _MISMATCH)
+    else:
+        same = ", as the library" if library and library.version else ""
+        yield ok("kernel module", f"nvidia {version} is loaded{same}")
+
+
+def check_nvml(host: Host, library: Library | None, answer: Answer) -> Finding:
+    """Check that NVML can be initialized, and answers in time."""
+    if library is None:
+        return skip("NVML", "because there is no library to load")
+    if answer.report:
+        gpus = len(answer.report.gpus) + len(answer.report.problems)
+        message = f"driver {answer.report.driver_version} lists {gpus} GPU(s), after {answer.seconds:.1f} s"
+        version = host.module_version()
+        if version and version != answer.report.driver_version:
+            return fail("NVML", f"{message}, but the kernel module is {version}", _MISMATCH)
+        return ok("NVML", message)
+    if answer.not_ready:
+        advice = next(
+            (advice for message, advice in _ADVICE.items() if message.lower() in answer.not_ready.lower()), _LOG
+        )
+        return fail("NVML", answer.not_ready, advice)
+    about = f"; it was asked about GPU {answer.in_call}" if answer.in_call else ""
+    if "not answered" in answer.problem:
+        advice = "it hangs: reset the GPU or reboot the node (drained); if it is just slow, start nvidia-persistenced"
+        return fail("NVML", f"{answer.problem}{about}", f"{advice}; {_LOG}")
+    return fail("NVML", f"{answer.problem}{about}", f"install the driver again; {_LOG}")
+
+
+def check_gpus(settings: Settings, host: Host, answer: Answer) -> Iterator[Finding]:
+    """Check each GPU that the driver lists, and look for those that it does not."""
+    report = answer.report
+    if report is None:
+        yield skip("GPUs", "because NVML does not answer")
+        return
+    for gpu in report.gpus:
+        yield _gpu(settings, gpu)
+    for problem in report.problems:
+        yield fail("GPUs", problem, f"the others are offered without it; {_LOG}")
+    seen = len(report.gpus) + len(report.problems)
+    if (on_bus := host.pci_gpus()) and len(on_bus) > seen:
+        message = f"there are {len(on_bus)} on the PCI bus, and the driver lists {seen}"
+        yield warn("GPUs", message, f"one has fallen off the bus, or is not the driver's (vfio-pci, excluded): {_LOG}")
+
+
+def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
+    subject = f"GPU {gpu.uuid}"
+    message = f"{gpu.name} at {gpu.pci_bus_id}, {gpu.device_nodes[0]}"
+    if problems := polled_problems(gpu):
+        return fail(subject, f"{message}: {'; '.join(problems)}", f"all its shares are unhealthy until then; {_LOG}")
+    if gpu.figures.memory_total is None or gpu.figures.memory_free is None:
+        return ok(subject, f"{message}, memory unknown")
+    used = gpu.figures.memory_total - gpu.figures.memory_free
+    part = used / gpu.figures.memory_total
+    message += f", {part_of(used, gpu.figures.memory_total)} used"
+    if 0 < settings.memory_watermark < part:
+        message += f", which is above -memory-watermark {settings.memory_watermark:g}"
+        return warn(
+            subject, message, "its free shares are withheld; end pods that use it, which the daemon's log names"
+        )
+    return ok(subject, message)

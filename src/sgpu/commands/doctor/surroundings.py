@@ -1,0 +1,89 @@
+"""What the daemon's own container has: memory, and sight of the host's processes. Knows no GPU and no kubelet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from sgpu.commands.doctor.finding import Finding, ok, warn
+from sgpu.commands.doctor.host import Host
+from sgpu.driver.kernelmodule import read_text
+from sgpu.lib.sizes import MIB
+from sgpu.pods.processes import UnattributableError, check_namespace
+
+#: Bytes. The daemon and the driver's process are 50 to 55 MiB, whether with 2 GPUs or with 16 of 1000 shares; further
+#: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
+ENOUGH: Final = 100 * MIB
+#: Above this, a limit of cgroup v1 is none: it has no other word for that.
+_NO_LIMIT: Final = 1 << 60
+
+
+def check_memory(host: Host) -> Finding:
+    """Check the memory limit of this process's cgroup, which in the daemon's pod is the daemon's."""
+    subject = "memory limit"
+    limits = [limit for group in _groups(host) if (limit := _limit(group)) is not None]
+    killed = sum(_killed(group) for group in _groups(host)[:1])
+    limit = min(limits, default=None)
+    message = "no limit" if limit is None else f"{limit / MIB:.0f} MiB"
+    if killed:
+        message += f", and {killed} process(es) were killed for want of it"
+        return warn(subject, message, f"raise resources.limits.memory of the container, to {ENOUGH // MIB}Mi or more")
+    if limit is not None and limit < ENOUGH:
+        message += ", which is too little for many GPUs or a driver that hangs"
+        return warn(subject, message, f"set resources.limits.memory of the container to {ENOUGH // MIB}Mi or more")
+    return ok(subject, message)
+
+
+def check_processes(proc: Path) -> Finding:
+    """Check that the processes that NVML lists can be found."""
+    subject = "host's processes"
+    try:
+        check_namespace(proc)
+    except UnattributableError as error:
+        problem, _, advice = str(error).partition("; ")
+        return warn(subject, f"{problem}: GPU memory can't be attributed to pods", advice)
+    return ok(subject, f"visible in {proc}")
+
+
+def check_container_logs(directory: Path) -> Finding:
+    """Check that the links that name each container's pod are there."""
+    if directory.is_dir() and any(directory.iterdir()):
+        return ok("container logs", f"{directory} names the containers of this node")
+    message = (
+        f"{directory} {'is empty' if directory.is_dir() else 'is not there'}: processes can't be attributed to pods"
+    )
+    return warn(
+        "container logs",
+        message,
+        "mount /var/log/containers of the host there, read-only, or set -container-log-directory",
+    )
+
+
+def _groups(host: Host) -> list[Path]:
+    """Return the directories of the cgroups (v1 or v2) that limit this process, its own first."""
+    groups = []
+    for line in read_text(host.proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = host.sysfs / "fs/cgroup" / ("memory" if controllers else "")
+        own = root / path.lstrip("/")
+        # A container sees its own group as the root, though the path may still be the host's.
+        groups += [group for group in (own, *own.parents) if group == root or root in group.parents]
+    return groups
+
+
+def _limit(group: Path) -> int | None:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = read_text(group / name).strip()
+        if text.isdecimal() and int(text) < _NO_LIMIT:
+            return int(text)
+    return None
+
+
+def _killed(group: Path) -> int:
+    for name in ("memory.events", "memory.oom_control"):
+        for line in read_text(group / name).splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -1,0 +1,250 @@
+"""argv, environment and file → Settings, and where each value came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from sgpu.config.settings import SETTINGS, Settings, endpoint
+from sgpu.config.values import BOOLEAN, RESOURCE, SHARES, Kind
+from sgpu.driver.xids import XidPolicy, parse_numbers
+from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
+from sgpu.lib.logs import printable
+from sgpu.node.policy import BUS_ID, Policy, Rule
+
+if TYPE_CHECKING:
+    from sgpu.config.file import Entry
+
+ENVIRONMENT_PREFIX: Final = "SGPU_"
+#: What an entry of `gpus` in the file names GPUs by, and all that it takes.
+SELECTORS: Final = ("uuid", "pci-bus-id", "name")
+RULE_KINDS: Final = {
+    "uuid": Kind("a GPU's UUID, as `nvidia-smi -L` shows it", str, lambda value: value.upper().startswith("GPU-")),
+    "pci-bus-id": Kind("a PCI bus id, as in 0000:3b:00.0", str, lambda value: bool(BUS_ID.fullmatch(value))),
+    "name": Kind("a pattern of product names, as in *A100*", str, bool),
+    "shares": SHARES,
+    "resource": RESOURCE,
+    "exclude": BOOLEAN,
+}
+#: Two names of one setting: the daemon polls the driver and looks at pods together.
+INTERVALS: Final = ("sample-interval", "health-interval")
+CONFIG: Final = Kind("the path of a YAML file", str, bool)
+#: Flags that do something instead of setting something.
+ACTIONS: Final = ("help", "h", "version", "print-config")
+
+
+class UsageError(Exception):
+    """What the user gave can't be used. One line: the setting, where it came from, what it takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+@attrs.frozen
+class Flags:
+    """A command line taken apart. `values` has the text of each setting that was given, the last one winning;
+    `options` the value of each option of a command.
+    """
+
+    values: Mapping[str, str]
+    actions: frozenset[str]
+    positional: tuple[str, ...]
+    options: Mapping[str, Any] = attrs.Factory(dict)
+
+
+@attrs.frozen
+class Loaded:
+    """The effective settings, for each the place that it came from, and what each GPU is offered as."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+    policy: Policy
+    file: str = ""  # the -config file, if there is one
+    xids: XidPolicy = attrs.Factory(XidPolicy)
+    warnings: tuple[str, ...] = ()  # what was set and is not used as it was
+
+
+def parse_flags(arguments: Sequence[str], options: Mapping[str, Kind] | None = None) -> Flags:
+    """Take a command line apart as Go's `flag` package does: `-flag value`, `-flag=value`, one dash or two.
+
+    A boolean takes its value only behind `=`. `options` are flags that a command takes beside the settings. Raises
+    UsageError for a flag that is unknown or lacks its value.
+    """
+    options = options or {}
+    kinds = {**{name: _kind(name) for name in SETTINGS}, "config": CONFIG, **options}
+    values: dict[str, str] = {}
+    actions: set[str] = set()
+    positional: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            positional.extend(rest)
+        elif not argument.startswith("-") or argument == "-":
+            positional.append(argument)
+        else:
+            name, equals, value = argument[2 if argument.startswith("--") else 1 :].partition("=")
+            if name in ACTIONS:
+                if _check(name, value if equals else "true", "command line", BOOLEAN, BOOLEAN.from_text):
+                    actions.add(name)
+                continue
+            if name not in kinds:
+                raise UsageError(f"unknown flag {argument.split('=')[0]} (see -help)")
+            if not equals:
+                value = "true" if kinds[name].type is bool else next(rest, "")
+            if not value and (name == "config" or not equals):
+                raise UsageError(f"-{name} (command line) needs a value: {kinds[name].takes}")
+            values[name] = value
+    chosen = {
+        name: _check(name, values.pop(name), "command line", kind, kind.from_text)
+        for name, kind in options.items()
+        if name in values
+    }
+    return Flags(values, frozenset(actions), tuple(positional), chosen)
+
+
+def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
+    """Return the effective settings: flag beats environment beats file beats default. Raises UsageError.
+
+    Variables with our prefix that name no setting are left alone: Kubernetes makes some for a Service named `sgpu`.
+    """
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(SETTINGS, "default")
+
+    def take(name: str, value: object, origin: str) -> None:
+        values[name], origins[name] = value, origin
+
+    config, config_origin = _config_path(flags, environment)
+    rules: tuple[Rule, ...] = ()
+    for name, entry in _read_file(config, config_origin).items() if config else ():
+        if name == "gpus":
+            rules = _rules(entry, config)
+        elif name in SETTINGS:
+            kind = _kind(name)
+            take(name, _check(name, _plain(entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
+        else:
+            raise UsageError(
+                f"unknown key {name!r} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
+            )
+    for name in SETTINGS:
+        variable = _variable(name)
+        if variable in environment:
+            take(name, _from_text(name, environment[variable], variable), variable)
+    for name, text in flags.items():
+        if name in SETTINGS:
+            take(name, _from_text(name, text, "command line"), "command line")
+    warnings = _merge_intervals(values, origins)
+    settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
+    policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules)
+    _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
+    for rule in rules:
+        if rule.resource:
+            _check_socket_path(settings, rule.resource, f"gpus: resource ({rule.place})", origins)
+    return Loaded(settings, origins, policy, config, _xid_policy(settings, origins), warnings)
+
+
+def _merge_intervals(values: dict[str, Any], origins: dict[str, str]) -> tuple[str, ...]:
+    """Give the two names of the one interval the same value, and return a warning where they were set to two."""
+    given = {name: values[name] for name in INTERVALS if name in values}
+    if not given:
+        return ()
+    winner = min(given, key=lambda name: given[name])
+    for name in INTERVALS:
+        values[name], origins[name] = values[winner], origins[winner]
+    if len(set(given.values())) == 1:
+        return ()
+    both = " and ".join(f"-{name} {value:g}" for name, value in given.items())
+    return (f"{both} are one setting: the smaller counts, {values[winner]:g} s; leave one out",)
+
+
+def _xid_policy(settings: Settings, origins: Mapping[str, str]) -> XidPolicy:
+    try:
+        return XidPolicy(parse_numbers(settings.ignore_xids), parse_numbers(settings.critical_xids))
+    except ValueError as error:
+        places = f"-ignore-xids ({origins['ignore-xids']}) and -critical-xids ({origins['critical-xids']})"
+        raise UsageError(f"{places} contradict each other: {error}") from error
+
+
+def _config_path(flags: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, str]:
+    if "config" in flags:
+        return flags["config"], "command line"
+    return environment.get(_variable("config"), ""), _variable("config")
+
+
+def _read_file(path: str, origin: str) -> Mapping[str, Entry]:
+    from sgpu.config import file  # here, because a daemon without a file should not pay for YAML
+
+    try:
+        return file.read(Path(path))
+    except file.ConfigFileError as error:
+        raise UsageError(f"-config {path} ({origin}) {error}") from error
+
+
+def _rules(entry: Entry, path: str) -> tuple[Rule, ...]:
+    """Return the rules per GPU, the value of the file's key `gpus`."""
+    if not isinstance(entry.value, list):
+        raise UsageError(f"gpus ({path}:{entry.line}) takes a list of entries, as in `- uuid: …`")
+    rules = tuple(_rule(item.value, f"{path}:{item.line}") for item in entry.value)
+    for number, rule in enumerate(rules):
+        for other in rules[:number]:
+            if (rule.uuid, rule.pci_bus_id, rule.name) == (other.uuid, other.pci_bus_id, other.name):
+                raise UsageError(f"gpus: {other} and {rule} are about the same GPUs")
+    return rules
+
+
+def _rule(fields: object, place: str) -> Rule:
+    if not isinstance(fields, dict):
+        raise UsageError(f"gpus: an entry ({place}) is a mapping, as in `uuid: …`")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if not isinstance(name, str) or name not in RULE_KINDS:
+            raise UsageError(f"gpus: unknown key {name!r} ({place}); an entry takes {', '.join(RULE_KINDS)}")
+        kind = RULE_KINDS[name]
+        try:
+            values[name.replace("-", "_")] = kind.from_file(value)
+        except ValueError:
+            raise UsageError(f"gpus: {name}: {value!r} ({place}) is not {kind.takes}") from None
+    if sum(name in fields for name in SELECTORS) != 1:
+        raise UsageError(f"gpus: an entry ({place}) takes exactly one of {', '.join(SELECTORS)}")
+    if not values.keys() & {"shares", "resource"} and not values.get("exclude"):
+        raise UsageError(f"gpus: an entry ({place}) says nothing: it takes shares, resource or exclude too")
+    if values.get("exclude") and len(values) > 2:  # the selector and exclude
+        raise UsageError(f"gpus: an entry ({place}) that excludes takes neither shares nor resource")
+    return Rule(place=place, **values)
+
+
+def _from_text(name: str, text: str, origin: str) -> object:
+    kind = _kind(name)
+    return _check(name, text, origin, kind, kind.from_text)
+
+
+def _check(name: str, value: object, origin: str, kind: Kind, convert: Any) -> object:  # noqa: ANN401
+    try:
+        return convert(value)
+    except ValueError:
+        raise UsageError(f"-{name}: {value!r} ({origin}) is not {kind.takes}") from None
+
+
+def _plain(value: object) -> object:
+    return [entry.value for entry in value] if isinstance(value, list) else value
+
+
+def _check_socket_path(settings: Settings, resource: str, named: str, origins: Mapping[str, str]) -> None:
+    path = PurePosixPath(settings.plugin_directory) / endpoint(resource)
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise UsageError(
+            f"-plugin-directory ({origins['plugin-directory']}) and {named} are too long together: "
+            f"{path} is the path of a socket, which takes at most {MAX_SOCKET_PATH_BYTES} bytes"
+        )
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.replace("-", "_").upper()
+
+
+def _kind(name: str) -> Kind:
+    kind: Kind = SETTINGS[name].metadata["kind"]
+    return kind

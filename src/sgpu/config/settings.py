@@ -1,0 +1,107 @@
+"""Every setting: its default, the values it takes, what it means. Values only."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import attrs
+
+from sgpu.config.values import (
+    ADDRESS,
+    BOOLEAN,
+    FILE,
+    NUMBERS,
+    PATH,
+    RESOURCE,
+    SHARES,
+    Kind,
+    choice,
+    fraction,
+    integer,
+    seconds,
+)
+
+
+def setting(default: object, kind: Kind, meaning: str) -> Any:  # noqa: ANN401  # attrs' fields are typed so
+    """Return a field of Settings that a user can set."""
+    return attrs.field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """The daemon's settings. A field's flag is its name with dashes (`host_path`: `-host-path`)."""
+
+    host_path: str = setting(
+        "/home/kubernetes/bin/nvidia",
+        PATH,
+        "directory on the host with the NVIDIA libraries; also where libnvidia-ml is loaded from",
+    )
+    container_path: str = setting(
+        "/usr/local/nvidia", PATH, "where that directory is mounted, read-only, in containers"
+    )
+    plugin_directory: str = setting(
+        "/device-plugin", PATH, "directory of kubelet.sock, where the plugin's own socket goes"
+    )
+    gpu_duplication_factor: int = setting(100, SHARES, "shares per GPU")
+    resource_name: str = setting("deepomatic.com/shared-gpu", RESOURCE, "name of the extended resource")
+    dev_directory: str = setting("/dev", PATH, "where the device nodes are")
+    sysfs_directory: str = setting("/sys", PATH, "where the kernel lists PCI devices with their NUMA nodes")
+    proc_directory: str = setting(
+        "/proc", PATH, "the host's processes, to attribute GPU memory to pods (needs hostPID)"
+    )
+    container_log_directory: str = setting(
+        "/var/log/containers", PATH, "the kubelet's links to container logs, whose names attribute processes to pods"
+    )
+    placement: str = setting(
+        "spread", choice("spread", "pack"), "which GPU a pod gets: the one with most room, or the fullest"
+    )
+    multi_share: str = setting(
+        "distinct",
+        choice("distinct", "same", "strict-distinct"),
+        "whether several shares of one container come from different GPUs or from the same",
+    )
+    memory_watermark: float = setting(
+        0.95, fraction(), "part of a GPU's memory above which its free shares are withheld; 0: never"
+    )
+    sample_interval: float = setting(
+        5.0, seconds(0.1, 3600), "seconds between polls of the driver and looks at pods: health, memory, utilization"
+    )
+    pod_resources_socket: str = setting(
+        "/var/lib/kubelet/pod-resources/kubelet.sock",
+        PATH,
+        "socket on which the kubelet lists the containers that have shares",
+    )
+    framework_hints: bool = setting(
+        True, BOOLEAN, "set variables that keep TensorFlow and JAX from taking a whole GPU as they start"
+    )
+    health_interval: float = setting(
+        5.0, seconds(0.1, 3600), "another name for -sample-interval; where both are set, the smaller counts"
+    )
+    driver_timeout: float = setting(10.0, seconds(0.1, 3600), "seconds after which a call of the driver counts as hung")
+    ignore_xids: str = setting("", NUMBERS, "XIDs to ignore, in addition to those that docs/xids.md ignores")
+    critical_xids: str = setting("", NUMBERS, "XIDs after which the GPU needs a reset, overriding docs/xids.md")
+    state_file: str = setting(
+        "/run/sgpu/state.json",
+        FILE,
+        "where faults are kept over a restart of sgpu in the same boot; empty: nowhere",
+    )
+    metrics_address: str = setting(
+        ":2112", ADDRESS, "address of metrics and probes; without a host: all interfaces; empty: not served"
+    )
+    status_socket: str = setting("/run/sgpu/status.sock", FILE, "socket for `sgpu status`, for root only; empty: none")
+    simulate: int = setting(0, integer(0, 64), "number of simulated GPUs to offer instead of real ones; 0: none")
+    simulate_faults: str = setting(
+        "", FILE, "with -simulate: file with the numbers of unhealthy GPUs, one per line; read while running"
+    )
+    log_format: str = setting("text", choice("text", "json"), "format of the log's lines")
+    v: int = setting(0, integer(0, 10), "verbosity of the log; 1 and more: debug messages")
+    logtostderr: bool = setting(True, BOOLEAN, "accepted for the manifests that have it; the log always goes there")
+
+
+def endpoint(resource: str) -> str:
+    """Return the name of the plugin's socket: one for each resource, whichever process serves it."""
+    return f"sgpu-{resource.replace('/', '_')}.sock"
+
+
+#: Flag (without the dash) → field.
+SETTINGS: Final = {field.name.replace("_", "-"): field for field in attrs.fields(Settings)}

@@ -1,0 +1,129 @@
+"""The types of value that settings take, from text and from YAML. Imports nothing of sgpu."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import attrs
+
+#: DNS-1123 subdomain and qualified name, as `k8s.io/apimachinery/pkg/util/validation` has them.
+_LABEL: Final = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_DOMAIN: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+_NAME: Final = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
+#: Characters. The kubelet also checks `requests.` + the name, which must be a subdomain as well.
+_DOMAIN_LENGTH: Final = 253 - len("requests.")
+_NAME_LENGTH: Final = 63
+#: As people write numbers; `int` takes more (underscores, blanks, other scripts' digits).
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
+_DECIMAL: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_ADDRESS: Final = re.compile(
+    r"(\[(?P<v6>[0-9a-fA-F:.]+(%[\w.-]+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
+)
+_MAX_PORT: Final = 65535
+#: What Go's flag package takes, in any case.
+_BOOLEANS: Final = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+@attrs.frozen
+class Kind:
+    """What a setting takes. `check` says whether a value of the right type is in range."""
+
+    takes: str
+    type: type
+    check: Callable[[Any], bool]
+    example: str = "VALUE"
+    #: A type that YAML may give the same thing in a file: `5` for seconds, `79` for a list of one number.
+    also: object = None
+
+    def from_text(self, text: str) -> object:
+        """Return the value of a flag or an environment variable. Raises ValueError."""
+        value: object = text
+        if self.type is int:
+            value = int(text) if _INTEGER.fullmatch(text) else text
+        elif self.type is float:
+            value = float(text) if _DECIMAL.fullmatch(text) else text
+        elif self.type is bool:
+            value = _BOOLEANS.get(text.lower())
+        return self.from_file(value)
+
+    def from_file(self, value: object) -> object:
+        """Return the value of a key in the file, which has a type already. Raises ValueError."""
+        if type(value) is self.also:
+            value = self.type(value)
+        if type(value) is not self.type or not self.check(value):
+            raise ValueError(value)
+        return value
+
+
+def integer(low: int, high: int) -> Kind:
+    """Take a whole number in a range, both ends included."""
+    return Kind(f"a whole number from {low} to {high}", int, lambda value: low <= value <= high, "N")
+
+
+def choice(*words: str) -> Kind:
+    """Take one of a few words."""
+    return Kind(" or ".join(words), str, lambda value: value in words, "|".join(words))
+
+
+def is_extended_resource(name: str) -> bool:
+    """Return whether Kubernetes takes `name` for an extended resource (`IsExtendedResourceName`)."""
+    domain, _, rest = name.partition("/")
+    return (
+        "kubernetes.io/" not in name
+        and not name.startswith("requests.")
+        and len(domain) <= _DOMAIN_LENGTH
+        and len(rest) <= _NAME_LENGTH
+        and _DOMAIN.fullmatch(domain) is not None
+        and _NAME.fullmatch(rest) is not None
+    )
+
+
+def seconds(low: float, high: float) -> Kind:
+    """Take a number of seconds in a range, both ends included."""
+    return Kind(
+        f"a number of seconds from {low:g} to {high:g}", float, lambda value: low <= value <= high, "SECONDS", int
+    )
+
+
+def fraction() -> Kind:
+    """Take a part of a whole, from 0 to 1."""
+    return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART", int)
+
+
+def split_address(text: str) -> tuple[str, int] | None:
+    """Host (empty: all interfaces) and port (0: any free one) of an address; None if it is none."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or int(found["port"]) > _MAX_PORT:
+        return None
+    return found["v6"] or found["host"], int(found["port"])
+
+
+def _are_numbers(text: str) -> bool:
+    return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
+
+
+BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
+PATH: Final = Kind(
+    "an absolute path", str, lambda value: PurePosixPath(value).is_absolute() and "\0" not in value, "PATH"
+)
+FILE: Final = Kind(
+    "the path of a file",
+    str,
+    lambda value: "\0" not in value and (not value or bool(PurePosixPath(value).name)),
+    "FILE",
+)
+ADDRESS: Final = Kind(
+    "an address as in :2112, 127.0.0.1:2112 or [::1]:2112, or nothing",
+    str,
+    lambda value: not value or split_address(value) is not None,
+    "HOST:PORT",
+)
+SHARES: Final = integer(1, 100_000)
+NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N", int)
+RESOURCE: Final = Kind(
+    "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
+)

@@ -1,0 +1,92 @@
+"""The kubelet's free share ids and the loads of their units → the shares that a container should get.
+
+Pure: knows neither trio, nor purerpc, nor NVML.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate, islice
+
+from sgpu.node.rank import MultiShare, Placement, UnitLoad, rank
+from sgpu.node.shares import ids, unit_of
+
+
+def preferred(
+    available: Iterable[str],
+    must_include: Iterable[str],
+    size: int,
+    loads: Mapping[str, UnitLoad],
+    placement: Placement,
+    multi_share: MultiShare,
+) -> list[str]:
+    """Return `size` ids: all of `must_include`, then `available` ones, grouped by unit, the lowest numbers of each.
+
+    Fewer when there are not as many. `loads` has every unit by UUID; ids of other units, or of shares that a unit does
+    not have, are never chosen. The caller has chosen which units are available (those of a NUMA node, say).
+    """
+    chosen = list(dict.fromkeys(must_include))
+    rest = size - len(chosen)
+    if rest <= 0:
+        return chosen
+    free = set(available)
+    free.difference_update(chosen)
+    choice, allocated = {}, {}
+    for uuid, load in loads.items():
+        # A unit's own ids are looked up among the free ones, rather than those parsed: they come unordered, thousands
+        # of them, and some may be no share's. And no more than could be used, as mostly the first few are free.
+        limit = rest if load.allocated is not None else None
+        if some := list(islice(filter(free.__contains__, ids(uuid, load.shares)), limit)):
+            choice[uuid] = some
+            allocated[uuid] = load.allocated if load.allocated is not None else load.shares - len(some)
+    ranked = rank({uuid: loads[uuid] for uuid in sorted(choice)}, allocated, placement)
+    rooms = {uuid: len(choice[uuid]) for uuid in ranked}
+    used = Counter(map(unit_of, chosen))
+    divide = _on_few if multi_share is MultiShare.SAME else _on_many
+    for uuid, count in divide(rooms, used, rest).items():
+        chosen += choice[uuid][:count]
+    return chosen
+
+
+# Both ways to divide a request take the room on each GPU (best GPU first), how many of its shares the container has
+# already, and how many more it needs. They return how many come from which GPU.
+
+
+def _on_many(rooms: Mapping[str, int], used: Mapping[str, int], rest: int) -> Mapping[str, int]:
+    """Take each from the unit the container has least of: units are reused only when all are used, and evenly."""
+    counts: Counter[str] = Counter()
+    heap = [(used.get(uuid, 0), rank, uuid) for rank, uuid in enumerate(rooms)]
+    heapq.heapify(heap)
+    while heap and rest:
+        level, rank, uuid = heapq.heappop(heap)
+        counts[uuid] += 1
+        rest -= 1
+        if counts[uuid] < rooms[uuid]:
+            heapq.heappush(heap, (level + 1, rank, uuid))
+    return counts
+
+
+def _on_few(rooms: Mapping[str, int], used: Mapping[str, int], rest: int) -> Mapping[str, int]:
+    """From the GPUs the container has already, then from as few others as can do."""
+    counts: dict[str, int] = {}
+    for pool in ([uuid for uuid in rooms if uuid in used], [uuid for uuid in rooms if uuid not in used]):
+        left = {uuid: rooms[uuid] for uuid in pool}
+        amount = min(rest - sum(counts.values()), sum(left.values()))
+        while amount:
+            # The best GPU with which it takes no more of them than it must: a lone one has room for the whole rest.
+            fewest = _fewest(left.values(), amount)
+            uuid = next(
+                uuid
+                for uuid in left
+                if _fewest([room for other, room in left.items() if other != uuid], amount - left[uuid]) < fewest
+            )
+            counts[uuid] = min(left.pop(uuid), amount)
+            amount -= counts[uuid]
+    return counts
+
+
+def _fewest(rooms: Collection[int], amount: int) -> int:
+    """Return how many of the rooms it takes to hold `amount`; one more than there are if they can't."""
+    return sum(total < amount for total in accumulate(sorted(rooms, reverse=True), initial=0))

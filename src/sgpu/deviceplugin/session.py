@@ -1,0 +1,170 @@
+"""Stay registered with the kubelet for one resource. Knows what ends a session; not what a GPU is."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import trio
+
+from sgpu import rpc
+from sgpu.config.settings import endpoint
+from sgpu.deviceplugin import registration
+from sgpu.deviceplugin.registration import RegistrationFailedError
+from sgpu.deviceplugin.servicer import PluginContext, Streams, options, plugin_routes
+from sgpu.lib.concurrency import race
+from sgpu.lib.files import content_identity
+from sgpu.lib.inotify import Directory, open_directory
+from sgpu.lib.logs import OnChange
+from sgpu.lib.retry import growing_delays
+from sgpu.observe.counters import Counters
+from sgpu.observe.registrations import Registrations
+from sgpu.observe.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between attempts to register. Growing, so that a kubelet that is just about to listen is not waited for
+#: longer than need be, and an absent one costs little.
+FIRST_RETRY: Final = 0.001
+LAST_RETRY: Final = 5.0
+#: Seconds without a ListAndWatch stream after which a registration counts as lost. A kubelet opens it at once.
+STREAM_GRACE: Final = 10.0
+#: Seconds that the kubelet gets to let go of the old session's connection. Its own clean-up takes milliseconds;
+#: a registration before it is done would be cleaned up with it.
+DRAIN_TIMEOUT: Final = 2.0
+#: Seconds that the longest attempt to register takes: three versions of the API are tried.
+ATTEMPT_TIMEOUT: Final = 3 * registration.REGISTER_TIMEOUT + LAST_RETRY
+
+
+def loop_name(resource: str) -> str:
+    """Return what the watchdog calls the loop that keeps a resource registered."""
+    return f"registration of {resource}"
+
+
+async def stay_registered(
+    plugins: Path, context: PluginContext, registrations: Registrations, counters: Counters, watchdog: Watchdog
+) -> NoReturn:
+    """Keep a resource registered in the plugin directory, one session after the other.
+
+    A session ends when the kubelet restarts or forgets the plugin. Raises rpc.AddressInUseError.
+    """
+    session = Session(context, registrations, counters, watchdog)
+    problem = OnChange(logger, logging.WARNING)
+    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
+    while True:
+        session.expect_attempt()
+        try:
+            with open_directory(plugins) as directory:
+                while True:
+                    reason = await session.run(directory)
+                    logger.info("registering %s again: %s", context.resource, reason)
+                    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
+                    session.expect_attempt()
+        except OSError as error:  # the directory is not there yet, or is just being replaced
+            problem.report(f"waiting for {plugins}: {error}; -plugin-directory has to be the kubelet's, and writable")
+            await trio.sleep(next(delays))
+
+
+class Session:
+    """What sessions of one resource have in common."""
+
+    def __init__(
+        self, context: PluginContext, registrations: Registrations, counters: Counters, watchdog: Watchdog
+    ) -> None:
+        self._context = context
+        self._resource = context.resource
+        self._registrations = registrations
+        self._counters = counters
+        self._watchdog = watchdog
+        self._problem = OnChange(logger, logging.WARNING)
+
+    def expect_attempt(self) -> None:
+        """Let the watchdog expect the end of an attempt to register."""
+        self._watchdog.arm(loop_name(self._resource), ATTEMPT_TIMEOUT)
+
+    async def run(self, directory: Directory) -> str:
+        """Listen, register, and serve until another registration is due. Returns why it is.
+
+        Raises OSError when the plugin directory can't be used, rpc.AddressInUseError when another process serves there.
+        """
+        socket = directory.path / endpoint(self._resource)
+        # The watch comes first, so that no change is missed; a listening socket already queues connections.
+        directory.renew()
+        with rpc.listen(socket) as listener, self._registrations.session(self._resource) as registered:
+            ours = rpc.identity(socket)
+            streams = Streams(registered)
+            table = plugin_routes(self._context, streams)
+            async with trio.open_nursery() as connections:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(directory.watch)
+                    handler = partial(rpc.serve_connection, table, ended=self._counters.called)
+                    nursery.start_soon(partial(trio.serve_listeners, handler, [listener], handler_nursery=connections))
+                    reason = await race(
+                        partial(_wait_socket_gone, directory, socket, ours),
+                        partial(self._stay_registered, directory, streams),
+                    )
+                    nursery.cancel_scope.cancel()
+                # End the streams and let the kubelet hang up: it then forgets whatever has this resource's name, so it
+                # must not receive a new registration before.
+                streams.ending.set()
+                connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
+        return reason
+
+    async def _stay_registered(self, directory: Directory, streams: Streams) -> str:
+        """Register, however often it takes, then wait until the kubelet was replaced or has no stream open."""
+        path = directory.path / registration.SOCKET
+        delays = growing_delays(FIRST_RETRY, LAST_RETRY)
+        while True:
+            self.expect_attempt()
+            with registration.pinned(path) as pin:
+                kubelet = content_identity(path)
+                attempt = partial(self._register, path)
+                # Where there was none, whoever answers now is the new one.
+                registered = await (race(attempt, partial(_overtaken, directory, pin)) if pin else attempt())
+                self._registrations.attempted(self._resource, kubelet, registered)
+                if registered:
+                    self._watchdog.disarm(loop_name(self._resource))
+                    return await race(
+                        partial(_wait_kubelet_replaced, directory, pin), partial(_wait_no_stream, streams)
+                    )
+                with trio.move_on_after(next(delays)) as scope:
+                    await directory.wait_until(lambda: rpc.identity(path) != pin)
+                if not scope.cancelled_caught:
+                    # A socket that was just made is about to be listened on.
+                    delays = growing_delays(FIRST_RETRY, LAST_RETRY)
+
+    async def _register(self, kubelet_socket: Path) -> bool:
+        try:
+            version = await registration.register(kubelet_socket, endpoint(self._resource), self._resource, options())
+        except RegistrationFailedError as error:
+            self._problem.report(f"{self._resource} is not registered: {error}")
+            return False
+        self._problem.clear()
+        logger.info("registered %s with the kubelet (%s)", self._resource, version)
+        return True
+
+
+async def _wait_socket_gone(directory: Directory, socket: Path, ours: rpc.Identity | None) -> str:
+    """Wait until our socket is gone: a kubelet that starts removes all sockets before it makes its own."""
+    # It may do so before we have even looked which file is ours.
+    await directory.wait_until(lambda: ours is None or rpc.identity(socket) != ours)
+    return f"{socket} was removed"
+
+
+async def _overtaken(directory: Directory, asked: rpc.Identity | None) -> bool:
+    """Wait until there is another kubelet to ask: the one that was asked may be gone, or going, and never answer."""
+    await _wait_kubelet_replaced(directory, asked)
+    return False
+
+
+async def _wait_kubelet_replaced(directory: Directory, registered: rpc.Identity | None) -> str:
+    path = directory.path / registration.SOCKET
+    await directory.wait_until(lambda: rpc.identity(path) not in (None, registered))
+    return "the kubelet restarted"
+
+
+async def _wait_no_stream(streams: Streams) -> str:
+    await streams.wait_lost(STREAM_GRACE)
+    return f"the kubelet has had no ListAndWatch stream open for {STREAM_GRACE:.0f} s"

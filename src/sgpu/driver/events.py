@@ -1,0 +1,106 @@
+"""NVML's events, from a thread of their own: they arrive also while a call about some GPU does not return.
+
+Runs in the driver's process. Knows neither trio nor what becomes of the events.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Final
+
+from sgpu.driver.messages import DriverEvent, EventKind, Message
+from sgpu.driver.nvml import EventSet, EventType, Handle, Library, NvmlError
+
+#: Longest wait for events, in seconds: the library can't be closed before it ends.
+EVENT_WAIT: Final = 0.5
+#: Seconds after which that wait counts as one that never returns.
+EVENT_TIMEOUT: Final = 5.0
+#: The events that may mean that a GPU can't be used.
+EVENTS: Final = {
+    EventType.XID_CRITICAL: EventKind.XID,
+    EventType.DOUBLE_BIT_ECC: EventKind.DOUBLE_BIT_ECC,
+    EventType.NON_FATAL_POISON: EventKind.NON_FATAL_POISON,
+    EventType.FATAL_POISON: EventKind.FATAL_POISON,
+    EventType.GPU_UNAVAILABLE: EventKind.GPU_UNAVAILABLE,
+    EventType.RECOVERY_ACTION: EventKind.RECOVERY_ACTION,
+}
+
+
+class EventListener(threading.Thread):
+    """Emits events as they come. `wake` is set when an event asks for a poll, and when listening has failed."""
+
+    def __init__(self, events: EventSet, emit: Callable[[Message], None], wake: threading.Event) -> None:
+        super().__init__(name="events", daemon=True)
+        self.failed = False
+        self._events = events
+        self._emit = emit
+        self._wake = wake
+        self._registered: set[str] = set()
+        self._started_once = False
+        self._ending = threading.Event()
+
+    def register(self, uuid: str, handle: Handle) -> None:
+        """Listen to this GPU from now on, if it has events: that it has none, or refuses, is no fault."""
+        if uuid not in self._registered:
+            with suppress(NvmlError):
+                self._events.register(handle, sum(EVENTS))
+                self._registered.add(uuid)
+
+    def listen(self) -> None:
+        """Start emitting, if that was not done: what happened since the registration comes first."""
+        if not self._started_once:
+            self._started_once = True
+            self.start()
+
+    def run(self) -> None:
+        try:
+            while not self._ending.is_set():
+                event = self._events.wait(int(EVENT_WAIT * 1000))
+                if event and event.type in EVENTS:
+                    message = DriverEvent(event.uuid, EVENTS[event.type], event.data)
+                    self._emit(message)
+                    if message.asks_for_poll:
+                        self._wake.set()
+        except (NvmlError, OSError):
+            self.failed = True
+            self._wake.set()
+
+    def end(self) -> None:
+        """Stop listening. If the wait for events never returns, the process ends: the library can't be closed then."""
+        self._ending.set()
+        if self._started_once:
+            self.join(EVENT_TIMEOUT)
+        if self.is_alive():
+            os._exit(0)
+
+
+class NoEvents:
+    """Stands in where the driver knows no events: that is no fault, polls do without."""
+
+    failed = False
+
+    def register(self, uuid: str, handle: Handle) -> None:
+        pass
+
+    def listen(self) -> None:
+        pass
+
+
+@contextmanager
+def event_listener(
+    library: Library, emit: Callable[[Message], None], wake: threading.Event
+) -> Iterator[EventListener | NoEvents]:
+    """Open a listener for this library; it is stopped at the end."""
+    wake.clear()
+    with ExitStack() as stack:
+        try:
+            events = stack.enter_context(library.event_set())
+        except NvmlError:
+            yield NoEvents()
+            return
+        listener = EventListener(events, emit, wake)
+        stack.callback(listener.end)
+        yield listener

@@ -1,0 +1,174 @@
+"""Reports and events of the driver → the node's GPUs, each with a condition. The verdicts themselves are `health`'s.
+
+Decides at once and waits for nothing; knows neither processes nor gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+import trio
+
+from sgpu.driver import health
+from sgpu.driver.health import Clearance, Condition, Fault, FaultRecord
+from sgpu.driver.messages import DriverEvent, EventKind, Failure, GpuReport, NotReady, Report
+from sgpu.driver.xids import XidClass, XidPolicy, describe
+from sgpu.lib.concurrency import Broadcast
+from sgpu.lib.logs import OnChange
+from sgpu.node.gpu import Gpu, Health
+from sgpu.node.state import NodeState
+
+logger = logging.getLogger(__name__)
+
+#: Events other than XIDs that are a fault by themselves.
+EVENT_FAULTS: Final = {
+    EventKind.DOUBLE_BIT_ECC: ("a double-bit ECC error; reset the GPU", Clearance.RESET),
+    EventKind.NON_FATAL_POISON: ("poisoned memory was contained; its application was stopped", Clearance.QUARANTINE),
+    EventKind.FATAL_POISON: ("poisoned memory was not contained; reset the GPU", Clearance.RESET),
+    EventKind.GPU_UNAVAILABLE: ("the GPU is unavailable; reset it, or reboot the node", Clearance.RESET),
+}
+
+
+def boot_time() -> float:
+    """Return the seconds since the boot, a clock that nobody sets: quarantines are measured by it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Monitor:
+    """All that is known of the node's GPUs, in the order in which they were first seen.
+
+    `errors` counts the calls of libnvidia-ml that failed, by function and code. `clock` gives seconds since the boot.
+    """
+
+    def __init__(
+        self,
+        node: NodeState,
+        policy: XidPolicy,
+        record: FaultRecord,
+        errors: Counter[tuple[str, str]],
+        clock: Callable[[], float] = boot_time,
+    ) -> None:
+        self._node = node
+        self._policy = policy
+        self._errors = errors
+        self._clock = clock
+        self._reports: dict[str, GpuReport] = {}
+        self._gpus: dict[str, Gpu] = {}
+        self._conditions = {uuid: Condition(faults=faults) for uuid, faults in record.faults.items()}
+        #: Empty as long as no driver was seen.
+        self.driver_version = record.driver_version
+        #: Why there is no GPU to ask; empty if there is.
+        self.waiting = ""
+        self._driver_away = False
+        self._driver = OnChange(logger, logging.INFO)
+        self._waiting = OnChange(logger, logging.WARNING)
+        self._problems = OnChange(logger, logging.WARNING)
+        #: What should outlive the process, and when it changes.
+        self.record = record
+        self.record_changed = Broadcast()
+
+    def report(self, report: Report) -> None:
+        """Take a poll that came back."""
+        now = self._clock()
+        self.waiting = ""
+        self._waiting.clear()
+        self._problems.update("; ".join(report.problems))
+        restarted = self._driver_away or self.driver_version not in ("", report.driver_version)
+        if restarted:
+            self._driver.clear()
+            self._conditions = {uuid: health.reloaded(known) for uuid, known in self._conditions.items()}
+        self._driver.report(f"driver {report.driver_version} ({report.library})")
+        self.driver_version, self._driver_away = report.driver_version, False
+        gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped)
+        for gpu in report.gpus:
+            if gpu.uuid not in self._reports:
+                logger.info("GPU %s: %s at %s", gpu.uuid, gpu.name, gpu.pci_bus_id)
+            self._reports[gpu.uuid] = gpu
+            condition = self._conditions.get(gpu.uuid, Condition())
+            self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
+        self._node.usage.set_figures({gpu.uuid: gpu.figures for gpu in report.gpus}, trio.current_time())
+        for uuid in gone:
+            nodeless = uuid in report.nodeless  # a reset does not do that
+            reason = "its device node is not there" if nodeless else "the driver no longer lists it"
+            self._conditions[uuid] = health.silent(self._conditions[uuid], reason, gone=not nodeless)
+        self._publish()
+
+    def not_ready(self, message: NotReady) -> None:
+        """Take that there is no driver to ask, yet or any more."""
+        self.waiting = message.reason
+        self._waiting.report(f"waiting for a GPU: {message.reason}")
+        self._driver_away = self._driver_away or message.gone
+        self.unanswered("", "its driver is not there")
+
+    def unanswered(self, uuid: str, reason: str) -> None:
+        """Take that a call about this GPU (empty: about the driver as a whole) did not come back."""
+        for known in self._reports:
+            if uuid in ("", known):
+                self._conditions[known] = health.silent(self._conditions[known], reason, gone=False)
+        self._publish()
+
+    def event(self, event: DriverEvent) -> None:
+        """Take an event of a GPU."""
+        fault = self._fault(event)
+        if fault is None or event.uuid not in self._reports:
+            return
+        self._conditions[event.uuid] = health.struck(self._conditions[event.uuid], fault)
+        self._publish()
+
+    def call_failed(self, failure: Failure) -> None:
+        """Count a call of libnvidia-ml that failed."""
+        self._errors[failure.function, str(failure.code)] += 1
+
+    def _fault(self, event: DriverEvent) -> Fault | None:
+        if event.asks_for_poll:
+            return None  # the poll comes at once, and shows what the action is now
+        if event.kind is EventKind.XID:
+            xid = describe(event.xid)
+            xid_class = self._policy.classify(event.xid)
+            description = f"XID {event.xid}: {xid.meaning}"
+            if xid_class is XidClass.APPLICATION:
+                logger.info("GPU %s: %s; the application's fault, ignored", event.uuid, description)
+                return None
+            clearance = Clearance.QUARANTINE if xid_class is XidClass.TRANSIENT else Clearance.RESET
+            return Fault(f"{description}; {xid.action}", self._clock(), clearance)
+        reason, clearance = EVENT_FAULTS[event.kind]
+        return Fault(reason, self._clock(), clearance)
+
+    def _publish(self) -> None:
+        self._gpus = {uuid: self._gpu(report) for uuid, report in self._reports.items()}
+        self._node.set_gpus(tuple(self._gpus.values()))
+        faults = {uuid: condition.faults for uuid, condition in self._conditions.items() if condition.faults}
+        record = FaultRecord(self.driver_version, faults)
+        if record != self.record:
+            self.record = record
+            self.record_changed.notify()
+
+    def _gpu(self, report: GpuReport) -> Gpu:
+        reasons = self._conditions[report.uuid].reasons
+        before = self._gpus.get(report.uuid)
+        new = Gpu(
+            uuid=report.uuid,
+            name=report.name,
+            pci_bus_id=report.pci_bus_id,
+            device_nodes=report.device_nodes,
+            memory_bytes=report.figures.memory_total,
+            numa_node=report.numa_node,
+            health=Health.UNHEALTHY if reasons else Health.HEALTHY,
+            reason="; ".join(reasons),
+            since=time.time(),
+        )
+        _log_change(before, new)
+        return attrs.evolve(new, since=before.since) if before and before.health is new.health else new
+
+
+def _log_change(old: Gpu | None, new: Gpu) -> None:
+    before = old.reason if old else ""
+    if new.reason and new.reason != before:
+        logger.warning("GPU %s (%s) is unhealthy: %s", new.uuid, new.name, new.reason)
+    elif before and not new.reason:
+        logger.warning("GPU %s (%s) is healthy again; it was unhealthy: %s", new.uuid, new.name, before)

@@ -1,0 +1,34 @@
+"""libnvidia-ml in Python. Loaded from the host path when asked for, never at import. Knows nothing of Kubernetes."""
+
+from sgpu.driver.nvml.constants import NO_ANSWER, Code, EventType
+from sgpu.driver.nvml.library import (
+    Event,
+    EventSet,
+    Fabric,
+    Handle,
+    Library,
+    Memory,
+    NvmlError,
+    RemappedRows,
+    open_library,
+)
+from sgpu.driver.nvml.processes import memory_by_process, utilization_by_process
+from sgpu.driver.nvml.search import LibraryNotFoundError
+
+__all__ = [
+    "NO_ANSWER",
+    "Code",
+    "Event",
+    "EventSet",
+    "EventType",
+    "Fabric",
+    "Handle",
+    "Library",
+    "LibraryNotFoundError",
+    "Memory",
+    "NvmlError",
+    "RemappedRows",
+    "memory_by_process",
+    "open_library",
+    "utilization_by_process",
+]

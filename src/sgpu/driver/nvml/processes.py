@@ -1,0 +1,105 @@
+"""The processes that use a GPU: what memory each has, and how much of the time it keeps the GPU busy.
+
+Process ids are those of the caller's pid namespace (older drivers: of the host's). Knows nothing of containers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from sgpu.driver.nvml._bindings import ffi
+from sgpu.driver.nvml.constants import NO_ANSWER, Code
+from sgpu.driver.nvml.library import Handle, Library, NvmlError
+
+COMPUTE: Final = "nvmlDeviceGetComputeRunningProcesses"
+#: A process can be in several of these lists, with all of its memory in each.
+OTHERS: Final = ("nvmlDeviceGetGraphicsRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses")
+#: Newest variant first, and what it fills.
+LAYOUTS: Final = (("_v3", "nvmlProcessInfo_v2_t"), ("_v2", "nvmlProcessInfo_v2_t"), ("", "nvmlProcessInfo_v1_t"))
+#: Entries to begin with (drivers ask for room for 100 samples even when there are few), and at most.
+FIRST_ROOM: Final = 128
+MOST_ROOM: Final = 1 << 16
+#: `usedGpuMemory` of a process where it is unknown.
+NOT_AVAILABLE: Final = (1 << 64) - 1
+#: Bytes by which drivers 535.43 to 535.86 make an entry of `_v3` longer than all others do, without a word.
+SURPLUS: Final = 8
+#: What room that was not written to is recognized by.
+UNTOUCHED: Final = b"\xaa"
+
+
+def memory_by_process(library: Library, handle: Handle) -> Mapping[int, int | None]:
+    """Return bytes of memory by process id, each process once; None where unknown. Raises NvmlError."""
+    found: dict[int, int | None] = dict(_listed(library, COMPUTE, handle))
+    for function in OTHERS:
+        try:
+            for pid, memory in _listed(library, function, handle):
+                found[pid] = max(found.get(pid), memory, key=lambda known: -1 if known is None else known)
+        except NvmlError as error:
+            if error.code not in NO_ANSWER:
+                raise
+    return found
+
+
+def utilization_by_process(library: Library, handle: Handle, since: int) -> Mapping[int, int]:
+    """Return the percent of the time since `since` (microseconds since the epoch) by process id; zeros may be left out.
+
+    Raises NvmlError.
+    """
+    size = ffi.sizeof("nvmlProcessUtilizationSample_t")
+
+    def call(count: Any, room: Any) -> None:  # noqa: ANN401  # cffi's
+        samples = ffi.cast("nvmlProcessUtilizationSample_t *", room)
+        library.call("nvmlDeviceGetProcessUtilization", handle, samples, count, since)
+
+    try:
+        count, room = _fill(call, size)
+    except NvmlError as error:
+        if error.code == Code.NOT_FOUND:  # nothing was busy
+            return {}
+        raise
+    percents = defaultdict(list)
+    for sample in ffi.cast("nvmlProcessUtilizationSample_t *", room)[0:count]:
+        # Drivers return more entries than they fill. What is in those is no percentage, or from long ago.
+        if sample.pid and sample.smUtil <= 100 and sample.timeStamp > since:
+            percents[int(sample.pid)].append(int(sample.smUtil))
+    return {pid: round(sum(values) / len(values)) for pid, values in percents.items()}
+
+
+def _listed(library: Library, function: str, handle: Handle) -> Iterator[tuple[int, int | None]]:
+    """Yield one list, by the newest variant that this driver has."""
+    for suffix, layout in LAYOUTS:
+        size = ffi.sizeof(layout)
+
+        def call(count: Any, room: Any, name: str = function + suffix, layout: str = layout) -> None:  # noqa: ANN401
+            library.call(name, handle, count, ffi.cast(f"{layout} *", room))
+
+        try:
+            count, room = _fill(call, size + SURPLUS)
+        except NvmlError as error:
+            if error.code == Code.FUNCTION_NOT_FOUND and suffix:
+                continue
+            raise
+        written = bytes(ffi.buffer(room, count * (size + SURPLUS)))
+        stride = size if written.endswith(UNTOUCHED * SURPLUS * count) else size + SURPLUS
+        for number in range(count):
+            info = ffi.cast(f"{layout} *", room + number * stride)
+            yield int(info.pid), None if info.usedGpuMemory == NOT_AVAILABLE else int(info.usedGpuMemory)
+        return
+
+
+def _fill(call: Callable[[Any, Any], None], size: int) -> tuple[int, Any]:
+    """Return how many entries `call` wrote, and where. Each retry makes room for more."""
+    entries = FIRST_ROOM
+    while True:
+        count = ffi.new("unsigned int *", entries)
+        room = ffi.new("char[]", UNTOUCHED * (entries * size))
+        try:
+            call(count, room)
+        except NvmlError as error:
+            if error.code != Code.INSUFFICIENT_SIZE or entries == MOST_ROOM:
+                raise
+            entries = min(2 * max(entries, count[0]), MOST_ROOM)
+            continue
+        return min(count[0], entries), room

@@ -1,0 +1,194 @@
+"""One poll of the driver: NVML's answers as a report. Blocks as long as the driver does: `worker` runs it.
+
+Knows neither gRPC nor the kubelet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import attrs
+
+from sgpu.driver import nvml
+from sgpu.driver.messages import GpuReport, Report
+from sgpu.driver.nvml import NO_ANSWER, Handle, Library, NvmlError
+from sgpu.node.figures import Figures, ProcessUse
+
+#: It appears only when something first asks for it.
+UVM_NODE: Final = "nvidia-uvm"
+#: Without these no CUDA program starts.
+REQUIRED_NODES: Final = ("nvidiactl", UVM_NODE)
+#: Given to containers where the host has them: debuggers and profilers, display.
+OPTIONAL_NODES: Final = ("nvidia-uvm-tools", "nvidia-modeset")
+Answer = TypeVar("Answer")
+
+
+class NotReadyError(Exception):
+    """There is nothing to offer yet: no driver, device nodes or GPU. The message says what is missing."""
+
+
+class NoDeviceNodeError(Exception):
+    """The driver has the GPU, and no container could open it."""
+
+
+@attrs.frozen
+class Places:
+    """Where to look: the libraries, the device nodes, and what the kernel says of PCI devices."""
+
+    host_path: Path
+    dev_directory: Path
+    sysfs_directory: Path
+
+
+def poll(
+    library: Library,
+    places: Places,
+    *,
+    interval: float,
+    known: Sequence[str] = (),
+    skip: Collection[str] = (),
+    call_started: Callable[[str], None] = lambda uuid: None,
+    found: Callable[[str, Handle], None] = lambda uuid, handle: None,
+    ask_for_uvm: Callable[[], str] = lambda: "",
+) -> Report:
+    """Ask the driver about all of its GPUs, in NVML's order, except those whose UUID is in `skip`.
+
+    A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
+    covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
+    `call_started` is called with the UUID that the next calls are about (empty: the driver), and `found` with each GPU
+    before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it.
+    Raises NotReadyError where no GPU could be used.
+    """
+    shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
+    gpus, problems, skipped, nodeless, order = [], [], [], [], []
+    call_started("")
+    count = library.count()
+    for index in range(count):
+        uuid = known[index] if len(known) == count else ""
+        try:
+            if uuid not in skip:  # by its place already, because that call may hang as well
+                call_started(uuid)
+                handle = library.handle(index)
+                uuid = library.uuid(handle)
+            if uuid in skip:
+                skipped.append(uuid)
+                continue
+            call_started(uuid)
+            found(uuid, handle)
+            gpu = _gpu(library, handle, uuid, places, shared_nodes)
+            if not gpu.error:
+                processes = _processes(library, handle, interval)
+                gpu = attrs.evolve(gpu, figures=attrs.evolve(gpu.figures, processes=processes))
+            gpus.append(gpu)
+        except NoDeviceNodeError as error:
+            nodeless.append(uuid)
+            problems.append(f"GPU {index} is left out: {error}")
+        except NvmlError as error:
+            problems.append(f"GPU {index} is left out: {error}")
+        finally:
+            order.append(uuid)
+    call_started("")
+    return Report(
+        gpus=tuple(gpus),
+        problems=tuple(problems),
+        skipped=tuple(skipped),
+        driver_version=library.driver_version(),
+        library=str(library.path),
+        nodeless=tuple(nodeless),
+        order=tuple(order),
+    )
+
+
+def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[str, ...]:
+    """Return the device nodes that every container needs, whichever GPU it gets."""
+    hint = ""
+    if not (dev_directory / UVM_NODE).exists():
+        outcome = ask_for_uvm()
+        hint = f"; `nvidia-modprobe -u -c 0` on the host makes it{outcome and f' ({outcome})'}"
+    missing = [name for name in REQUIRED_NODES if not (dev_directory / name).exists()]
+    if missing:
+        hint = hint if UVM_NODE in missing else ""
+        raise NotReadyError(f"{' and '.join(str(dev_directory / name) for name in missing)} not there yet{hint}")
+    return REQUIRED_NODES + tuple(name for name in OPTIONAL_NODES if (dev_directory / name).exists())
+
+
+def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nodes: tuple[str, ...]) -> GpuReport:
+    """Report one GPU. Without its identity it can't be offered; an answer about its state that fails is reported."""
+    node = f"nvidia{library.minor_number(handle)}"
+    if not (places.dev_directory / node).exists():
+        raise NoDeviceNodeError(f"{places.dev_directory / node} is not there")
+    bus_id = library.pci_bus_id(handle)
+    identity = GpuReport(
+        uuid=uuid,
+        name=library.name(handle),
+        pci_bus_id=bus_id,
+        device_nodes=(node, *shared_nodes),
+        numa_node=numa_node(places.sysfs_directory, bus_id),
+    )
+    try:
+        return _with_answers(identity, library, handle)
+    except NvmlError as error:
+        return attrs.evolve(identity, error=str(error))
+
+
+def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport:
+    """Return the report with the GPU's state, as far as the GPU and its driver support the calls."""
+    memory = _ask(library.memory, handle)
+    figures = Figures(
+        memory_total=memory.total if memory else None,
+        memory_free=memory.free if memory else None,
+        utilization=_ask(library.utilization, handle),
+    )
+    gpu = attrs.evolve(gpu, figures=figures)
+    if rows := _ask(library.remapped_rows, handle):
+        gpu = attrs.evolve(gpu, rows_pending=rows.pending, rows_failed=rows.failed)
+    if fabric := _ask(library.fabric, handle):
+        gpu = attrs.evolve(gpu, fabric_state=fabric.state, fabric_status=fabric.status)
+    return attrs.evolve(
+        gpu,
+        recovery_action=_ask(library.recovery_action, handle),
+        pages_pending=_ask(library.retired_pages_pending, handle),
+    )
+
+
+def _processes(library: Library, handle: Handle, interval: float) -> tuple[ProcessUse, ...] | None:
+    """Return the processes that use the GPU; None where unknown. A failure here says nothing about the GPU."""
+    try:
+        memory = nvml.memory_by_process(library, handle)
+    except NvmlError:
+        return None
+    try:
+        since = int((time.time() - interval) * 1e6)
+        busy: Mapping[int, int] | None = nvml.utilization_by_process(library, handle, since)
+    except NvmlError:
+        busy = None
+    return tuple(
+        ProcessUse(pid, used, None if busy is None else busy.get(pid, 0)) for pid, used in sorted(memory.items())
+    )
+
+
+def _ask(question: Callable[[Handle], Answer], handle: Handle) -> Answer | None:
+    """Return the answer, or None from a GPU or driver that does not support the call."""
+    try:
+        return question(handle)
+    except nvml.NvmlError as error:
+        if error.code in NO_ANSWER:
+            return None
+        raise
+
+
+def numa_node(sysfs_directory: Path, bus_id: str) -> int | None:
+    """Return the NUMA node of a PCI device, by the kernel; None where it is unknown (the kernel says -1).
+
+    NVML's own NUMA function is about GPUs that *are* a node, which is something else.
+    """
+    domain, _, rest = bus_id.lower().partition(":")
+    try:
+        address = f"{int(domain, 16):04x}:{rest}"  # NVML writes the domain in eight digits, the kernel in four
+        node = int((sysfs_directory / "bus/pci/devices" / address / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None

@@ -1,0 +1,131 @@
+"""One worker from its start to its end: its messages, and whether it hangs or crashes.
+
+Knows processes and deadlines; not what a GPU is, nor what becomes of the messages.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Final
+
+import attrs
+import trio
+
+from sgpu.driver.messages import CallStarted, DriverEvent, Failure, Message, WorkerConfig, decode, encode_config
+
+#: Bytes taken off the pipe at a time.
+RECEIVE_BYTES: Final = 64 * 1024
+#: Seconds that a process may take until its first message: it is not the driver's time yet.
+START_TIMEOUT: Final = 10.0
+#: Seconds that a process which closed its pipe may take to be gone.
+EXIT_TIMEOUT: Final = 1.0
+
+
+@attrs.frozen
+class Outcome:
+    """How a process ended. `problem` is empty if it ended by itself.
+
+    `in_call` is the UUID that its last call was about, empty for the driver as a whole, None when it was in no call.
+    """
+
+    problem: str = ""
+    in_call: str | None = None
+
+
+async def run_worker(
+    config: WorkerConfig, deadline: float, left_behind: list[trio.Process], handle: Callable[[Message], None]
+) -> Outcome:
+    """Run a worker and handle its messages, until it ends or a call does not return.
+
+    `deadline`: seconds after which a call of the driver counts as one that does not return. In the end the process
+    is killed; it is appended to `left_behind`, because one that is stuck in the kernel does not even die then.
+    """
+    try:
+        async with _running(config, left_behind) as process:
+            return await _Reader(config.interval, deadline, handle).read(process)
+    except OSError as error:  # for want of processes or memory
+        return Outcome(f"the driver's process can't be started: {error}", "")
+
+
+class _Reader:
+    """Reads the messages of one process."""
+
+    def __init__(self, interval: float, deadline: float, handle: Callable[[Message], None]) -> None:
+        self._interval = interval
+        self._deadline = deadline
+        self._handle = handle
+        self._started = False
+        self._in_call: str | None = None
+
+    async def read(self, process: trio.Process) -> Outcome:
+        """Read until the process ends or is silent for too long."""
+        assert process.stdout is not None
+        due = trio.current_time() + max(self._patience, START_TIMEOUT)
+        async with aclosing(_lines(process.stdout)) as lines:
+            while True:
+                with trio.move_on_at(due):
+                    line = await anext(lines, None)
+                    if line is None:
+                        return await self._ended(process)
+                    try:
+                        message = decode(line)
+                    except ValueError as error:
+                        return Outcome(str(error), self._in_call)
+                    self._started = True
+                    if not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
+                        self._in_call = message.uuid if isinstance(message, CallStarted) else None
+                        due = trio.current_time() + self._patience
+                    self._handle(message)
+                    continue
+                return Outcome(f"the driver has not answered for {self._deadline:g} s", self._in_call)
+
+    @property
+    def _patience(self) -> float:
+        """Return how many seconds the process may be silent: the deadline; between polls, the interval as well."""
+        return self._deadline if self._in_call is not None else self._interval + self._deadline
+
+    async def _ended(self, process: trio.Process) -> Outcome:
+        with trio.move_on_after(EXIT_TIMEOUT):
+            await process.wait()
+        if process.returncode == 0 and self._started and self._in_call is None:
+            return Outcome()  # it ends by itself only between polls; a library that exits does so in a call
+        status = _exit_status(process.returncode)
+        return Outcome(f"the driver's library took its process down ({status})", self._in_call)
+
+
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
+    buffer = b""
+    while data := await stream.receive_some(RECEIVE_BYTES):
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            yield line
+
+
+@asynccontextmanager
+async def _running(config: WorkerConfig, left_behind: list[trio.Process]) -> AsyncIterator[trio.Process]:
+    """Run a worker. At the end it is killed, and nobody waits for it."""
+    command = [sys.executable, "-m", "sgpu.driver.worker", encode_config(config)]
+    # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        left_behind.append(process)
+        with trio.move_on_after(EXIT_TIMEOUT) as scope:
+            scope.shield = True
+            if process.stdout:
+                await process.stdout.aclose()
+
+
+def _exit_status(code: int | None) -> str:
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"

@@ -1,0 +1,166 @@
+"""Keeps the driver's process running: a worker that hangs, crashes or has had its time is replaced.
+
+A GPU whose calls do not return is left alone by the worker and tried by a process of its own until a call returns.
+Knows processes and messages; not what becomes of them (`monitor`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+import trio
+
+from sgpu.driver.messages import DriverEvent, Failure, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.monitor import Monitor
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Outcome, run_worker
+from sgpu.lib.logs import OnChange
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between starts of a worker that fails each time, growing.
+FIRST_RESTART: Final = 0.1
+LAST_RESTART: Final = 5.0
+#: Processes that are stuck in the kernel. If the driver hangs as a whole, one more would only be stuck too.
+MOST_LEFT_BEHIND: Final = 4
+#: Single polls at the same time, stuck ones among them: each process takes some 11 MB.
+MOST_TRIALS: Final = 4
+
+
+async def supervise(
+    config: WorkerConfig, monitor: Monitor, deadline: float, expect: Callable[[float], None] = lambda seconds: None
+) -> None:
+    """Keep a worker running, and hand its messages to the monitor.
+
+    `deadline`: seconds after which a call of the driver counts as one that does not return. `expect` is called each
+    time with the seconds until it is called again at the latest. Raises, in a group, what the monitor raises.
+    """
+    async with trio.open_nursery() as nursery:
+        supervisor = _Supervisor(config, monitor, deadline, expect, nursery)
+        nursery.start_soon(supervisor.retry_faulty)
+        await supervisor.keep_running()
+
+
+class _Supervisor:
+    """What is known from one worker to the next."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        monitor: Monitor,
+        deadline: float,
+        expect: Callable[[float], None],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._config = config
+        self._monitor = monitor
+        self._deadline = deadline
+        self._expect = expect
+        # Between two messages, or between the last one and the start of another worker.
+        self._longest_silence = max(START_TIMEOUT, config.interval + deadline) + EXIT_TIMEOUT + LAST_RESTART
+        self._nursery = nursery
+        self._suspects: dict[str, None] = {}  # in the order in which they were found
+        self._known: tuple[str, ...] = ()
+        self._problems: frozenset[object] = frozenset()
+        self._answered = False
+        self._running = trio.CancelScope()  # around the worker; when cancelled, another follows at once
+        self._trials = trio.Semaphore(MOST_TRIALS)
+
+    async def keep_running(self) -> None:
+        """Run one worker after the other."""
+        delay = FIRST_RESTART
+        left_behind: list[trio.Process] = []
+        problem = OnChange(logger, logging.WARNING)
+        while True:
+            self._expect(self._longest_silence)
+            _reap(left_behind)
+            self._answered = False
+            outcome = Outcome()
+            with trio.CancelScope() as self._running:
+                outcome = await run_worker(self._current(), self._deadline, left_behind, self._handle)
+            if not outcome.problem:
+                continue
+            if self._answered:
+                problem.clear()
+            problem.report(f"{outcome.problem}; starting it again")
+            self._give_up(outcome)
+            delay = FIRST_RESTART if self._answered else min(2 * delay, LAST_RESTART)
+            await trio.sleep(delay)
+            while len(left_behind) >= MOST_LEFT_BEHIND and not outcome.in_call:
+                self._expect(2 * LAST_RESTART)
+                await trio.sleep(LAST_RESTART)
+                _reap(left_behind)
+
+    async def retry_faulty(self) -> None:
+        """While a GPU fails to answer, check whether it answers a new process, as one that was reset does.
+
+        The worker does not find out by itself: it would have to reopen the library and miss events of the others.
+        """
+        while True:
+            await trio.sleep(self._config.interval)
+            if not self._problems:
+                continue
+            messages: list[Message] = []
+            running = self._running
+            await self._try(self._current(), messages)
+            reports = [message for message in messages if isinstance(message, Report)]
+            if reports and _problems(reports[-1]) != self._problems:
+                running.cancel()  # if it is still that one
+
+    async def _try_suspect(self, uuid: str) -> None:
+        """Try until a call about this GPU returns: then the worker takes it back."""
+        outcome = Outcome("not tried yet")
+        while outcome.problem:
+            await trio.sleep(self._config.interval)
+            others = tuple(other for other in self._known if other != uuid)
+            outcome = await self._try(attrs.evolve(self._current(), suspects=others), [])
+        del self._suspects[uuid]
+        self._running.cancel()
+
+    async def _try(self, config: WorkerConfig, messages: list[Message]) -> Outcome:
+        """Run one more worker, for a single poll."""
+        async with self._trials:
+            ended: list[trio.Process] = []
+            once = attrs.evolve(config, once=True, look_only=True)
+            outcome = await run_worker(once, self._deadline, ended, messages.append)
+            for message in messages:
+                if isinstance(message, Failure):
+                    self._monitor.call_failed(message)
+            for process in ended:
+                await process.wait()  # as long as it is stuck in the kernel, another would be too
+            return outcome
+
+    def _current(self) -> WorkerConfig:
+        return attrs.evolve(self._config, suspects=tuple(self._suspects), known=self._known)
+
+    def _give_up(self, outcome: Outcome) -> None:
+        if outcome.in_call is None and self._answered:
+            return  # it ended between two polls: what the last one said may well still hold
+        self._monitor.unanswered(outcome.in_call or "", outcome.problem)
+        if outcome.in_call and outcome.in_call not in self._suspects:
+            self._suspects[outcome.in_call] = None
+            self._nursery.start_soon(self._try_suspect, outcome.in_call)
+
+    def _handle(self, message: Message) -> None:
+        self._expect(self._longest_silence)
+        if isinstance(message, Report):
+            self._answered = True
+            self._known, self._problems = message.order, _problems(message)
+            self._monitor.report(message)
+        elif isinstance(message, NotReady):
+            self._monitor.not_ready(message)
+        elif isinstance(message, DriverEvent):
+            self._monitor.event(message)
+        elif isinstance(message, Failure):
+            self._monitor.call_failed(message)
+
+
+def _problems(report: Report) -> frozenset[object]:
+    return frozenset((*report.problems, *((gpu.uuid, gpu.error) for gpu in report.gpus if gpu.error)))
+
+
+def _reap(left_behind: list[trio.Process]) -> None:
+    """Forget those that have died; to ask for the return code takes them off the process table."""
+    left_behind[:] = [process for process in left_behind if process.returncode is None]

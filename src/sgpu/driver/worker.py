@@ -1,0 +1,176 @@
+"""The process that owns libnvidia-ml: it asks the driver and writes messages to its parent, a line each.
+
+It is a process because a call of the driver can block forever where no thread can be stopped, because only a new
+process loads a library that was replaced at the same path, and because the library may crash whoever loaded it. To stay
+small it imports little: neither trio nor gRPC. `supervisor` is its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from sgpu.driver import nvml
+from sgpu.driver.events import EventListener, NoEvents, event_listener
+from sgpu.driver.messages import CallStarted, Failure, Message, NotReady, Report, WorkerConfig, decode_config, encode
+from sgpu.driver.nvml import Code, Library, NvmlError
+from sgpu.driver.nvml.search import candidates
+from sgpu.driver.poll import NotReadyError, Places, poll
+from sgpu.driver.uvm import UvmNodes
+from sgpu.lib.files import content_identity
+from sgpu.lib.retry import growing_delays
+
+#: Seconds between attempts to reach a driver that is not there, growing.
+FIRST_RETRY: Final = 0.02
+LAST_RETRY: Final = 5.0
+#: Seconds at a time to wait for the next poll: it takes up to that long to notice that the parent was killed.
+LONGEST_WAIT: Final = 1.0
+#: What `nvmlInit` answers while the kernel's driver is being unloaded or loaded.
+NOT_LOADED: Final = frozenset({Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH})
+#: Where the kernel's driver lists its GPUs, which NVML does only when it is initialized.
+KERNEL_GPUS: Final = Path("/proc/driver/nvidia/gpus")
+
+
+class NoGpuError(NotReadyError):
+    """The driver is there, and none of its GPUs."""
+
+
+class Worker:
+    """The loop of the process: open the library, poll, emit what the driver says."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._places = Places(Path(config.host_path), Path(config.dev_directory), Path(config.sysfs_directory))
+        self._uvm = UvmNodes(self._places.host_path, self._places.dev_directory)
+        self._known = config.known
+        self._in_call: str | None = None  # as CallStarted said last
+        # Standard output is the parent's alone: what the library prints goes where the log goes.
+        self._output = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        self._emitting = threading.Lock()
+        self._parent = os.getppid()
+        self._wake = threading.Event()
+        self._events_reopened_at = float("-inf")
+
+    def run(self) -> None:
+        """Poll and emit until the library was replaced: then the parent starts another process.
+
+        What is loaded stays loaded, be it only because the loader knows its path.
+        """
+        delays = self._growing_delays()
+        files, loaded = self._files(), False
+        while True:
+            try:
+                self._call_started("")
+                with nvml.open_library(self._places.host_path, self._call_failed) as library:
+                    for _ in self._polls(library):
+                        delays = self._growing_delays()
+                loaded, delay = True, 0.0
+            except nvml.LibraryNotFoundError as error:
+                self._emit(NotReady(f"{error}; install the driver, or set -host-path to where its libraries are"))
+                delay = next(delays)
+            except NotReadyError as error:
+                self._emit(NotReady(str(error), gone=isinstance(error, NoGpuError)))
+                loaded, delay = True, next(delays)
+            except NvmlError as error:
+                self._emit(NotReady(f"the NVIDIA driver is not ready: {error}", gone=error.code in NOT_LOADED))
+                loaded, delay = True, next(delays)
+            if self._config.once:
+                return
+            time.sleep(delay)
+            before, files = files, self._files()
+            if loaded and files != before:
+                return
+
+    def _call_started(self, uuid: str) -> None:
+        """Say that a call begins that may not return. The parent takes it to go on until the next message."""
+        if uuid != self._in_call:
+            self._emit(CallStarted(uuid))
+            self._in_call = uuid
+
+    def _call_failed(self, function: str, code: int) -> None:
+        self._emit(Failure(function, code))
+
+    def _emit(self, message: Message) -> None:
+        """Write a message. Raises OSError, which ends the process."""
+        if isinstance(message, (Report, NotReady)):
+            self._in_call = None
+        with self._emitting:
+            self._output.write(encode(message))
+            self._output.flush()
+
+    def _polls(self, library: Library) -> Iterator[None]:
+        """Poll and listen to events until the library has to be opened again. Yields after each poll."""
+        surroundings = self._surroundings()
+        with event_listener(library, self._emit, self._wake) as listener:
+            while True:
+                report = poll(
+                    library,
+                    self._places,
+                    interval=self._config.interval,
+                    known=self._known,
+                    skip=self._config.suspects,
+                    call_started=self._call_started,
+                    found=listener.register,
+                    ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,
+                )
+                self._known = report.order
+                if not (report.gpus or report.skipped):
+                    raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
+                listener.listen()
+                self._emit(report)
+                yield
+                if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
+                    return
+
+    def _wait(self, listener: EventListener | NoEvents) -> bool:
+        """Wait until the next poll is due. Returns False where listening needs a new event set."""
+        end = time.monotonic() + self._config.interval
+        while (left := end - time.monotonic()) > 0:
+            if os.getppid() != self._parent:
+                raise BrokenPipeError("the parent is gone")
+            if not self._wake.wait(min(left, LONGEST_WAIT)):
+                continue
+            self._wake.clear()
+            if not listener.failed:
+                return True  # an event asks for a poll
+            if time.monotonic() - self._events_reopened_at >= self._config.interval:
+                self._events_reopened_at = time.monotonic()
+                return False  # as when a GPU is lost: the poll will show which one
+        return not listener.failed
+
+    def _growing_delays(self) -> Iterator[float]:
+        return growing_delays(FIRST_RETRY, min(LAST_RETRY, self._config.interval))
+
+    def _surroundings(self) -> tuple[object, ...]:
+        """Return what NVML looks at only when it is loaded, or only when it is initialized."""
+        nodes = sorted(name for name in _names(self._places.dev_directory) if name.startswith("nvidia"))
+        return (self._files(), nodes, sorted(_names(KERNEL_GPUS)))
+
+    def _files(self) -> tuple[object, ...]:
+        """Return which libraries there are to load."""
+        return tuple(map(content_identity, candidates(self._places.host_path)))
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def main() -> None:
+    """Run with the configuration on the command line until the parent is gone."""
+    try:
+        Worker(decode_config(sys.argv[1])).run()
+    except BrokenPipeError:
+        os._exit(0)  # the parent is gone; nobody is left to flush for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Files: is it the same one, and files and directories that only their owner can open. Imports nothing of sgpu."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+#: Longest path of a unix socket in bytes (`sun_path` of unix(7), less the closing NUL).
+MAX_SOCKET_PATH_BYTES: Final = 107
+
+
+def content_identity(path: Path) -> tuple[int, ...] | None:
+    """Return which file a path leads to, links followed; None if none. A file rewritten in place counts as new."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def make_private_directory(path: Path) -> None:
+    """Make the directory and its missing parents, each with mode 0700 whatever the umask. Raises OSError.
+
+    One that is there keeps its mode: it may be others' too, as /run is.
+    """
+    for directory in (*reversed(path.parents), path):
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        except OSError:
+            if directory.is_dir():  # a read-only file system says so before it says that it is there
+                continue
+            raise
+        directory.chmod(0o700)
+
+
+def write_private_file(path: Path, content: bytes) -> None:
+    """Write a file with mode 0600 in one step: a reader sees the old or the new one. Raises OSError."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)  # left by a process that was killed, or a link that leads elsewhere
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        os.fchmod(descriptor, 0o600)  # the umask may have taken even the owner's rights
+        file.write(content)
+    os.replace(new, path)

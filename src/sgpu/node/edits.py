@@ -1,0 +1,122 @@
+"""What a container that gets shares needs: environment, device nodes and mounts, whichever API hands them over.
+
+Pure: knows neither trio, nor purerpc, nor NVML.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from sgpu.node.offers import Offer
+from sgpu.node.rank import MultiShare, Placement
+
+#: Keeps a framework from taking (nearly) a whole GPU as soon as it starts. A pod's own environment wins.
+FRAMEWORK_HINTS: Final = {
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # https://www.tensorflow.org/guide/gpu#limiting_gpu_memory_growth
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+}
+#: Tells NVIDIA's container runtime to do nothing. Where that is the node's default, an image that says `all` would get
+#: every GPU of the node; the kubelet's variables override the image's.
+IGNORED_BY_NVIDIA_RUNTIME: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}
+
+
+class AllocationError(Exception):
+    """A container can't get these shares. The message says which and why."""
+
+
+class UnknownShareError(AllocationError):
+    """An id names no share of this node."""
+
+
+class UnhealthyShareError(AllocationError):
+    """A share's GPU is not healthy."""
+
+
+class NotDistinctError(AllocationError):
+    """Several shares of one GPU for a container, where the operator wants each from a different one."""
+
+
+@attrs.frozen
+class HostPaths:
+    """Where the libraries and the device nodes are on the host, and where the libraries appear in a container."""
+
+    libraries: str
+    libraries_in_container: str
+    devices: str
+
+
+@attrs.frozen
+class AllocationOptions:
+    """What the operator decided about what a container gets."""
+
+    paths: HostPaths
+    framework_hints: bool = True
+    placement: Placement = Placement.SPREAD
+    multi_share: MultiShare = MultiShare.DISTINCT
+
+
+@attrs.frozen
+class Mount:
+    """A directory of the host in a container, read-only."""
+
+    host_path: str
+    container_path: str
+
+
+@attrs.frozen
+class DeviceNode:
+    """A device node of the host in a container, which may read, write and make it (`mrw`)."""
+
+    host_path: str
+    container_path: str
+
+
+@attrs.frozen
+class ContainerEdits:
+    """All that one container gets."""
+
+    environment: Mapping[str, str]
+    device_nodes: tuple[DeviceNode, ...]
+    mounts: tuple[Mount, ...]
+
+
+def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> ContainerEdits:
+    """Return what a container needs that gets one share of each of these offers. A device node comes only once.
+
+    Raises NotDistinctError.
+    """
+    counts = Counter(offer.unit.uuid for offer in allocated)
+    offers = {offer.unit.uuid: offer for offer in allocated}
+    if options.multi_share is MultiShare.STRICT_DISTINCT and len(offers) < len(allocated):
+        raise NotDistinctError(
+            f"{len(allocated)} shares from {len(offers)} GPU(s), where -multi-share strict-distinct asks for as many "
+            f"GPUs: ask for fewer shares, or wait until more GPUs of the node have a free one"
+        )
+    simulated = any(offer.unit.gpu.simulated for offer in offers.values())
+    nodes = dict.fromkeys(node for offer in offers.values() for node in offer.unit.device_nodes)
+    paths = options.paths
+    return ContainerEdits(
+        environment={
+            "SGPU_SHARES": str(len(allocated)),
+            "SGPU_GPU_UUIDS": ",".join(offers),
+            **IGNORED_BY_NVIDIA_RUNTIME,
+            **_fair_part(offers, counts),
+            **({"SGPU_SIMULATED": "1"} if simulated else {}),
+            **(FRAMEWORK_HINTS if options.framework_hints and not simulated else {}),
+        },
+        device_nodes=tuple(DeviceNode(os.path.join(paths.devices, node), f"/dev/{node}") for node in nodes),
+        mounts=() if simulated else (Mount(paths.libraries, paths.libraries_in_container),),
+    )
+
+
+def _fair_part(offers: Mapping[str, Offer], counts: Mapping[str, int]) -> Mapping[str, str]:
+    """Return the memory that the shares stand for, where the driver says how much there is."""
+    if any(offer.unit.memory_bytes is None for offer in offers.values()):
+        return {}
+    part = sum((offer.unit.memory_bytes or 0) * counts[uuid] // offer.shares for uuid, offer in offers.items())
+    return {"SGPU_MEMORY_BYTES": str(part)}

@@ -1,0 +1,86 @@
+"""GPUs, policy, holders and pressure → what is offered of each unit. Pure: knows neither trio, nor gRPC, nor NVML."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+
+import attrs
+
+from sgpu.node.gpu import Gpu, Health, Unit, units
+from sgpu.node.policy import Policy, assign
+from sgpu.node.shares import Share, ids
+
+#: By resource; every resource of the policy is in it.
+Offers = Mapping[str, tuple["Offer", ...]]
+
+
+@attrs.frozen
+class Offer:
+    """What is offered of one unit: `shares` of it, numbered from 0.
+
+    `retained` are the numbers of further shares that containers still have from when there were more. `withheld` are
+    the numbers of free shares that are listed as unhealthy, because the unit's memory is full.
+    """
+
+    unit: Unit
+    shares: int
+    retained: tuple[int, ...] = ()
+    withheld: frozenset[int] = frozenset()
+
+    def share_ids(self) -> list[str]:
+        """Return the ids of all shares, in order."""
+        return [*ids(self.unit.uuid, self.shares), *(str(Share(self.unit.uuid, number)) for number in self.retained)]
+
+    def share_health(self) -> list[Health]:
+        """Return the health of all shares, in the same order."""
+        return [Health.UNHEALTHY if number in self.withheld else self.unit.health for number in self._numbers()]
+
+    def has(self, share: Share) -> bool:
+        """Return whether the share, which is one of this unit, is offered."""
+        return share.number < self.shares or share.number in self.retained
+
+    def withhold(self, allocated: Collection[Share]) -> Offer:
+        """Withhold all shares but those that are allocated."""
+        taken = {share.number for share in allocated if share.uuid == self.unit.uuid}
+        return attrs.evolve(self, withheld=frozenset(self._numbers()) - taken)
+
+    def _numbers(self) -> Iterator[int]:
+        yield from range(self.shares)
+        yield from self.retained
+
+
+def offers(
+    policy: Policy,
+    gpus: Iterable[Gpu],
+    held: Mapping[str, Collection[Share]],
+    pressed: Set[str] = frozenset(),
+    allocated: Collection[Share] = (),
+) -> Offers:
+    """Return what is offered, by resource.
+
+    `held` has, by resource, the shares that containers have: they stay known where there are fewer shares now. By
+    resource, because a share that is in use as one would be free as another. `pressed` has the UUIDs of the units whose
+    free shares are withheld, and `allocated` all shares that are not free. Raises PolicyConflictError.
+    """
+    made: dict[str, list[Offer]] = {resource: [] for resource in policy.resources()}
+    for resource, unit, shares in assign(policy, [unit for gpu in gpus for unit in units(gpu)]):
+        made[resource].append(Offer(unit, shares))
+    return {
+        resource: tuple(
+            offer.withhold(allocated) if offer.unit.uuid in pressed else offer
+            for offer in _with_retained(each, held.get(resource, ()))
+        )
+        for resource, each in made.items()
+    }
+
+
+def _with_retained(made: Collection[Offer], held: Collection[Share]) -> Iterator[Offer]:
+    shares = {offer.unit.uuid: offer.shares for offer in made}
+    beyond: defaultdict[str, list[int]] = defaultdict(list)
+    for share in held:
+        if share.number >= shares.get(share.uuid, 0):
+            beyond[share.uuid].append(share.number)
+    for offer in made:
+        numbers = beyond.get(offer.unit.uuid)
+        yield attrs.evolve(offer, retained=tuple(sorted(numbers))) if numbers else offer

@@ -1,0 +1,193 @@
+"""The state of the node: what the driver, the kubelet and the operator say, and what is offered because of it.
+
+The sources set the inputs. The front-ends read what is offered, wait for `changed`, and allocate. Everything is decided
+at once; nothing here waits. Knows neither NVML nor gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import attrs
+import trio
+
+from sgpu.lib.concurrency import Broadcast
+from sgpu.lib.logs import OnChange
+from sgpu.node import pressure
+from sgpu.node.container import NO_POD, Container
+from sgpu.node.edits import (
+    AllocationOptions,
+    ContainerEdits,
+    UnhealthyShareError,
+    UnknownShareError,
+    container_edits,
+)
+from sgpu.node.gpu import Gpu, Health, units
+from sgpu.node.offers import Offer, Offers, offers
+from sgpu.node.policy import OffersRefusedError, Policy
+from sgpu.node.rank import UnitLoad
+from sgpu.node.shares import Share
+from sgpu.node.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+
+def _accept(_: Sequence[Offer]) -> None:
+    """Any number of shares can be offered."""
+
+
+class NodeState:
+    """The inputs, and the offers made of them. `changed` notifies of new GPUs, offers and policies.
+
+    `interval`: seconds between two samples of the driver. `check` is given the offers of one resource, and raises
+    OffersRefusedError where a front-end can't offer them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        interval: float,
+        check: Callable[[Sequence[Offer]], None] = _accept,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
+        self.changed = Broadcast()
+        self.policy = policy
+        self.gpus: tuple[Gpu, ...] = ()
+        self.offers: Offers = {}
+        self.usage = Usage(interval)
+        self._check = check
+        self._clock = clock
+        self._held: Mapping[str, Set[Share]] = {}
+        self._pressed: frozenset[str] = frozenset()  # the UUIDs of the units whose memory is full
+        self._accepted: frozenset[str] = frozenset()  # the UUIDs of the GPUs that the offers were last made of
+        self._by_unit: Mapping[str, Mapping[str, Offer]] = {}  # the offers, by resource and UUID
+        self._refused = OnChange(logger, logging.ERROR)
+        self._unmatched = OnChange(logger, logging.WARNING)
+
+    # Inputs
+
+    def set_gpus(self, gpus: tuple[Gpu, ...]) -> None:
+        """Take the node's GPUs.
+
+        Raises OffersRefusedError for the first ones. Later it is logged, and only the GPUs of before stay offered: one
+        that was added must not end the daemon.
+        """
+        before = {gpu.uuid for gpu in self.gpus if gpu.health is Health.UNHEALTHY}
+        differ, self.gpus = gpus != self.gpus, gpus
+        if not differ:
+            return
+        self._refresh()
+        for gpu in gpus:
+            if gpu.health is Health.UNHEALTHY and gpu.uuid not in before and (pods := self.usage.pods(gpu.uuid)):
+                names = ", ".join(pod or NO_POD for pod in pods)
+                logger.warning("GPU %s is unhealthy and is used by %s", gpu.uuid, names)
+        self.changed.notify()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Take the operator's new policy. Raises OffersRefusedError, and then keeps the old one."""
+        self._offer(policy, self.gpus)
+        self.policy = policy
+        self._refused.clear()
+        self.changed.notify()
+
+    def set_holders(self, holders: Mapping[str, Mapping[Share, Container]] | None) -> None:
+        """Take the kubelet's list of containers, by resource and share; None: it no longer gives one."""
+        self.usage.set_holders(
+            None if holders is None else {share: held for each in holders.values() for share, held in each.items()}
+        )
+        if holders is not None:
+            self._held = {resource: each.keys() for resource, each in holders.items()}
+        self._refresh_offers()
+
+    def update_pressure(self, watermark: float) -> tuple[Set[str], Set[str]]:
+        """Withhold the free shares of units whose memory is above the watermark, and no others.
+
+        Returns the UUIDs of those units before and now. A share in use must never be withheld: as long as it is unknown
+        which are, none is.
+        """
+        before = self._pressed
+        known = self.usage.holders is not None
+        self._pressed = pressure.under_pressure(self.usage.figures, before, watermark) if known else frozenset()
+        if before or self._pressed:
+            self._refresh_offers()
+        return before, self._pressed
+
+    # For the front-ends
+
+    def offered(self, resource: str) -> tuple[Offer, ...]:
+        """Return what is offered under this name; nothing under one that the policy does not have."""
+        return self.offers.get(resource, ())
+
+    def loads(self, resource: str) -> Mapping[str, UnitLoad]:
+        """Return how each unit of a resource is used, by UUID."""
+        return self.usage.loads(self.offered(resource), self._clock())
+
+    def allocate(self, resource: str, share_ids: Sequence[str], options: AllocationOptions) -> ContainerEdits:
+        """Hand these shares to one container, and return what it needs. Raises AllocationError."""
+        now, units_of = self._clock(), self._by_unit.get(resource, {})
+        shares, allocated = [], []
+        for share_id in share_ids:
+            share = Share.parse(share_id)
+            offer = units_of.get(share.uuid) if share else None
+            if share is None or offer is None or not offer.has(share):
+                raise UnknownShareError(f"share {share_id} is not one of this node's")
+            if offer.unit.health is not Health.HEALTHY:
+                reason = offer.unit.gpu.reason
+                raise UnhealthyShareError(f"share {share_id}: GPU {offer.unit.uuid} is unhealthy ({reason})")
+            shares.append(share)
+            allocated.append(offer)
+        edits = container_edits(allocated, options)
+        for share, offer in zip(shares, allocated, strict=True):
+            self.usage.grants.add(share, (offer.unit.memory_bytes or 0) // offer.shares, now)
+        if any(share.number in offer.withheld for share, offer in zip(shares, allocated, strict=True)):
+            self._refresh_offers()  # in use from now on
+        return edits
+
+    # How offers are made
+
+    def _refresh_offers(self) -> None:
+        before = self.offers
+        self._refresh()
+        if self.offers != before:
+            self.changed.notify()
+
+    def _refresh(self) -> None:
+        try:
+            self._offer(self.policy, self.gpus)
+        except OffersRefusedError as error:
+            if not self._accepted:
+                raise
+            self._refused.report(f"cannot offer all GPUs, those that were offered before stay: {error}")
+            try:
+                self._offer(self.policy, tuple(gpu for gpu in self.gpus if gpu.uuid in self._accepted))
+            except OffersRefusedError:
+                self._set_offers(_with_current_units(self.offers, self.gpus))
+        else:
+            self._refused.clear()
+
+    def _offer(self, policy: Policy, gpus: tuple[Gpu, ...]) -> None:
+        allocated = self.usage.allocated(self._clock()) if self._pressed else None
+        pressed = frozenset() if allocated is None else self._pressed
+        made = offers(policy, gpus, self._held, pressed, allocated or ())
+        for each in made.values():
+            self._check(each)
+        if gpus:
+            candidates = [unit for gpu in gpus for unit in units(gpu)]
+            unmatched = "; ".join(f"rule {rule} matches no GPU of this node" for rule in policy.unmatched(candidates))
+            self._unmatched.update(unmatched)
+        self._accepted = frozenset(gpu.uuid for gpu in gpus)
+        self._set_offers(made)
+
+    def _set_offers(self, made: Offers) -> None:
+        self.offers = made
+        self._by_unit = {resource: {offer.unit.uuid: offer for offer in each} for resource, each in made.items()}
+
+
+def _with_current_units(made: Offers, gpus: tuple[Gpu, ...]) -> Offers:
+    """Return the same offers, of the units as they are now: their health must not be an old one."""
+    current = {unit.uuid: unit for gpu in gpus for unit in units(gpu)}
+    return {
+        resource: tuple(attrs.evolve(offer, unit=current.get(offer.unit.uuid, offer.unit)) for offer in each)
+        for resource, each in made.items()
+    }

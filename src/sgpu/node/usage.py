@@ -1,0 +1,181 @@
+"""How the GPUs are used, as last seen: which container has which share, memory and utilization, by GPU and container.
+
+Changing state, but nothing waits for it: it is read when a choice is to be made. Times are passed in, in monotonic
+seconds. Knows neither trio, nor gRPC, nor NVML.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
+from typing import Final
+
+import attrs
+
+from sgpu.node.container import NO_CONTAINER, Container
+from sgpu.node.figures import Figures, ProcessUse
+from sgpu.node.grants import Grants
+from sgpu.node.offers import Offer
+from sgpu.node.rank import UnitLoad
+from sgpu.node.shares import Share
+
+#: Sample intervals after which figures are too old to choose by.
+STALE_AFTER: Final = 3
+
+
+@attrs.frozen
+class ContainerUse:
+    """What one container has and uses of one GPU: bytes, percent. None: unknown.
+
+    Processes that belong to no pod are together under empty names. `shares` is 0 for a container that uses the GPU
+    without having been given a share of it.
+    """
+
+    namespace: str
+    pod: str
+    container: str
+    shares: int
+    memory_used: int | None = None
+    utilization: int | None = None
+    processes: int = 0
+
+
+class Usage:
+    """What is known. `holders` is None as long as the kubelet does not say which container has which share."""
+
+    def __init__(self, interval: float) -> None:
+        self.holders: Mapping[Share, Container] | None = None
+        self.figures: Mapping[str, Figures] = {}
+        #: When the figures were taken.
+        self.sampled_at = float("-inf")
+        self.grants = Grants()
+        #: Whether the processes that use GPUs can be attributed to containers.
+        self.processes_known = False
+        #: Why they can't, where there are any; empty where they can, or nobody has looked yet.
+        self.processes_problem = ""
+        self._shares: Mapping[str, Counter[Container]] = {}  # how many are held, by UUID; as long as `holders` is
+        self._processes: Mapping[str, Mapping[Container, list[ProcessUse]]] = {}  # of the GPUs that report theirs
+        self._interval = interval
+        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since shares or processes last changed
+
+    def set_figures(self, figures: Mapping[str, Figures], now: float) -> None:
+        """Take new figures, by UUID."""
+        self.figures, self.sampled_at = figures, now
+
+    def fresh(self, now: float) -> Mapping[str, Figures]:
+        """Return the figures, unless they are too old to go by."""
+        return {} if now - self.sampled_at > STALE_AFTER * self._interval else self.figures
+
+    def set_holders(self, holders: Mapping[Share, Container] | None) -> None:
+        """Take the kubelet's list of which container has which share, or that it no longer gives one (None)."""
+        if holders is not None:
+            self.grants.reconcile(holders)
+        if holders == self.holders:
+            return
+        self.holders = holders
+        self._uses = {}
+        self._shares = shares = defaultdict[str, Counter[Container]](Counter)
+        for share, holder in (holders or {}).items():
+            shares[share.uuid][holder] += 1
+
+    def set_owners(
+        self, figures: Mapping[str, Figures], owners: Mapping[int, Container | None] | None, problem: str = ""
+    ) -> None:
+        """Take the container of each process in these figures, or that they are unknown (None) and why.
+
+        None for one process: it belongs to no pod. A process that is not in `owners` has ended.
+        """
+        self.processes_known = owners is not None
+        self.processes_problem = problem
+        self._uses = {}
+        self._processes = {
+            uuid: _by_owner(known.processes, owners)
+            for uuid, known in figures.items()
+            if owners is not None and known.processes is not None
+        }
+
+    def allocated(self, now: float) -> frozenset[Share] | None:
+        """Return all shares that a container has or was given moments ago; None if that is unknown."""
+        return None if self.holders is None else frozenset(self.holders) | self.grants.shares(now)
+
+    def loads(self, offers: Iterable[Offer], now: float) -> Mapping[str, UnitLoad]:
+        """Return how each unit that is offered is used, by UUID."""
+        holders = self.holders
+        # Only the few that were just handed out are counted here: those held can be thousands, and a kubelet waits.
+        granted = Counter(share.uuid for share in self.grants.shares(now) if share not in (holders or ()))
+        expected = self.grants.expected_bytes(now)
+        fresh = self.fresh(now)
+        loads = {}
+        for offer in offers:
+            uuid = offer.unit.uuid
+            known = fresh.get(uuid, Figures())
+            free = known.memory_free
+            held = sum(self._shares.get(uuid, Counter()).values())
+            loads[uuid] = UnitLoad(
+                allocated=None if holders is None else held + granted[uuid],
+                shares=offer.shares,
+                free_memory=None if free is None else max(free - expected.get(uuid, 0), 0),
+                utilization=known.utilization,
+            )
+        return loads
+
+    def uses(self, uuid: str) -> tuple[ContainerUse, ...]:
+        """Return what each container has and uses of this GPU, in order."""
+        if uuid in self._uses:  # metrics, `status` and the log all ask for it
+            return self._uses[uuid]
+        shares: Mapping[Container, int] = self._shares.get(uuid, Counter())
+        processes = self._processes.get(uuid)
+        containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))
+        self._uses[uuid] = tuple(
+            _use(container, shares.get(container, 0), None if processes is None else processes.get(container, []))
+            for container in containers
+        )
+        return self._uses[uuid]
+
+    def pods(self, uuid: str) -> Mapping[str, int | None]:
+        """Return the bytes of this GPU's memory by pod (namespace/name) that has a share of it or uses it, most first.
+
+        None: unknown. Processes of no pod are under an empty name.
+        """
+        memory: dict[str, list[int | None]] = defaultdict(list)
+        for use in self.uses(uuid):
+            memory[f"{use.namespace}/{use.pod}" if use.pod else ""].append(use.memory_used)
+        pods = [(_sum(known), pod) for pod, known in memory.items()]
+        return {pod: used for used, pod in sorted(pods, key=lambda pair: (-(pair[0] or 0), pair[1]))}
+
+
+def _by_owner(
+    processes: Iterable[ProcessUse], owners: Mapping[int, Container | None]
+) -> Mapping[Container, list[ProcessUse]]:
+    found = defaultdict(list)
+    for process in processes:
+        if process.pid in owners:
+            found[owners[process.pid] or NO_CONTAINER].append(process)
+    return found
+
+
+def _use(container: Container, shares: int, processes: Collection[ProcessUse] | None) -> ContainerUse:
+    memory = utilization = None
+    if processes is not None:
+        memory = _sum(process.memory for process in processes)
+        utilization = _sum(process.utilization for process in processes)
+    return ContainerUse(
+        namespace=container.namespace,
+        pod=container.pod,
+        container=container.container,
+        shares=shares,
+        memory_used=memory,
+        utilization=None if utilization is None else min(utilization, 100),  # each is rounded by itself
+        processes=len(processes or ()),
+    )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """Return None where one of them is unknown: a part would be taken for all."""
+    total = 0
+    for number in numbers:
+        if number is None:
+            return None
+        total += number
+    return total

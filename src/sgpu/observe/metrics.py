@@ -1,0 +1,205 @@
+"""A snapshot and a record → what Prometheus scrapes. The only module that knows prometheus_client.
+
+Imported when the first one scrapes: it takes some 2 MB. Takes values and may be called in a thread. What is not known
+has no sample; labels are names of few things (a GPU, a container, a method), never of a share or a process.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Final
+
+import attrs
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from sgpu.observe.counters import BUCKETS, Counters
+from sgpu.observe.snapshot import Snapshot
+
+#: Of gzip. More makes it hardly smaller.
+COMPRESSION: Final = 1
+RESULTS: Final = {True: "success", False: "failure"}
+CONTAINER: Final = ("uuid", "namespace", "pod", "container")
+#: As Prometheus writes them in `le`.
+BOUNDS: Final = (*(str(bound) for bound in BUCKETS), "+Inf")
+
+Labels = Sequence[str]
+Samples = Iterable[tuple[Labels, float | None]]
+
+
+@attrs.frozen
+class Page:
+    """What a scrape gets: the text, its content type, and its encoding (empty: none)."""
+
+    text: bytes
+    content_type: str
+    encoding: str
+
+
+def page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
+    """Return the page as the request's headers ask for it: OpenMetrics or Prometheus' format, compressed or not."""
+    try:
+        encode, content_type = choose_encoder(accept)
+    except TypeError:  # a version that is none
+        encode, content_type = choose_encoder("")
+    text = encode(_Families(snapshot, counters))
+    if gzip_accepted(accept_encoding):
+        return Page(gzip.compress(text, COMPRESSION, mtime=0), content_type, "gzip")
+    return Page(text, content_type, "")
+
+
+def families(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
+    """Yield all series, except those of the process."""
+    yield from _of_gpus(snapshot)
+    yield from _of_containers(snapshot)
+    yield from _of_daemon(snapshot, counters)
+
+
+class _Families(Collector):
+    def __init__(self, snapshot: Snapshot, counters: Counters) -> None:
+        self._snapshot = snapshot
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        yield from families(self._snapshot, self._counters)
+        yield from ProcessCollector(registry=CollectorRegistry()).collect()
+
+
+def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
+    gpus = snapshot.gpus
+    yield _info(
+        "sgpu_gpu",
+        "A GPU of the node.",
+        ("uuid", "name", "pci_bus_id", "resource"),
+        [(gpu.uuid, gpu.name, gpu.pci_bus_id, gpu.resource) for gpu in gpus],
+    )
+    yield _info(
+        "sgpu_gpu_unhealthy",
+        "Why a GPU is down.",
+        ("uuid", "reason"),
+        [(gpu.uuid, gpu.reason) for gpu in gpus if not gpu.healthy],
+    )
+    per_gpu: tuple[tuple[str, str, list[float | None]], ...] = (
+        ("healthy", "Whether a GPU is healthy (1) or down (0).", [gpu.healthy for gpu in gpus]),
+        ("memory_total_bytes", "Memory of a GPU.", [gpu.memory_total for gpu in gpus]),
+        (
+            "memory_used_bytes",
+            "Memory that is used, by containers and by the driver.",
+            [gpu.memory_used for gpu in gpus],
+        ),
+        ("memory_free_bytes", "Memory that is free.", [gpu.memory_free for gpu in gpus]),
+        ("utilization_ratio", "Part of the time that a GPU was busy.", [_ratio(gpu.utilization) for gpu in gpus]),
+        ("shares", "Shares that a GPU is offered as.", [gpu.shares for gpu in gpus]),
+        ("shares_allocated", "Shares that containers have.", [gpu.allocated for gpu in gpus]),
+        ("shares_withheld", "Free shares that are not given away, for want of memory.", [gpu.withheld for gpu in gpus]),
+    )
+    for name, meaning, values in per_gpu:
+        yield _gauge(
+            f"sgpu_gpu_{name}",
+            meaning,
+            ["uuid"],
+            (((gpu.uuid,), value) for gpu, value in zip(gpus, values, strict=True)),
+        )
+
+
+def _of_containers(snapshot: Snapshot) -> Iterator[Metric]:
+    uses = [((gpu.uuid, use.namespace, use.pod, use.container), use) for gpu in snapshot.gpus for use in gpu.containers]
+    yield _gauge(
+        "sgpu_container_shares",
+        "Shares of a GPU that a container has.",
+        CONTAINER,
+        ((names, use.shares) for names, use in uses),
+    )
+    yield _gauge(
+        "sgpu_container_memory_used_bytes",
+        "Memory of a GPU that a container's processes use; those of no pod are together under empty names.",
+        CONTAINER,
+        ((names, use.memory_used) for names, use in uses),
+    )
+    yield _gauge(
+        "sgpu_container_utilization_ratio",
+        "Part of the time that a container's processes kept a GPU busy.",
+        CONTAINER,
+        ((names, _ratio(use.utilization)) for names, use in uses),
+    )
+
+
+def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
+    yield _info("sgpu_build", "Versions.", ("version", "driver_version"), [(snapshot.version, snapshot.driver_version)])
+    age = None if snapshot.sampled_at is None else max(snapshot.time - snapshot.sampled_at, 0)
+    yield _gauge("sgpu_sample_age_seconds", "Time since the driver last answered.", (), [((), age)])
+    yield _gauge(
+        "sgpu_registered",
+        "Whether the kubelet took the last registration of a resource.",
+        ["resource"],
+        (((resource.name,), resource.registered) for resource in snapshot.resources),
+    )
+    yield _counter(
+        "sgpu_registrations",
+        "Attempts to register with the kubelet.",
+        ("resource", "result"),
+        (
+            ((resource, word), counters.registrations[resource, success])
+            for resource in dict.fromkeys(resource for resource, _ in counters.registrations)
+            for success, word in RESULTS.items()
+        ),
+    )
+    yield _counter(
+        "sgpu_kubelet_restarts", "Times that another kubelet was found.", (), [((), counters.kubelet_restarts)]
+    )
+    yield _counter(
+        "sgpu_config_reloads",
+        "Times that the settings were read again.",
+        ["result"],
+        (((word,), counters.reloads[usable]) for usable, word in RESULTS.items()),
+    )
+    yield _counter(
+        "sgpu_nvml_errors",
+        "Calls of the driver's library that failed.",
+        ("function", "code"),
+        counters.nvml_errors.items(),
+    )
+    calls = HistogramMetricFamily(
+        "sgpu_rpc_duration_seconds", "The kubelet's calls; a stream counts when it ends.", labels=("method", "code")
+    )
+    for names, durations in counters.calls.items():
+        calls.add_metric(names, list(zip(BOUNDS, accumulate(durations.counts), strict=True)), durations.total)
+    yield calls
+
+
+def _ratio(percent: int | None) -> float | None:
+    return None if percent is None else percent / 100
+
+
+def _gauge(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
+    return _filled(GaugeMetricFamily(name, meaning, labels=labels), samples)
+
+
+def _counter(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
+    return _filled(CounterMetricFamily(name, meaning, labels=labels), samples)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    """Add the samples whose value is known to the family."""
+    for values, value in samples:
+        if value is not None:
+            family.add_metric(values, value)
+    return family
+
+
+def _info(name: str, meaning: str, labels: Labels, samples: Iterable[Labels]) -> Metric:
+    family = InfoMetricFamily(name, meaning, labels=labels)
+    for values in samples:
+        # What drivers and files say can have bytes that were no UTF-8.
+        family.add_metric([value.encode("utf-8", "replace").decode() for value in values], {})
+    return family

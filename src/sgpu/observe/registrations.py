@@ -1,0 +1,53 @@
+"""Which resources are registered with the kubelet, and the streams that it has open: for metrics, probes and status.
+
+Plain values, for one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+
+from sgpu.observe.counters import Counters
+
+
+@attrs.define(eq=False)
+class Registration:
+    """One resource: whether the kubelet took the last registration, and how many ListAndWatch streams are open."""
+
+    registered: bool = False
+    streams: int = 0
+
+
+class Registrations:
+    """All resources that have had a session, by name."""
+
+    def __init__(self, counters: Counters) -> None:
+        self.by_resource: dict[str, Registration] = {}
+        self._counters = counters
+        self._kubelet: object = None  # what tells one kubelet from another; None until one took a registration
+
+    @contextmanager
+    def session(self, resource: str) -> Iterator[Registration]:
+        """Open a session of this resource; only in a session can it be registered."""
+        registration = self.by_resource.setdefault(resource, Registration())
+        try:
+            yield registration
+        finally:
+            registration.registered = False
+
+    def attempted(self, resource: str, kubelet: object, success: bool) -> None:
+        """Record the outcome of an attempt to register in a session. `kubelet` tells one kubelet from another."""
+        self.by_resource[resource].registered = success
+        self._counters.registrations[resource, success] += 1
+        if success:
+            self._counters.kubelet_restarts += self._kubelet not in (None, kubelet)
+            self._kubelet = kubelet
+
+    def remove(self, resource: str) -> None:
+        """Forget a resource that is no longer offered."""
+        self.by_resource.pop(resource, None)
+        for success in (True, False):
+            self._counters.registrations.pop((resource, success), None)

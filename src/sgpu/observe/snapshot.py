@@ -1,0 +1,87 @@
+"""What the daemon knows at one moment, as values: what metrics, probes and `status` show.
+
+Times are seconds since the epoch, memory is in bytes, utilization in percent. None: unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import attrs
+
+from sgpu.node.usage import ContainerUse
+
+
+@attrs.frozen
+class GpuSnapshot:
+    """One GPU, whether or not it is healthy. `resource` is empty for one that is not offered.
+
+    `since`: when it became healthy or unhealthy, as far as the daemon has seen. `reason` is empty when it is healthy.
+    """
+
+    uuid: str
+    name: str
+    pci_bus_id: str
+    resource: str
+    healthy: bool
+    reason: str
+    since: float
+    memory_total: int | None
+    memory_used: int | None
+    memory_free: int | None
+    utilization: int | None
+    shares: int
+    allocated: int | None
+    withheld: int
+    containers: tuple[ContainerUse, ...] = ()
+
+
+@attrs.frozen
+class ResourceSnapshot:
+    """One resource. `registered`: the kubelet took the last registration. `streams`: ListAndWatch streams open."""
+
+    name: str
+    registered: bool
+    streams: int
+
+
+@attrs.frozen
+class Snapshot:
+    """The whole node.
+
+    `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
+    if never. `holders_known`: the kubelet lists which container has which share. `processes_problem`: why processes
+    can't be attributed to containers, empty if they can or there are none. `simulated`: there is no driver, and no
+    process uses the GPUs.
+    """
+
+    version: str
+    time: float
+    driver_version: str
+    waiting: str
+    sampled_at: float | None
+    holders_known: bool
+    processes_problem: str
+    resources: tuple[ResourceSnapshot, ...]
+    gpus: tuple[GpuSnapshot, ...]
+    simulated: bool = False
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """Return the snapshot as JSON."""
+    return json.dumps(attrs.asdict(snapshot)).encode()
+
+
+def decode(text: bytes) -> Snapshot:
+    """Return what `encode` was given. Raises ValueError for anything else."""
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        resources = tuple(ResourceSnapshot(**resource) for resource in fields.pop("resources"))
+        gpus = tuple(
+            GpuSnapshot(**{**gpu, "containers": tuple(ContainerUse(**use) for use in gpu["containers"])})
+            for gpu in fields.pop("gpus")
+        )
+        return Snapshot(**fields, resources=resources, gpus=gpus)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not what a daemon of this version says: {error}") from error

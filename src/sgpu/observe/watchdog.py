@@ -1,0 +1,51 @@
+"""Notices what is stuck: a loop of the daemon, which the liveness probe reports, or the event loop, which ends it."""
+
+from __future__ import annotations
+
+import faulthandler
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn
+
+import trio
+
+#: Seconds without a turn of the event loop after which the process ends. While it is stuck, the kubelet waits in a call
+#: without a deadline, and starts no pod of the node.
+STUCK_AFTER: Final = 25.0
+#: Seconds between two signs of life.
+INTERVAL: Final = 5.0
+#: Seconds by which a loop may be later than it said. A node can be busy, and a pod whose probe fails is killed.
+GRACE: Final = 60.0
+
+
+async def exit_when_stuck(stuck_after: float = STUCK_AFTER, interval: float = INTERVAL) -> NoReturn:
+    """Exit with code 1, and the stack of each thread on standard error, once the event loop is stuck for so long.
+
+    Standard error is file descriptor 2. A thread of the interpreter's own does it, which needs no lock of Python's.
+    """
+    try:
+        while True:
+            faulthandler.dump_traceback_later(stuck_after, exit=True, file=2)
+            await trio.sleep(interval)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Watchdog:
+    """Notices loops that got stuck in one of their waits: each says when it will be heard of again."""
+
+    def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
+        self._clock = clock
+        self._deadlines: dict[str, float] = {}
+
+    def arm(self, loop: str, seconds: float) -> None:
+        """Expect this loop to arm or disarm again within so many seconds."""
+        self._deadlines[loop] = self._clock() + seconds + GRACE
+
+    def disarm(self, loop: str) -> None:
+        """Expect nothing of this loop: it waits for something that may never come."""
+        self._deadlines.pop(loop, None)
+
+    def expired(self) -> Mapping[str, float]:
+        """Return the loops that are stuck, and for how many seconds longer than they said."""
+        now = self._clock()
+        return {loop: now - deadline + GRACE for loop, deadline in self._deadlines.items() if deadline < now}

@@ -1,0 +1,23 @@
+"""The containers that a process is in, by the names that runtimes give cgroups. Pure: text in, ids out."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+#: A part of a cgroup's path that is a container: before its id may stand the runtime (`cri-containerd-`), or a slice
+#: and the runtime where their drivers differ (`kubepods-….slice:cri-containerd:`); after it the kind of unit.
+_CONTAINER: Final = re.compile(r"(?:.*:)?(?:[a-z-]+-)?([0-9a-f]{64})(?:\.scope)?(?: \(deleted\))?")
+#: Who watches over a container, outside of it.
+_MONITORS: Final = ("crio-conmon-", "libpod-conmon-")
+
+
+def container_ids(cgroup: str) -> tuple[str, ...]:
+    """Return the ids of the containers that a process is in, outermost first, by its /proc/<pid>/cgroup.
+
+    One line for each hierarchy of cgroup v1, one of v2; relative to our own cgroup where that is a namespace.
+    """
+    # Mostly the same path in all hierarchies.
+    paths = dict.fromkeys(line.split(":", 2)[2] for line in cgroup.splitlines() if line.count(":") > 1)
+    parts = (part for path in paths for part in path.split("/") if not part.startswith(_MONITORS))
+    return tuple(dict.fromkeys(found[1] for part in parts if (found := _CONTAINER.fullmatch(part))))

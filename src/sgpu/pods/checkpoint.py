@@ -1,0 +1,51 @@
+"""The kubelet's own record of devices, beside its socket. Undocumented, so it is only read, and believed with care."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from sgpu.node.shares import Share
+
+FILE: Final = "kubelet_internal_checkpoint"
+
+
+@attrs.frozen
+class Checkpoint:
+    """By resource: the ids of healthy devices as last listed, and the ids that containers have."""
+
+    healthy: Mapping[str, Sequence[str]]
+    held: Mapping[str, Sequence[str]]
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read the kubelet's checkpoint. Raises OSError, or ValueError where it is not what a kubelet writes."""
+    try:
+        content = json.loads((directory / FILE).read_bytes())
+        data = content.get("Data", content)  # up to 1.8 without the checksum around it
+        held: dict[str, list[str]] = {}
+        for entry in data.get("PodDeviceEntries") or ():
+            held.setdefault(entry["ResourceName"], []).extend(_ids(entry["DeviceIDs"]))
+        registered = data.get("RegisteredDevices") or {}
+        return Checkpoint({resource: tuple(ids or ()) for resource, ids in registered.items()}, held)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a kubelet's: {error}") from error
+
+
+def strangers(share_ids: Sequence[str]) -> list[str]:
+    """Return the ids that sgpu did not make. Those of NVIDIA's plugin for shared GPUs look the same as ours."""
+    shares = ((share_id, Share.parse(share_id)) for share_id in share_ids)
+    return [share_id for share_id, share in shares if share is None or not share.uuid.startswith("GPU-")]
+
+
+def _ids(device_ids: Any) -> Iterator[str]:  # noqa: ANN401  # as it stands in the file
+    """Yield the ids: by NUMA node since Kubernetes 1.20, a list before."""
+    if isinstance(device_ids, dict):
+        for ids in device_ids.values():
+            yield from ids or ()
+    else:
+        yield from device_ids or ()

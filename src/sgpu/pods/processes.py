@@ -1,0 +1,118 @@
+"""The container of each process that uses a GPU, by the host's /proc and the kubelet's links to containers' logs.
+
+Blocks, for no longer than the kernel takes to look something up: call it from a thread. Knows neither NVML nor trio.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from sgpu.node.container import Container
+from sgpu.pods.container import read_links
+
+#: The kernel's number of the first pid namespace (PROC_PID_INIT_INO): the host's, which NVML's process ids are of.
+HOST_NAMESPACE: Final = "pid:[4026531836]"
+#: What the kernel calls the server of NVIDIA's MPS: it keeps 15 characters.
+_MPS_SERVER: Final = "nvidia-cuda-mps"
+#: Where a process' start is in /proc/<pid>/stat, counted from behind its name: field 22 of all.
+_START_FIELD: Final = 19
+
+
+@attrs.frozen
+class Stat:
+    """What /proc/<pid>/stat has: the name, cut to 15 characters, and clock ticks from the boot to the start."""
+
+    name: str
+    start: int
+
+    @property
+    def is_mps_server(self) -> bool:
+        """Return whether the process uses GPUs on behalf of others."""
+        return self.name == _MPS_SERVER
+
+
+class UnattributableError(Exception):
+    """Processes can't be attributed to containers. The message says why not, and what to do."""
+
+
+@attrs.frozen
+class Places:
+    """Where to look: the kernel's /proc, and the kubelet's links to logs."""
+
+    proc: Path
+    container_logs: Path
+
+
+@attrs.frozen
+class Owners:
+    """The container of each process that still runs; None: it is in no pod. `mps` are servers of NVIDIA's MPS."""
+
+    containers: Mapping[int, Container | None]
+    mps: frozenset[int]
+
+
+def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
+    """Return the container of each of these processes, which the driver listed `age` seconds ago.
+
+    Those that have ended are left out, and so are those that began later: their id was another's.
+
+    Raises UnattributableError.
+    """
+    check_namespace(places.proc)
+    try:
+        links = read_links(os.listdir(places.container_logs))
+    except OSError as error:
+        raise UnattributableError(
+            f"the kubelet's links to logs in {places.container_logs} can't be listed ({error.strerror}); "
+            "mount that directory from the host, or set -container-log-directory"
+        ) from error
+    listed_at = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * os.sysconf("SC_CLK_TCK")
+    containers, mps = {}, set()
+    for pid in pids:
+        try:
+            # In this order: if it is the same process still, it was when the cgroup was read.
+            cgroup = _read(f"{places.proc}/{pid}/cgroup")
+            stat = read_stat(_read(f"{places.proc}/{pid}/stat"))
+        except (OSError, ValueError):  # it has ended, maybe in the middle
+            continue
+        if stat.start > listed_at:
+            continue
+        containers[pid] = links.find(cgroup)
+        if stat.is_mps_server:
+            mps.add(pid)
+    return Owners(containers, frozenset(mps))
+
+
+def _read(path: str) -> str:
+    with open(path, errors="replace") as file:  # of hundreds of processes: pathlib takes as long as the kernel
+        return file.read()
+
+
+def check_namespace(proc: Path) -> None:
+    """Raise UnattributableError outside the host's pid namespace, where the same ids are other processes."""
+    link = proc / "self/ns/pid"
+    try:
+        namespace = os.readlink(link)
+    except OSError as error:
+        raise UnattributableError(
+            f"{link} can't be read ({error.strerror}); set -proc-directory to the host's /proc"
+        ) from error
+    if namespace != HOST_NAMESPACE:
+        raise UnattributableError(
+            f"the host's process ids are not seen ({link}: {namespace}); set hostPID: true for the pod"
+        )
+
+
+def read_stat(stat: str) -> Stat:
+    """Parse /proc/<pid>/stat. Raises ValueError for anything else."""
+    name, bracket, rest = stat.partition("(")[2].rpartition(")")  # the name can have brackets of its own
+    fields = rest.split()
+    if not bracket or len(fields) <= _START_FIELD:
+        raise ValueError(f"not what /proc/<pid>/stat has: {stat[:100]!r}")
+    return Stat(name, int(fields[_START_FIELD]))

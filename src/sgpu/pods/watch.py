@@ -1,0 +1,128 @@
+"""The loop that looks at containers: which have shares, which use how much of a GPU, and whether a GPU is too full.
+
+Knows neither NVML nor what a session is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NoReturn
+
+import attrs
+import trio
+
+from sgpu.lib.logs import OnChange
+from sgpu.lib.sizes import GIB, part_of
+from sgpu.node.container import NO_POD
+from sgpu.node.figures import Figures
+from sgpu.node.state import NodeState
+from sgpu.node.usage import Usage
+from sgpu.pods import processes
+from sgpu.pods.holders import TIMEOUT, PodResourcesError, list_holders
+
+logger = logging.getLogger(__name__)
+
+#: Failures in a row after which the kubelet's last list no longer counts.
+TOLERATED: Final = 3
+
+
+@attrs.frozen
+class WatchOptions:
+    """Where to look and how often (seconds). `watermark`: part of a GPU's memory; 0: never withhold."""
+
+    socket: Path
+    interval: float
+    watermark: float
+    places: processes.Places
+
+
+async def watch_pods(
+    options: WatchOptions, node: NodeState, expect: Callable[[float], None] = lambda seconds: None
+) -> NoReturn:
+    """List holders, attribute processes and withhold the free shares of full GPUs, each interval.
+
+    `expect` is called each time with the seconds until it is called again at the latest.
+    """
+    problem = OnChange(logger, logging.WARNING)
+    attribution = _Attribution(options.places, node.usage)
+    resources: tuple[str, ...] = ()
+    failures = 0
+    while True:
+        try:
+            expect(TIMEOUT + options.interval)
+            # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
+            resources = tuple(dict.fromkeys((*node.policy.resources(), *resources)))
+            node.set_holders(await list_holders(options.socket, resources))
+            problem.clear()
+            failures = 0
+        except PodResourcesError as error:
+            failures += 1
+            if node.usage.holders is None or failures >= TOLERATED:
+                node.set_holders(None)
+                problem.report(f"cannot list allocated shares: {error}; withholding is disabled")
+        await attribution.update()
+        if node.usage.holders is None or not failures:  # else a kubelet restarts; its last list counts a while longer
+            withhold(options.watermark, node)
+        await trio.sleep(options.interval)
+
+
+class _Attribution:
+    """Attributes the processes that the driver listed last to containers, and logs why where it can't."""
+
+    def __init__(self, places: processes.Places, usage: Usage) -> None:
+        self._places = places
+        self._usage = usage
+        self._problem = OnChange(logger, logging.WARNING)
+        self._mps: frozenset[str] = frozenset()  # GPUs with an MPS server
+
+    async def update(self) -> None:
+        """Attribute them once. What is read is the kernel's and a directory of the node: it does not take long."""
+        now = trio.current_time()
+        fresh = self._usage.fresh(now)
+        listed = {uuid: known.processes for uuid, known in fresh.items() if known.processes is not None}
+        if not listed:  # by no driver, or none that can
+            self._usage.set_owners({}, None)
+            return
+        pids = {process.pid for each in listed.values() for process in each}
+        try:
+            # A disk that hangs must not keep the daemon from stopping.
+            owners = await trio.to_thread.run_sync(
+                processes.find_owners, self._places, pids, now - self._usage.sampled_at, abandon_on_cancel=True
+            )
+        except processes.UnattributableError as error:
+            self._usage.set_owners({}, None, str(error))
+            self._problem.report(f"cannot attribute GPU memory to pods: {error}")
+            return
+        self._problem.clear()
+        self._usage.set_owners(fresh, owners.containers)
+        mps = frozenset(uuid for uuid, each in listed.items() if any(process.pid in owners.mps for process in each))
+        for uuid in sorted(mps - self._mps):
+            logger.info("GPU %s: an MPS server uses it; what is unknown of its clients is shown as the server's", uuid)
+        self._mps = mps
+
+
+def withhold(watermark: float, node: NodeState) -> None:
+    """Withhold the free shares of full GPUs, and log which and who uses them."""
+    before, now = node.update_pressure(watermark)
+    for uuid in sorted(now - before):
+        users = _users(node.usage.pods(uuid)) or "no pod that has a share of it"
+        used = _used(node.usage.figures[uuid])
+        logger.warning("GPU %s: memory is full, %s used by %s; its free shares are withheld", uuid, used, users)
+    for uuid in sorted(before - now):
+        logger.warning("GPU %s: its free shares are no longer withheld", uuid)
+
+
+def _users(pods: Mapping[str, int | None]) -> str:
+    """Name those that use a GPU, as far as it is known. Those that use nothing are named only if no others do."""
+    users = {pod: used for pod, used in pods.items() if used != 0} or dict.fromkeys(pods)
+    return ", ".join(
+        (pod or NO_POD) + ("" if used is None else f" ({used / GIB:.1f} GiB)") for pod, used in users.items()
+    )
+
+
+def _used(figures: Figures) -> str:
+    """Say how much memory is used; for figures that are known."""
+    total, free = figures.memory_total or 0, figures.memory_free or 0
+    return part_of(total - free, total)

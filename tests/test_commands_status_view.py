@@ -1,0 +1,258 @@
+"""A snapshot as `status` shows it, as text at several widths."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import attrs
+import fake_status
+import pytest
+from rich.console import Console
+
+from sgpu.commands.status.view import TABLE, View, ago, notes, render
+from sgpu.lib.sizes import GIB
+from sgpu.node.usage import ContainerUse
+from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+
+pytestmark = pytest.mark.pure
+
+#: 2026-01-02 12:00:00 UTC.
+NOW = 1767355200.0
+STALE = 25.0
+
+HEALTHY = attrs.evolve(
+    fake_status.GPU,
+    since=NOW - 3 * 3600 - 100,
+    containers=(
+        ContainerUse("", "", "", shares=0, memory_used=GIB, processes=2),
+        ContainerUse("default", "notebook", "main", shares=1, memory_used=300 << 20, utilization=0, processes=1),
+        ContainerUse("inference", "bert-7d6b9c4f5-qm4zt", "server", shares=2, memory_used=5 * GIB, utilization=25),
+    ),
+)
+DOWN = attrs.evolve(
+    HEALTHY,
+    uuid="GPU-5d0a3c1e-7b7e-5c0f-9d3b-0e4a8f6b7c22",
+    pci_bus_id="00000000:3C:00.0",
+    healthy=False,
+    reason="XID 79: the GPU has fallen off the bus; reset the GPU",
+    since=NOW - 200,
+    memory_used=None,
+    utilization=None,
+    allocated=4,
+    containers=(ContainerUse("ci", "runner", "job", shares=4), ContainerUse("ci", "stray", "job", shares=0)),
+)
+SNAPSHOT = attrs.evolve(fake_status.SNAPSHOT, time=NOW, sampled_at=NOW - 2, gpus=(HEALTHY, DOWN))
+
+AT_80 = """\
+GPU, pod and container                        Memory           Util  Shares
+Tesla T4  00000000:3B:00.0                    7.0/15.0 GiB     37 %   3 used
+GPU-bf428e1d-2c9a-5d47-8f6a-3d0b6f1c2e11      ███████░░░░░░░░        97 free
+healthy for 3 h                                                       0 withheld
+  inference/bert-7d6b9c4f5-qm4zt server       5.0 GiB          25 %   2
+  default/notebook main                       300 MiB           0 %   1
+  no pod: 2 processes                         1.0 GiB             -
+
+Tesla T4  00000000:3C:00.0                    -/15.0 GiB          -   4 used
+GPU-5d0a3c1e-7b7e-5c0f-9d3b-0e4a8f6b7c22                             96 down
+unhealthy for 3 min, since 11:56:40Z: XID                             0 withheld
+79: the GPU has fallen off the bus; reset
+the GPU
+  ci/runner job                               -                   -   4
+  ci/stray job                                -                   -   0
+"""
+
+AT_40 = """\
+Tesla T4  00000000:3B:00.0
+GPU-bf428e1d-2c9a-5d47-8f6a-3d0b6f1c2e11
+healthy for 3 h
+memory  #######........  7.0/15.0 GiB
+util    37 %
+shares  3 used, 97 free, 0 withheld
+  inference/bert-7d6b9c4f5-qm4zt server
+    5.0 GiB, 25 %, 2 shares
+  default/notebook main
+    300 MiB, 0 %, 1 share
+  no pod: 2 processes
+    1.0 GiB, -
+
+Tesla T4  00000000:3C:00.0
+GPU-5d0a3c1e-7b7e-5c0f-9d3b-0e4a8f6b7c22
+unhealthy for 3 min, since 11:56:40Z:
+XID 79: the GPU has fallen off the bus;
+reset the GPU
+memory  -/15.0 GiB
+util    -
+shares  4 used, 96 down, 0 withheld
+  ci/runner job
+    -, -, 4 shares
+  ci/stray job
+    -, -, 0 shares
+"""
+
+
+def text(snapshot: Snapshot, width: int | None = None, *, ascii_only: bool = False, now: float = NOW) -> str:
+    """What stands on the screen, without the blanks at the ends of lines."""
+    file = io.StringIO()
+    console = Console(file=file, width=width or 1000, color_system=None, highlight=False, markup=False)
+    console.print(render(snapshot, now, View(width, ascii_only, STALE)))
+    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+def of(*gpus: GpuSnapshot) -> Snapshot:
+    return attrs.evolve(SNAPSHOT, gpus=gpus)
+
+
+class TestWidths:
+    def test_table(self) -> None:
+        """Stand side by side where there is room for a UUID: 80 columns are enough."""
+        assert text(SNAPSHOT, 80).partition("\n\n")[2] == AT_80
+
+    def test_stack(self) -> None:
+        """Stand below each other where there is not; use only ASCII where that is asked for."""
+        assert text(SNAPSHOT, 40, ascii_only=True).partition("\n\n")[2] == AT_40
+
+    @pytest.mark.parametrize("width", [20, 30, 40, 60, TABLE - 1, TABLE, 100, 132, 250, None])
+    def test_nothing_is_lost(self, width: int | None) -> None:
+        """Fold lines instead of cutting them, whatever the width."""
+        shown = "".join(text(SNAPSHOT, width).split())
+        for gpu in SNAPSHOT.gpus:
+            assert gpu.uuid in shown
+            for use in gpu.containers:
+                assert not use.pod or f"{use.namespace}/{use.pod}" in shown or use.pod[:9] in shown
+        for line in text(SNAPSHOT, width).splitlines():
+            assert len(line) <= (width or 100)
+
+    def test_names_stay_whole(self) -> None:
+        """Never split a name where there is no terminal, for those who search in the text."""
+        use = attrs.evolve(HEALTHY.containers[1], pod="a" * 200)
+        assert f"  default/{'a' * 200} main  300 MiB" in text(of(attrs.evolve(HEALTHY, containers=(use,))))
+
+    @pytest.mark.parametrize(("width", "whole"), [(200, True), (None, False)], ids=["wide", "no terminal"])
+    def test_sentences(self, width: int | None, whole: bool) -> None:
+        """Fold sentences where there is no terminal, which the names may make as wide as they need."""
+        assert (DOWN.reason in text(SNAPSHOT, width)) is whole
+
+
+class TestHead:
+    def test_driver(self) -> None:
+        """Show the versions and how long ago the driver answered."""
+        first = text(SNAPSHOT).splitlines()[0]
+        assert all(fact in first for fact in ("sgpu 0.1.0", "550.54", "2 s"))
+
+    def test_before_the_driver(self) -> None:
+        """Show what is waited for, and nothing that is unknown."""
+        waiting = attrs.evolve(
+            SNAPSHOT, driver_version="", waiting="no libnvidia-ml.so.1 below /x", sampled_at=None, gpus=(), resources=()
+        )
+        head, note = text(waiting).splitlines()
+        assert "sgpu 0.1.0, driver" in head
+        assert note.startswith("! ")
+        assert note.endswith("no libnvidia-ml.so.1 below /x")
+
+    def test_simulated(self) -> None:
+        """Show that GPUs are simulated; that there is no driver and no sample is no problem then."""
+        gpu = attrs.evolve(HEALTHY, memory_used=None, memory_free=None, utilization=None)
+        simulated = attrs.evolve(of(gpu), driver_version="", sampled_at=None, simulated=True)
+        head, _, rest = text(simulated).partition("\n")
+        assert "simulated" in head
+        assert "sample" not in head
+        assert "!" not in rest
+
+    def test_resources(self) -> None:
+        """Show of each resource how it stands with the kubelet."""
+        resources = tuple(
+            ResourceSnapshot(f"example.com/{registered}{streams}", registered, streams)
+            for registered, streams in ((True, 1), (True, 0), (False, 0))
+        )
+        shown = text(attrs.evolve(SNAPSHOT, resources=resources)).splitlines()[1:4]
+        names, states = zip(*(line.split(": ") for line in shown), strict=True)
+        assert names == tuple(resource.name for resource in resources)
+        assert len(set(states)) == 3
+        assert ["watch" in state for state in states] == [False, True, False]
+        assert [state.startswith("not registered") for state in states] == [False, False, True]
+
+
+class TestNotes:
+    @pytest.mark.parametrize(
+        ("changes", "fact"),
+        [
+            pytest.param({"waiting": "no library"}, "no library", id="waiting"),
+            pytest.param({"waiting": "no library", "gpus": ()}, "no library", id="waiting, no GPU"),
+            pytest.param({"gpus": ()}, "no GPU", id="no GPU"),
+            pytest.param({"sampled_at": NOW - 90}, "1 min", id="old figures"),
+            pytest.param({"holders_known": False}, "-pod-resources-socket", id="holders unknown"),
+            pytest.param({"processes_problem": "set hostPID: true"}, "set hostPID: true", id="processes unknown"),
+        ],
+    )
+    def test_each(self, changes: dict[str, Any], fact: str) -> None:
+        """Note each problem once, with what to do, and show it."""
+        snapshot = attrs.evolve(SNAPSHOT, **changes)
+        (note,) = notes(snapshot, NOW, STALE)
+        assert fact in note
+        assert f"\n! {note}\n" in text(snapshot)
+
+    @pytest.mark.parametrize("sampled_at", [None, NOW - STALE], ids=["never", "just fresh"])
+    def test_none(self, sampled_at: float | None) -> None:
+        """Note nothing when all is well."""
+        assert list(notes(attrs.evolve(SNAPSHOT, sampled_at=sampled_at), NOW, STALE)) == []
+
+
+class TestGpus:
+    @pytest.mark.parametrize(
+        ("changes", "shares"),
+        [
+            pytest.param({"withheld": 97}, ["3 used", "0 free", "97 withheld"], id="withheld"),
+            pytest.param({"withheld": 90}, ["3 used", "7 free", "90 withheld"], id="partly withheld"),
+            pytest.param({"allocated": None}, ["100 in all", "0 withheld"], id="holders unknown"),
+            pytest.param({"shares": 1}, ["3 used", "0 free", "0 withheld"], id="more used than there are now"),
+        ],
+    )
+    def test_shares(self, changes: dict[str, Any], shares: list[str]) -> None:
+        """Show how many shares are used, free and withheld, as far as it is known."""
+        shown = text(of(attrs.evolve(HEALTHY, containers=(), **changes)), 40)
+        assert f"\nshares  {', '.join(shares)}\n" in shown
+
+    @pytest.mark.parametrize(
+        ("used", "total", "figures", "bar"),
+        [
+            pytest.param(None, None, "-", "", id="unknown"),
+            pytest.param(None, 80 * GIB, "-/80.0 GiB", "", id="use unknown"),
+            pytest.param(0, 80 * GIB, "0.0/80.0 GiB", "...............", id="none"),
+            pytest.param(79 * GIB, 80 * GIB, "79.0/80.0 GiB", "###############", id="nearly all"),
+            pytest.param(90 * GIB, 80 * GIB, "90.0/80.0 GiB", "###############", id="more than all"),
+        ],
+    )
+    def test_memory(self, used: int | None, total: int | None, figures: str, bar: str) -> None:
+        """Show the memory in figures, and as a bar."""
+        shown = text(of(attrs.evolve(HEALTHY, memory_used=used, memory_total=total)), 40, ascii_only=True)
+        assert f"\nmemory  {bar}{'  ' if bar else ''}{figures}\n" in shown
+
+    @pytest.mark.parametrize("width", [40, 100])
+    def test_resources(self, width: int) -> None:
+        """Show the resource of each GPU where there are several, and which GPU is not offered."""
+        shown = text(of(HEALTHY, attrs.evolve(DOWN, resource="")), width)
+        assert "\nnot offered" in shown
+        assert "\nas deepomatic" not in shown
+        two = (*SNAPSHOT.resources, ResourceSnapshot("example.com/whole-gpu", registered=True, streams=1))
+        shown = text(attrs.evolve(SNAPSHOT, resources=two), width)
+        assert shown.count("\nas deepomatic.com/shared-gpu") == 2
+
+    def test_another_day(self) -> None:
+        """Show the date of a fault that is not of today."""
+        assert " 2 d, since 2026-01-02 11:56Z: XID 79" in text(SNAPSHOT, now=NOW + 2 * 86400)
+
+    def test_control_characters(self) -> None:
+        """Let nothing that is shown do anything to the terminal."""
+        shown = text(of(attrs.evolve(DOWN, reason="a\x1b[2Jb\nc", name="[red]T4")))
+        assert r"a\x1b[2Jb\nc" in shown
+        assert "[red]T4" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-5, "0 s"), (0.9, "0 s"), (59, "59 s"), (60, "1 min"), (3600, "1 h"), (86399, "23 h"), (86400, "1 d")],
+)
+def test_ago(seconds: float, words: str) -> None:
+    """Show a span in one unit, never longer than it was."""
+    assert ago(seconds) == words

@@ -1,0 +1,432 @@
+"""argv, environment and file → settings, and the one line for who gets them wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import pytest
+
+from sgpu.config.load import INTERVALS, RULE_KINDS, Flags, Loaded, UsageError, load, parse_flags
+from sgpu.config.settings import SETTINGS, Settings, endpoint
+from sgpu.config.values import BOOLEAN, seconds
+from sgpu.driver.xids import XidPolicy
+from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
+from sgpu.node.policy import Policy, Rule
+
+pytestmark = pytest.mark.pure
+
+#: For each setting, a value that is not its default, as text.
+OTHER = {
+    "host-path": "/opt/nvidia",
+    "container-path": "/usr/nvidia",
+    "plugin-directory": "/var/lib/kubelet/device-plugins",
+    "gpu-duplication-factor": "7",
+    "resource-name": "example.com/gpu",
+    "dev-directory": "/host/dev",
+    "sysfs-directory": "/host/sys",
+    "placement": "pack",
+    "multi-share": "strict-distinct",
+    "memory-watermark": "0.8",
+    "sample-interval": "2.5",
+    "pod-resources-socket": "/run/pods.sock",
+    "framework-hints": "false",
+    "health-interval": "1.5",
+    "driver-timeout": "20",
+    "ignore-xids": "13, 31",
+    "critical-xids": "79,80",
+    "state-file": "state.json",
+    "status-socket": "status.sock",
+    "metrics-address": "127.0.0.1:9400",
+    "proc-directory": "/host/proc",
+    "container-log-directory": "/host/logs",
+    "simulate": "2",
+    "simulate-faults": "faults",
+    "log-format": "json",
+    "v": "3",
+    "logtostderr": "false",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Where a test puts its file."""
+    return tmp_path / "config.yaml"
+
+
+def variable(name: str) -> str:
+    return "SGPU_" + name.upper().replace("-", "_")
+
+
+def load_file(path: Path, content: str) -> Loaded:
+    path.write_text(content)
+    return load({"config": str(path)}, {})
+
+
+def assert_refused(use: Callable[[], object], *facts: str) -> None:
+    """Assert that this is a UsageError of a single line, in which all these facts are."""
+    with pytest.raises(UsageError) as refused:
+        use()
+    line = str(refused.value)
+    assert line.splitlines() == [line]
+    assert [fact for fact in facts if fact not in line] == []
+
+
+class TestParseFlags:
+    @pytest.mark.parametrize(
+        ("arguments", "values"),
+        [
+            pytest.param([], {}, id="none"),
+            pytest.param(["-host-path", "/a"], {"host-path": "/a"}, id="value behind a space"),
+            pytest.param(["--host-path", "/a"], {"host-path": "/a"}, id="two dashes"),
+            pytest.param(["--host-path=/a=b"], {"host-path": "/a=b"}, id="value behind the first ="),
+            pytest.param(["-host-path="], {"host-path": ""}, id="nothing behind ="),
+            pytest.param(["-host-path", "-v"], {"host-path": "-v"}, id="what follows is the value"),
+            pytest.param(["-v", "1", "-v=2"], {"v": "2"}, id="the last one wins"),
+            pytest.param(["-logtostderr=false"], {"logtostderr": "false"}, id="boolean behind ="),
+            pytest.param(["-logtostderr", "-v", "1"], {"logtostderr": "true", "v": "1"}, id="boolean alone"),
+            pytest.param(["-config", "a.yaml"], {"config": "a.yaml"}, id="config"),
+        ],
+    )
+    def test_values(self, arguments: list[str], values: dict[str, str]) -> None:
+        """Flags go as in Go: one dash or two, the value behind `=` or as the next argument."""
+        assert parse_flags(arguments) == Flags(values, frozenset(), ())
+
+    @pytest.mark.parametrize(
+        ("arguments", "actions"),
+        [
+            pytest.param(["-help", "--h"], {"help", "h"}, id="help"),
+            pytest.param(["--version=1"], {"version"}, id="with a value"),
+            pytest.param(["-version=false"], set(), id="false"),
+            pytest.param(["-print-config", "-v=1"], {"print-config"}, id="print-config"),
+        ],
+    )
+    def test_actions(self, arguments: list[str], actions: set[str]) -> None:
+        """Some flags do something. They take a value as Go's booleans do."""
+        assert parse_flags(arguments).actions == actions
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            pytest.param(["demo", "-v", "1", "more"], ("demo", "more"), id="around flags"),
+            pytest.param(["--", "-v", "--"], ("-v", "--"), id="all behind --"),
+            pytest.param(["-", ""], ("-", ""), id="a dash alone, and nothing"),
+            pytest.param(["-logtostderr", "false"], ("false",), id="behind a boolean"),
+            pytest.param(["-version", "false"], ("false",), id="behind an action"),
+        ],
+    )
+    def test_words(self, arguments: list[str], words: tuple[str, ...]) -> None:
+        """What is no flag is a word."""
+        assert parse_flags(arguments).positional == words
+
+    def test_options(self) -> None:
+        """The options of a command are flags beside the settings, and have values of their own types."""
+        options = {"watch": BOOLEAN, "interval": seconds(0.1, 60)}
+        flags = parse_flags(["-watch", "-interval=2", "-v=1"], options)
+        assert flags == Flags({"v": "1"}, frozenset(), (), {"watch": True, "interval": 2.0})
+        assert parse_flags([], options).options == {}
+        assert_refused(lambda: parse_flags(["-interval", "x"], options), "-interval", "'x'", "command line")
+
+    @pytest.mark.parametrize(
+        ("argument", "facts"),
+        [
+            pytest.param("-nope=secret", ["-nope"], id="one dash"),
+            pytest.param("--nope", ["--nope"], id="two dashes"),
+            pytest.param("---v", ["---v"], id="three dashes"),
+            pytest.param("-=1", [" - "], id="no name"),
+            pytest.param("-host_path=/a", ["-host_path"], id="underscore"),
+            pytest.param("-V", ["-V"], id="capital"),
+            pytest.param("-no\npe", [r"-no\npe"], id="newline"),
+            pytest.param("-v", ["-v", "command line", "0", "10"], id="no value"),
+            pytest.param("-config", ["-config", "command line"], id="no file"),
+            pytest.param("-config=", ["-config", "command line"], id="empty file"),
+            pytest.param("-version=maybe", ["-version", "'maybe'", "command line"], id="no boolean"),
+        ],
+    )
+    def test_refused(self, argument: str, facts: list[str]) -> None:
+        """An unknown flag, or one without its value, is named as it was written; its value is not repeated."""
+        assert_refused(lambda: parse_flags([argument]), *facts)
+        with pytest.raises(UsageError) as refused:
+            parse_flags([argument])
+        assert "secret" not in str(refused.value)
+
+
+class TestSources:
+    def test_none(self) -> None:
+        """Without any, every setting is its default and says so."""
+        loaded = load({}, {})
+        assert loaded == Loaded(
+            Settings(), dict.fromkeys(SETTINGS, "default"), Policy("deepomatic.com/shared-gpu", 100)
+        )
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_each(self, config: Path, name: str) -> None:
+        """Every setting can come from a flag, a variable or the file, has the same value then, and says which."""
+        flag = load(parse_flags([f"-{name}={OTHER[name]}"]).values, {})
+        environment = load({}, {variable(name): OTHER[name]})
+        file = load_file(config, f"{name}: {OTHER[name]}")
+        assert flag.settings == environment.settings == file.settings != Settings()
+        others = dict.fromkeys(SETTINGS, "default")
+        for loaded, origin in ((flag, "command line"), (environment, variable(name)), (file, str(config))):
+            assert loaded.origins == {**others, **dict.fromkeys(INTERVALS if name in INTERVALS else [name], origin)}
+
+    @pytest.mark.parametrize(
+        ("flag", "environment", "value", "origin"),
+        [
+            pytest.param("3", "2", 3, "command line", id="flag before environment and file"),
+            pytest.param("3", None, 3, "command line", id="flag before file"),
+            pytest.param(None, "2", 2, "SGPU_V", id="environment before file"),
+            pytest.param(None, "0", 0, "SGPU_V", id="the default is a value like any other"),
+            pytest.param(None, None, 1, "config.yaml", id="file before default"),
+        ],
+    )
+    def test_precedence(self, config: Path, flag: str | None, environment: str | None, value: int, origin: str) -> None:
+        """Flag beats environment beats file beats default, for each setting by itself."""
+        config.write_text("v: 1\nhost-path: /file\n")
+        flags = {"config": str(config), **({"v": flag} if flag else {})}
+        loaded = load(flags, {"SGPU_V": environment} if environment else {})
+        assert loaded.settings == Settings(v=value, host_path="/file")
+        assert Path(loaded.origins["v"]).name == origin
+        assert loaded.file == str(config)
+
+    def test_a_wrong_value_that_is_beaten(self) -> None:
+        """It is refused even where a higher source sets the same."""
+        assert_refused(lambda: load({"v": "1"}, {"SGPU_V": "x"}), "-v", "'x'", "SGPU_V")
+
+    def test_variables_that_are_no_settings(self) -> None:
+        """They do not matter: a Service named `sgpu` makes some. Nor can they ask for an action, or give rules."""
+        names = (
+            "SGPU_SERVICE_HOST",
+            "SGPU_PORT",
+            "SGPU_",
+            "SGPU_HOST-PATH",
+            "sgpu_v",
+            "V",
+            "SGPU_VERSION",
+            "SGPU_GPUS",
+        )
+        assert load({}, dict.fromkeys(names, "x")) == load({}, {})
+
+    def test_the_file_s_own_place(self, config: Path) -> None:
+        """A variable can name the file, and the flag beats it: of two, one is read. An empty variable names none."""
+        config.write_text("v: 1")
+        assert load({}, {"SGPU_CONFIG": str(config)}).settings.v == 1
+        assert load({"config": str(config)}, {"SGPU_CONFIG": "/missing"}).settings.v == 1
+        assert load({}, {"SGPU_CONFIG": ""}) == load({}, {})
+
+    def test_loaded_is_a_value(self) -> None:
+        """Settings do not change once they are loaded."""
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            load({}, {}).settings.v = 1  # type: ignore[misc]
+
+
+class TestIntervals:
+    """-sample-interval and -health-interval are two names of one setting."""
+
+    @pytest.mark.parametrize("name", INTERVALS)
+    def test_one_is_set(self, name: str) -> None:
+        """It counts for both, also where it is larger than the default, and nobody is warned."""
+        loaded = load({name: "30"}, {})
+        assert (loaded.settings.sample_interval, loaded.settings.health_interval) == (30, 30)
+        assert loaded.warnings == ()
+
+    @pytest.mark.parametrize(
+        ("flags", "environment", "origin"),
+        [
+            pytest.param({"sample-interval": "2", "health-interval": "7"}, {}, "command line", id="sample-interval"),
+            pytest.param({"sample-interval": "7", "health-interval": "2"}, {}, "command line", id="health-interval"),
+            pytest.param(
+                {"sample-interval": "7"},
+                {"SGPU_HEALTH_INTERVAL": "2"},
+                "SGPU_HEALTH_INTERVAL",
+                id="from a lower source",
+            ),
+        ],
+    )
+    def test_both_are_set(self, flags: dict[str, str], environment: dict[str, str], origin: str) -> None:
+        """The smaller counts, wherever it comes from, and a warning names both and what counts."""
+        loaded = load(flags, environment)
+        assert (loaded.settings.sample_interval, loaded.settings.health_interval) == (2, 2)
+        assert {loaded.origins[name] for name in INTERVALS} == {origin}
+        (warning,) = loaded.warnings
+        assert all(fact in warning for fact in ("-sample-interval", "-health-interval", "2", "7"))
+
+    def test_both_are_the_same(self) -> None:
+        """Then there is nothing to warn of."""
+        assert load({"sample-interval": "2"}, {"SGPU_HEALTH_INTERVAL": "2.0"}).warnings == ()
+
+
+class TestRefused:
+    def test_text(self) -> None:
+        """A wrong value is refused with the setting, the value, where it came from, and what the setting takes."""
+        takes = SETTINGS["simulate"].metadata["kind"].takes
+        assert_refused(lambda: load({"simulate": "65"}, {}), "-simulate", "'65'", "command line", takes)
+        assert_refused(lambda: load({}, {"SGPU_SIMULATE": "a\nb"}), "-simulate", r"'a\nb'", "SGPU_SIMULATE", takes)
+
+    @pytest.mark.parametrize(
+        ("content", "value"),
+        [
+            pytest.param("v: '1'", "'1'", id="another type"),
+            pytest.param("v: 11", "11", id="out of range"),
+            pytest.param("v:", "None", id="nothing"),
+            pytest.param("v: [1, 2]", "[1, 2]", id="list"),
+        ],
+    )
+    def test_value_in_the_file(self, config: Path, content: str, value: str) -> None:
+        """It is refused with its line."""
+        takes = SETTINGS["v"].metadata["kind"].takes
+        assert_refused(lambda: load_file(config, f"# a comment\n{content}"), f"-v: {value} ", f"{config}:2", takes)
+
+    @pytest.mark.parametrize("key", ["nope", "host_path", "config", "version", "1", '"a\\nb"'])
+    def test_key_in_the_file(self, config: Path, key: str) -> None:
+        """An unknown key is refused with its line and the keys there are. A file can't name a file, or do something."""
+        assert_refused(
+            lambda: load_file(config, f"v: 1\n\n{key}: 1"), key.strip('"'), f"{config}:3", ", ".join(SETTINGS), "gpus"
+        )
+
+    @pytest.mark.parametrize(
+        ("flags", "environment", "origin"),
+        [
+            pytest.param({"config": "/missing/a\nb"}, {}, "command line", id="flag"),
+            pytest.param({}, {"SGPU_CONFIG": "/missing/a\nb"}, "SGPU_CONFIG", id="environment"),
+        ],
+    )
+    def test_file(self, flags: dict[str, str], environment: dict[str, str], origin: str) -> None:
+        """A file that can't be used is named with who named it. What is wrong with it is test_config_file's."""
+        assert_refused(lambda: load(flags, environment), "-config", r"/missing/a\nb", origin, "Errno 2")
+
+
+class TestRules:
+    """The file's key `gpus`: what each GPU is offered as."""
+
+    def test_policy(self, config: Path) -> None:
+        """Each entry is a rule that knows its line; without one, all GPUs are offered as the settings say."""
+        content = """\
+gpu-duplication-factor: 7
+gpus:
+  - uuid: GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d
+    shares: 1
+    resource: example.com/whole-gpu
+  - name: "*A100*"
+    shares: 40
+
+  - {pci-bus-id: 0000:05:00.0, exclude: true}
+"""
+        policy = load_file(config, content).policy
+        rules = (
+            Rule("", uuid="GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d", shares=1, resource="example.com/whole-gpu"),
+            Rule("", name="*A100*", shares=40),
+            Rule("", pci_bus_id="0000:05:00.0", exclude=True),
+        )
+        assert policy == Policy("deepomatic.com/shared-gpu", 7, rules)
+        assert [rule.place for rule in policy.rules] == [f"{config}:{line}" for line in (3, 6, 9)]
+        assert load_file(config, "gpus: []").policy == load({}, {}).policy
+        flags = {"resource-name": "example.com/gpu", "gpu-duplication-factor": "7"}
+        assert load(flags, {}).policy == Policy("example.com/gpu", 7)
+
+    @pytest.mark.parametrize(
+        ("entry", "rule"),
+        [
+            pytest.param("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1), id="uuid in small letters"),
+            pytest.param("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1), id="bus id"),
+            pytest.param("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2), id="in any order"),
+        ],
+    )
+    def test_taken(self, config: Path, entry: str, rule: Rule) -> None:
+        """All that an entry can say."""
+        assert load_file(config, f"gpus: [{entry}]").policy.rules == (rule,)
+
+    @pytest.mark.parametrize("value", ["", "GPU-a", "{uuid: GPU-a, shares: 1}"], ids=["nothing", "word", "mapping"])
+    def test_not_a_list(self, config: Path, value: str) -> None:
+        """It takes a list."""
+        assert_refused(lambda: load_file(config, f"v: 1\ngpus: {value}\n"), "gpus", f"{config}:2")
+
+    @pytest.mark.parametrize(
+        ("entry", "facts"),
+        [
+            pytest.param("", (), id="nothing"),
+            pytest.param("GPU-a", (), id="word"),
+            pytest.param("[uuid, GPU-a]", (), id="list"),
+            pytest.param("{}", ("uuid", "pci-bus-id", "name"), id="empty"),
+            pytest.param("{shares: 1}", ("uuid", "pci-bus-id", "name"), id="no selector"),
+            pytest.param("{uuid: GPU-a, name: T4, shares: 1}", ("uuid", "pci-bus-id", "name"), id="two selectors"),
+            pytest.param("{uuuid: GPU-a, shares: 1}", ("'uuuid'", *RULE_KINDS), id="unknown key"),
+            pytest.param("{name: T4, 1: 1}", ("1", *RULE_KINDS), id="key that is no text"),
+            pytest.param('{name: T4, "a\\nb": 1}', (r"'a\nb'", *RULE_KINDS), id="key with a newline"),
+            pytest.param("{name: T4}", ("shares", "resource", "exclude"), id="says nothing"),
+            pytest.param("{name: T4, exclude: false}", ("shares", "resource"), id="says as much as nothing"),
+            pytest.param("{name: T4, exclude: true, shares: 1}", ("exclude", "shares"), id="excluded, with shares"),
+            pytest.param("{name: T4, exclude: true, resource: a.b/c}", ("resource",), id="excluded, with a resource"),
+            pytest.param("{uuid: MIG-a, shares: 1}", ("uuid", "'MIG-a'"), id="no GPU's UUID"),
+            pytest.param("{uuid: 17, shares: 1}", ("uuid", "17"), id="number for a UUID"),
+            pytest.param("{pci-bus-id: '3b:00', shares: 1}", ("pci-bus-id", "'3b:00'"), id="no bus id"),
+            pytest.param("{name: '', shares: 1}", ("name", "''"), id="empty name"),
+            pytest.param("{name: T4, shares: 0}", ("shares", " 0 "), id="no shares"),
+            pytest.param("{name: T4, shares: '1'}", ("shares", "'1'"), id="quoted number"),
+            pytest.param("{name: T4, resource: gpu}", ("resource", "'gpu'"), id="bad resource name"),
+            pytest.param("{name: T4, exclude: 1}", ("exclude", " 1 "), id="number for a boolean"),
+        ],
+    )
+    def test_refused(self, config: Path, entry: str, facts: tuple[str, ...]) -> None:
+        """What is wrong with an entry is one line with its place."""
+        content = f"gpus:\n# first\n- {{name: V100, shares: 1}}\n- {entry}\n"
+        assert_refused(lambda: load_file(config, content), "gpus", f"{config}:4", *facts)
+
+    @pytest.mark.parametrize("selector", ["uuid: GPU-a", "pci-bus-id: '3b:00.0'", "name: '*'"])
+    def test_the_same_twice(self, config: Path, selector: str) -> None:
+        """Two entries with the same selector are refused, whatever GPUs there are, with both places."""
+        content = f"gpus:\n- {{name: T4, shares: 1}}\n- {{{selector}, shares: 1}}\n- {{{selector}, exclude: true}}\n"
+        fact = selector.replace("'", "")
+        assert_refused(lambda: load_file(config, content), f"`{fact}` ({config}:3)", f"`{fact}` ({config}:4)")
+
+
+class TestXids:
+    def test_policy(self) -> None:
+        """The operator's say over XIDs comes as numbers."""
+        xids = load({"ignore-xids": "13, 31", "critical-xids": "79"}, {}).xids
+        assert xids == XidPolicy(frozenset({13, 31}), frozenset({79}))
+
+    def test_both(self) -> None:
+        """A number in both lists is refused, with where each list came from."""
+        assert_refused(
+            lambda: load({"ignore-xids": "13,79,48"}, {"SGPU_CRITICAL_XIDS": "79, 48"}),
+            *("-ignore-xids (command line)", "-critical-xids (SGPU_CRITICAL_XIDS)", "48", "79"),
+        )
+
+
+class TestSocketPath:
+    @staticmethod
+    def directory(surplus: int) -> str:
+        """A plugin directory that makes the socket's path this many bytes longer than it may be."""
+        return "/" + "d" * (MAX_SOCKET_PATH_BYTES + surplus - len(endpoint(Settings().resource_name)) - len("//"))
+
+    @pytest.mark.parametrize(
+        "directory",
+        [
+            pytest.param(directory(0), id="longest"),
+            pytest.param(directory(0) + "///", id="slashes that make no difference"),
+            pytest.param("/a\udcff", id="not UTF-8, as Python gets it from argv"),
+        ],
+    )
+    def test_taken(self, directory: str) -> None:
+        """Every path that a socket can have is taken."""
+        assert load({"plugin-directory": directory}, {}).settings == Settings(plugin_directory=directory)
+
+    @pytest.mark.parametrize(
+        "directory", [pytest.param(directory(1), id="longer"), pytest.param(directory(0)[:-1] + "é", id="more bytes")]
+    )
+    def test_too_long(self, directory: str) -> None:
+        """A byte more is refused, with both settings that make the path, where they came from, and the limit."""
+        assert_refused(
+            lambda: load({}, {"SGPU_PLUGIN_DIRECTORY": directory}),
+            *("-plugin-directory (SGPU_PLUGIN_DIRECTORY)", "-resource-name (default)", str(MAX_SOCKET_PATH_BYTES)),
+            f"{directory}/{endpoint(Settings().resource_name)}",
+        )
+
+    def test_a_long_name(self, config: Path) -> None:
+        """A name that Kubernetes takes can be too long for a socket's; each rule's resource has a socket of its own."""
+        name = "y" * 40 + ".example.com/" + "x" * 63
+        assert_refused(lambda: load({"resource-name": name}, {}), "-plugin-directory", "-resource-name (command line)")
+        content = f"gpus:\n- name: '*'\n  resource: {name}\n"
+        assert_refused(lambda: load_file(config, content), "-plugin-directory", f"resource ({config}:2)")

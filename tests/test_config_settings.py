@@ -1,0 +1,89 @@
+"""Every setting: its default, and values that it takes and refuses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import attrs
+import pytest
+
+from sgpu.config.settings import SETTINGS, Settings, endpoint
+
+pytestmark = pytest.mark.pure
+
+
+class Expected(NamedTuple):
+    """What manifests and scripts count on: the default, and texts at the ends of what is taken and just beyond."""
+
+    default: object
+    takes: tuple[str, ...]
+    refuses: tuple[str, ...]
+
+
+PATHS = (("/",), ("", "relative"))
+FILES = (("", "file"), ("/",))
+BOOLEANS = (("true", "false"), ("off",))
+INTERVAL = (("0.1", "3600"), ("0", "3601"))
+NUMBERS = (("", "13, 31"), ("x",))
+
+EXPECTED = {
+    "host-path": Expected("/home/kubernetes/bin/nvidia", *PATHS),
+    "container-path": Expected("/usr/local/nvidia", *PATHS),
+    "plugin-directory": Expected("/device-plugin", *PATHS),
+    "gpu-duplication-factor": Expected(100, ("1", "100000"), ("0", "100001")),
+    "resource-name": Expected("deepomatic.com/shared-gpu", ("a/b",), ("gpu", "kubernetes.io/gpu")),
+    "dev-directory": Expected("/dev", *PATHS),
+    "sysfs-directory": Expected("/sys", *PATHS),
+    "proc-directory": Expected("/proc", *PATHS),
+    "container-log-directory": Expected("/var/log/containers", *PATHS),
+    "placement": Expected("spread", ("spread", "pack"), ("binpack",)),
+    "multi-share": Expected("distinct", ("distinct", "same", "strict-distinct"), ("strict",)),
+    "memory-watermark": Expected(0.95, ("0", "1"), ("95",)),
+    "sample-interval": Expected(5.0, *INTERVAL),
+    "pod-resources-socket": Expected("/var/lib/kubelet/pod-resources/kubelet.sock", *PATHS),
+    "framework-hints": Expected(True, *BOOLEANS),
+    "health-interval": Expected(5.0, *INTERVAL),
+    "driver-timeout": Expected(10.0, *INTERVAL),
+    "ignore-xids": Expected("", *NUMBERS),
+    "critical-xids": Expected("", *NUMBERS),
+    "state-file": Expected("/run/sgpu/state.json", *FILES),
+    "metrics-address": Expected(":2112", ("", "[::1]:0"), ("2112",)),
+    "status-socket": Expected("/run/sgpu/status.sock", *FILES),
+    "simulate": Expected(0, ("0", "64"), ("-1", "65")),
+    "simulate-faults": Expected("", *FILES),
+    "log-format": Expected("text", ("text", "json"), ("JSON",)),
+    "v": Expected(0, ("0", "10"), ("-1", "11")),
+    "logtostderr": Expected(True, *BOOLEANS),
+}
+
+
+def test_defaults() -> None:
+    """Every field is a setting, named with dashes, whose default manifests and scripts count on."""
+    defaults = {name.replace("-", "_"): expected.default for name, expected in EXPECTED.items()}
+    assert attrs.asdict(Settings()) == defaults
+    assert list(SETTINGS) == list(EXPECTED)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_values(name: str) -> None:
+    """Every setting takes its own default, says what it is for, and refuses what is beyond its range."""
+    kind, expected = SETTINGS[name].metadata["kind"], EXPECTED[name]
+    assert kind.from_file(expected.default) == expected.default
+    assert SETTINGS[name].metadata["meaning"]
+    for text in expected.takes:
+        kind.from_text(text)
+    for text in expected.refuses:
+        with pytest.raises(ValueError):  # noqa: PT011  # its text is not shown
+            kind.from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("resource", "socket"),
+    [
+        pytest.param("deepomatic.com/shared-gpu", "sgpu-deepomatic.com_shared-gpu.sock", id="default"),
+        pytest.param("a.b/c_d", "sgpu-a.b_c_d.sock", id="underscore in the name"),
+    ],
+)
+def test_endpoint(resource: str, socket: str) -> None:
+    """A resource's socket has its name without a slash. A domain has no underscore, so that no two clash."""
+    assert endpoint(resource) == socket

@@ -1,0 +1,212 @@
+"""The types of value: what each takes as text and from YAML, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgpu.config.values import (
+    ADDRESS,
+    BOOLEAN,
+    FILE,
+    NUMBERS,
+    PATH,
+    RESOURCE,
+    SHARES,
+    Kind,
+    choice,
+    fraction,
+    integer,
+    is_extended_resource,
+    seconds,
+    split_address,
+)
+
+pytestmark = pytest.mark.pure
+
+KINDS = {
+    "integer": integer(-1, 10),
+    "seconds": seconds(0.1, 60),
+    "fraction": fraction(),
+    "boolean": BOOLEAN,
+    "choice": choice("red", "green"),
+    "path": PATH,
+    "file": FILE,
+    "numbers": NUMBERS,
+    "address": ADDRESS,
+    "resource": RESOURCE,
+}
+#: By type, each text that it takes and the value of it.
+TEXTS: dict[str, dict[str, object]] = {
+    "integer": {"-1": -1, "+0": 0, "10": 10},
+    "seconds": {"0.1": 0.1, "5": 5.0, "60": 60.0},
+    "fraction": {"0": 0.0, "0.95": 0.95, "1": 1.0},
+    "boolean": {"true": True, "T": True, "1": True, "FALSE": False, "f": False, "0": False},
+    "choice": {"green": "green"},
+    "path": {"/": "/", "/a b": "/a b"},
+    "file": {"": "", "relative": "relative"},
+    "numbers": {"": "", "13": "13", "79, 13": "79, 13", "999999999": "999999999"},
+    "address": {"": "", ":2112": ":2112"},
+    "resource": {"a.b/c": "a.b/c"},
+}
+REFUSED_TEXTS = {
+    "integer": ("-2", "11", "", "x", "1.0", "0x1", "1e1", "+", "1_0", " 1", "1 ", "٣", "9" * 5000),
+    "seconds": ("0.09", "61", "", "5s", ".5", "5.", "1e1", "-1", "1_0", "nan", "inf"),
+    "fraction": ("1.1", "95", "95%", "-0.5", "nan"),
+    "boolean": ("", "yes", "on"),
+    "choice": ("", "Red", "red or green"),
+    "path": ("", "a/b", "~/x", "/a\0b"),
+    "file": ("/", "\0"),
+    "numbers": ("0", "-1", "13;31", "13,", "1.5", "1234567890"),
+    "address": ("2112",),
+    "resource": ("cpu",),
+}
+#: By type, each value in a YAML file that it takes and what becomes of it.
+FILED: dict[str, list[tuple[object, object]]] = {
+    "integer": [(10, 10)],
+    "seconds": [(0.5, 0.5), (5, 5.0)],
+    "fraction": [(1, 1.0)],
+    "boolean": [(False, False)],
+    "choice": [("red", "red")],
+    "path": [("/a", "/a")],
+    "numbers": [("13,31", "13,31"), (79, "79")],
+}
+REFUSED_FILED: dict[str, list[object]] = {
+    "integer": [True, "5", 5.0, None, 11],
+    "seconds": [True, "5", None, 61],
+    "fraction": [True, 2],
+    "boolean": [1, "true", None],
+    "choice": [{}, True],
+    "path": [1, ["/a"], "a"],
+    "numbers": [True, -1, 1.5, None],
+}
+
+
+def cases(table: dict[str, list[tuple[object, ...]]]) -> list[object]:
+    return [
+        pytest.param(KINDS[name], *case, id=f"{name} {str(case[0])[:20]!r}") for name in table for case in table[name]
+    ]
+
+
+@pytest.mark.parametrize(("kind", "text", "value"), cases({name: list(TEXTS[name].items()) for name in TEXTS}))
+def test_text_becomes_a_value_of_the_type(kind: Kind, text: str, value: object) -> None:
+    """Take numbers as people write them, ends of ranges included, and booleans as Go does, in any case."""
+    result = kind.from_text(text)
+    assert result == value
+    assert type(result) is kind.type
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), cases({name: [(text,) for text in texts] for name, texts in REFUSED_TEXTS.items()})
+)
+def test_other_text_is_refused(kind: Kind, text: str) -> None:
+    """Raise ValueError, also for what Python alone takes for a number."""
+    with pytest.raises(ValueError):  # noqa: PT011  # its text is not shown; the caller says what the setting takes
+        kind.from_text(text)
+
+
+@pytest.mark.parametrize(("kind", "value", "taken"), cases({name: [*FILED[name]] for name in FILED}))
+def test_yaml_s_own_type_is_taken(kind: Kind, value: object, taken: object) -> None:
+    """Take the value as it is, and a whole number where it can mean nothing else."""
+    result = kind.from_file(value)
+    assert result == taken
+    assert type(result) is kind.type
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), cases({name: [(value,) for value in values] for name, values in REFUSED_FILED.items()})
+)
+def test_another_type_in_yaml_is_refused(kind: Kind, value: object) -> None:
+    """Convert nothing, and check ranges as for text. A boolean is no number, though Python counts it as one."""
+    with pytest.raises(ValueError):  # noqa: PT011
+        kind.from_file(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        pytest.param(SHARES, ("1", "100000"), id="integer"),
+        pytest.param(seconds(0.1, 3600), ("0.1", "3600"), id="seconds"),
+        pytest.param(choice("red", "green"), ("red", "green"), id="choice"),
+    ],
+)
+def test_a_kind_names_all_that_it_takes(kind: Kind, facts: tuple[str, ...]) -> None:
+    """Show both ends of a range, and every word."""
+    assert all(fact in kind.takes for fact in facts)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        (":2112", "", 2112),
+        ("0.0.0.0:80", "0.0.0.0", 80),
+        ("gpu-node.example:0", "gpu-node.example", 0),
+        ("[::1]:65535", "::1", 65535),
+        ("[fe80::1%eth0.1]:1", "fe80::1%eth0.1", 1),
+    ],
+)
+def test_an_address_is_split(text: str, host: str, port: int) -> None:
+    """Take the notation of Go, with brackets around an IPv6 address."""
+    assert ADDRESS.from_text(text) == text
+    assert split_address(text) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "text", ["host", "host:", ":65536", ":-1", "::1:80", "[::1]", "[]:80", "[host]:80", "a b:80", ":80\n", "/x:1"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    """Refuse what could never be listened on."""
+    assert split_address(text) is None
+    with pytest.raises(ValueError):  # noqa: PT011
+        ADDRESS.from_text(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("deepomatic.com/shared-gpu", id="the default"),
+        pytest.param("a/b", id="shortest"),
+        pytest.param("1.2/3", id="digits"),
+        pytest.param("a-b.c--d/Shared_GPU.v1-x", id="all that labels and a name may have"),
+        pytest.param("example.com/" + "x" * 63, id="longest name"),
+        pytest.param("x" * 244 + "/a", id="longest domain: 253 less requests."),
+        pytest.param("xkubernetes.io.com/a", id="kubernetes.io without the slash behind it"),
+        pytest.param("requestsx.com/a", id="requests without the dot behind it"),
+    ],
+)
+def test_names_of_extended_resources(name: str) -> None:
+    """Take what Kubernetes takes for an extended resource."""
+    assert is_extended_resource(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gpu", id="no domain"),
+        pytest.param("/gpu", id="empty domain"),
+        pytest.param("example.com/", id="empty name"),
+        pytest.param("example.com/a/b", id="two slashes"),
+        pytest.param("gpu.kubernetes.io/x", id="native"),
+        pytest.param("mykubernetes.io/x", id="ends in kubernetes.io: Kubernetes looks for the text"),
+        pytest.param("example.com/kubernetes.io/x", id="kubernetes.io/ anywhere"),
+        pytest.param("requests.example.com/gpu", id="the prefix of quotas"),
+        pytest.param("Example.com/gpu", id="capital in the domain"),
+        pytest.param("example_a.com/gpu", id="underscore in the domain"),
+        pytest.param("-example.com/gpu", id="domain starts with a dash"),
+        pytest.param("example-.com/gpu", id="label ends with a dash"),
+        pytest.param(".example.com/gpu", id="domain starts with a dot"),
+        pytest.param("example.com./gpu", id="domain ends with a dot"),
+        pytest.param("example..com/gpu", id="empty label"),
+        pytest.param("example.com/-gpu", id="name starts with a dash"),
+        pytest.param("example.com/gpu_", id="name ends with an underscore"),
+        pytest.param("example.com/g pu", id="space"),
+        pytest.param("example.com/gpu\n", id="newline"),
+        pytest.param("example.com\n/gpu", id="newline in the domain"),
+        pytest.param("example.com/gpü", id="not ASCII"),
+        pytest.param("exämple.com/gpu", id="domain not ASCII"),
+        pytest.param("example.com/" + "x" * 64, id="name too long"),
+        pytest.param("x" * 245 + "/a", id="domain too long with requests."),
+    ],
+)
+def test_other_names(name: str) -> None:
+    """Refuse what the kubelet would refuse to register."""
+    assert not is_extended_resource(name)

@@ -1,0 +1,462 @@
+"""From the driver's messages to the node's GPUs. The clock stands still unless a test moves it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from sgpu.driver.health import Clearance, Fault, FaultRecord
+from sgpu.driver.messages import RECOVERY_XID, DriverEvent, EventKind, Failure, GpuReport, NotReady, Report
+from sgpu.driver.monitor import Monitor
+from sgpu.driver.xids import XIDS, XidClass, XidPolicy
+from sgpu.node.figures import Figures, ProcessUse
+from sgpu.node.gpu import Gpu, Health
+from sgpu.node.offers import Offer
+from sgpu.node.policy import Policy
+from sgpu.node.state import NodeState
+
+FIRST = GpuReport(
+    uuid="GPU-a",
+    name="Tesla T4",
+    pci_bus_id="00000000:3B:00.0",
+    device_nodes=("nvidia0", "nvidiactl"),
+    numa_node=1,
+    figures=Figures(memory_total=1000, memory_free=700, utilization=40, processes=(ProcessUse(7, 300, 40),)),
+)
+SECOND = attrs.evolve(FIRST, uuid="GPU-b", name="NVIDIA L4", pci_bus_id="00000000:5E:00.0", device_nodes=("nvidia1",))
+THIRD = attrs.evolve(FIRST, uuid="GPU-c", pci_bus_id="00000000:86:00.0", device_nodes=("nvidia2",))
+ASKING = attrs.evolve(FIRST, recovery_action=2)
+NOW = 5000.0
+#: An event that only a reset clears, and one that a quarantine clears.
+CRITICAL, TRANSIENT = EventKind.FATAL_POISON, EventKind.NON_FATAL_POISON
+#: An XID of each class.
+XID = {xid_class: next(xid for xid in XIDS.values() if xid.xid_class is xid_class) for xid_class in XidClass}
+
+
+class Watched:
+    """A monitor, the node that it fills, and a clock to move."""
+
+    def __init__(self, record: FaultRecord | None = None, policy: XidPolicy | None = None) -> None:
+        self.now = NOW
+        self.version = "550.1"
+        self.offered: list[Sequence[Offer]] = []  # each time
+        self.errors: Counter[tuple[str, str]] = Counter()
+        self.node = NodeState(Policy("example.com/gpu", 10), interval=5, check=self.offered.append)
+        self.monitor = Monitor(
+            self.node, policy or XidPolicy(), record or FaultRecord(), self.errors, clock=lambda: self.now
+        )
+
+    def report(self, *gpus: GpuReport, at: float = 0, **fields: Any) -> None:  # noqa: ANN401  # as Report has them
+        """A poll comes back, at this time of trio's."""
+        report = Report(
+            **{
+                "gpus": gpus,
+                "problems": (),
+                "skipped": (),
+                "driver_version": self.version,
+                "library": "/l/ml.so",
+                **fields,
+            }
+        )
+
+        async def take() -> None:
+            self.monitor.report(report)
+
+        clock = trio.testing.MockClock()
+        clock.jump(at)
+        trio.run(take, clock=clock)
+
+    def event(self, gpu: GpuReport, kind: EventKind, xid: int = 0) -> None:
+        self.monitor.event(DriverEvent(gpu.uuid, kind, xid))
+
+    @property
+    def unhealthy(self) -> dict[str, str]:
+        """UUID → why, of those that are."""
+        assert all((gpu.health is Health.UNHEALTHY) is (gpu.reason != "") for gpu in self.node.gpus)
+        return {gpu.uuid: gpu.reason for gpu in self.node.gpus if gpu.reason}
+
+    @property
+    def faults(self) -> dict[str, list[Clearance]]:
+        """UUID → what clears each fault that is on record."""
+        return {uuid: [fault.clearance for fault in faults] for uuid, faults in self.monitor.record.faults.items()}
+
+
+Step = Callable[[Watched], None]
+
+
+def report(*gpus: GpuReport, **fields: Any) -> Step:  # noqa: ANN401
+    return lambda watched: watched.report(*gpus, **fields)
+
+
+def event(gpu: GpuReport, kind: EventKind) -> Step:
+    return lambda watched: watched.event(gpu, kind)
+
+
+def unanswered(uuid: str) -> Step:
+    return lambda watched: watched.monitor.unanswered(uuid, "it hangs")
+
+
+def not_ready(*, gone: bool = False) -> Step:
+    return lambda watched: watched.monitor.not_ready(NotReady("no driver", gone))
+
+
+def upgrade(watched: Watched) -> None:
+    watched.version = "560.2"
+    watched.report(FIRST)
+
+
+@pytest.fixture
+def two() -> Watched:
+    """With two healthy GPUs."""
+    made = Watched()
+    made.report(FIRST, SECOND)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class TestGpus:
+    def test_facts(self, two: Watched) -> None:
+        """Take over what the driver says of a GPU; the last report counts."""
+        gpu = Gpu(
+            uuid="GPU-a",
+            name="Tesla T4",
+            pci_bus_id="00000000:3B:00.0",
+            device_nodes=("nvidia0", "nvidiactl"),
+            memory_bytes=1000,
+            numa_node=1,
+            health=Health.HEALTHY,
+            reason="",
+        )
+        assert two.node.gpus[0] == gpu
+        changed = two.node.changed.next
+        two.report(attrs.evolve(FIRST, figures=Figures(memory_total=2000), device_nodes=("nvidia7",)), SECOND)
+        assert changed.is_set()
+        assert two.node.gpus[0] == attrs.evolve(gpu, memory_bytes=2000, device_nodes=("nvidia7",))
+
+    def test_order(self, two: Watched) -> None:
+        """Keep the GPUs in the order in which they were first seen."""
+        two.report(THIRD, SECOND)
+        two.report(THIRD, SECOND, FIRST)
+        assert [gpu.uuid for gpu in two.node.gpus] == ["GPU-a", "GPU-b", "GPU-c"]
+
+    def test_use_is_no_change(self, two: Watched) -> None:
+        """Wake nobody because a GPU is used more or less."""
+        changed = two.node.changed.next
+        two.report(SECOND, attrs.evolve(FIRST, figures=Figures(memory_total=1000, memory_free=1, utilization=100)))
+        assert not changed.is_set()
+
+    def test_figures(self, two: Watched) -> None:
+        """Hand on the figures of each report, with trio's time."""
+        figures = Figures(memory_total=1000, memory_free=1)
+        two.report(attrs.evolve(FIRST, figures=figures), at=42)
+        assert (two.node.usage.figures, two.node.usage.sampled_at) == ({"GPU-a": figures}, 42)
+
+    def test_since(self, two: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Keep the time of the last change of a GPU's health, whatever the reason is meanwhile."""
+        start = two.node.gpus[1].since
+        since = []
+        for now, step in enumerate((event(FIRST, CRITICAL), report(SECOND), report(FIRST, SECOND)), start=100):
+            monkeypatch.setattr(time, "time", partial(float, now))
+            step(two)
+            since.append([gpu.since for gpu in two.node.gpus])
+        assert since == [[100, start], [100, start], [102, start]]
+
+    def test_failed_calls(self, two: Watched) -> None:
+        """Count failed calls of the library by function and code."""
+        for code in (999, 999, 15):
+            two.monitor.call_failed(Failure("nvmlDeviceGetName", code))
+        assert two.errors == {("nvmlDeviceGetName", "999"): 2, ("nvmlDeviceGetName", "15"): 1}
+
+
+class TestUnhealthy:
+    @pytest.mark.parametrize(
+        ("steps", "unhealthy"),
+        [
+            pytest.param([report(SECOND)], ["GPU-a"], id="one is gone"),
+            pytest.param([report()], ["GPU-a", "GPU-b"], id="all are gone"),
+            pytest.param([report(FIRST, SECOND, THIRD)], [], id="one more"),
+            pytest.param([report(SECOND, nodeless=("GPU-a",))], ["GPU-a"], id="without device node"),
+            pytest.param([report(SECOND, skipped=("GPU-a",))], [], id="skipped"),
+            pytest.param([report(FIRST, SECOND, skipped=("GPU-c",))], [], id="a stranger is skipped"),
+            pytest.param([report(ASKING, SECOND)], ["GPU-a"], id="the poll shows a problem"),
+            pytest.param([unanswered("GPU-b")], ["GPU-b"], id="one hangs"),
+            pytest.param([unanswered("")], ["GPU-a", "GPU-b"], id="the driver hangs"),
+            pytest.param([unanswered(""), report(FIRST, skipped=("GPU-b",))], ["GPU-b"], id="one was not asked since"),
+            pytest.param([unanswered("GPU-c")], [], id="a stranger hangs"),
+            pytest.param([not_ready()], ["GPU-a", "GPU-b"], id="no driver"),
+        ],
+    )
+    def test_until_it_is_over(self, two: Watched, steps: list[Step], unhealthy: list[str]) -> None:
+        """Keep a GPU listed as unhealthy while it can't be used, and no other; its next good answer ends that."""
+        for step in steps:
+            step(two)
+        assert list(two.unhealthy) == unhealthy
+        assert [gpu.uuid for gpu in two.node.gpus][:2] == ["GPU-a", "GPU-b"]
+        two.report(FIRST, SECOND, THIRD)
+        assert two.unhealthy == {}
+
+    def test_reasons(self, two: Watched) -> None:
+        """Say all that is wrong; a missing device node is another reason than a GPU that is gone."""
+        two.event(FIRST, TRANSIENT)
+        two.monitor.unanswered("GPU-a", "it hangs")
+        assert re.fullmatch("it hangs.*poison.*", two.unhealthy["GPU-a"])
+        two.report(SECOND, nodeless=("GPU-a",))
+        nodeless = two.unhealthy["GPU-a"]
+        assert re.search("node.*poison", nodeless)
+        two.report(SECOND)
+        assert two.unhealthy["GPU-a"] != nodeless
+        two.report(ASKING, SECOND)
+        assert re.fullmatch("[^;]*poison.*; .*reboot.*", two.unhealthy["GPU-a"])
+
+    def test_before_the_first_report(self) -> None:
+        """List no GPU that the driver has not reported."""
+        watched = Watched(FaultRecord("550.1", {"GPU-a": (Fault("x", NOW, Clearance.RESET),)}))
+        watched.monitor.unanswered("", "it hangs")
+        watched.event(FIRST, CRITICAL)
+        assert watched.node.gpus == ()
+
+
+class TestEvents:
+    @pytest.mark.parametrize(
+        ("kind", "clearance"),
+        {
+            EventKind.DOUBLE_BIT_ECC: Clearance.RESET,
+            EventKind.NON_FATAL_POISON: Clearance.QUARANTINE,
+            EventKind.FATAL_POISON: Clearance.RESET,
+            EventKind.GPU_UNAVAILABLE: Clearance.RESET,
+        }.items(),
+        ids=lambda value: value.name,
+    )
+    def test_kinds(self, two: Watched, kind: EventKind, clearance: Clearance) -> None:
+        """Take the event for a fault of its GPU alone, and record when it happened and what clears it."""
+        two.event(SECOND, kind)
+        assert two.monitor.record.faults == {"GPU-b": (Fault(two.unhealthy["GPU-b"], NOW, clearance),)}
+        assert list(two.unhealthy) == ["GPU-b"]
+
+    @pytest.mark.parametrize("kind", EventKind)
+    def test_stranger(self, two: Watched, kind: EventKind) -> None:
+        """Handle every kind, and ignore events of a GPU that no report has."""
+        two.event(THIRD, kind, XID[XidClass.RESET].number)
+        assert (two.faults, two.unhealthy) == ({}, {})
+
+    @pytest.mark.parametrize(
+        ("xid_class", "clearance"),
+        [(XidClass.TRANSIENT, Clearance.QUARANTINE), (XidClass.RESET, Clearance.RESET)],
+        ids=["transient", "reset"],
+    )
+    def test_xid(self, two: Watched, xid_class: XidClass, clearance: Clearance) -> None:
+        """Take an XID for a fault: its class decides what clears it, and the reason names it and NVIDIA's action."""
+        xid = XID[xid_class]
+        two.event(FIRST, EventKind.XID, xid.number)
+        assert two.faults == {"GPU-a": [clearance]}
+        assert list(two.unhealthy) == ["GPU-a"]
+        assert all(fact in two.unhealthy["GPU-a"] for fact in (f"XID {xid.number}", xid.meaning, xid.action))
+
+    @pytest.mark.parametrize("xid_class", [XidClass.APPLICATION, XidClass.RESET], ids=["application", "told to ignore"])
+    def test_ignored_xid(self, caplog: pytest.LogCaptureFixture, xid_class: XidClass) -> None:
+        """Only log an XID that is the application's fault, or that the operator ignores."""
+        number = XID[xid_class].number
+        watched = Watched(policy=XidPolicy(ignored=frozenset({XID[XidClass.RESET].number})))
+        watched.report(FIRST)
+        caplog.clear()
+        watched.event(FIRST, EventKind.XID, number)
+        assert (watched.faults, watched.unhealthy) == ({}, {})
+        (record,) = caplog.records
+        assert record.levelno == logging.INFO
+        assert re.search(rf"GPU-a.*XID {number}\b", record.getMessage())
+
+    @pytest.mark.parametrize(("kind", "xid"), [(EventKind.XID, RECOVERY_XID), (EventKind.RECOVERY_ACTION, 0)])
+    def test_changed_recovery_action(self, kind: EventKind, xid: int) -> None:
+        """Take no change of the recovery action for a fault, be it critical to the operator: the poll shows it."""
+        watched = Watched(policy=XidPolicy(critical=frozenset({RECOVERY_XID})))
+        watched.report(FIRST)
+        watched.event(FIRST, kind, xid)
+        assert (watched.faults, watched.unhealthy) == ({}, {})
+
+
+class TestEvidence:
+    """What the monitor takes for evidence that faults are over; what that clears is health's to say."""
+
+    @pytest.mark.parametrize(
+        ("steps", "faulty"),
+        [
+            pytest.param([report(FIRST, SECOND)], True, id="a clean poll"),
+            pytest.param([report(SECOND)], False, id="it was gone"),
+            pytest.param([report(SECOND, nodeless=("GPU-a",))], True, id="its device node was gone"),
+            pytest.param([report(SECOND, skipped=("GPU-a",))], True, id="it was skipped"),
+            pytest.param([unanswered("")], True, id="the library hung or crashed"),
+            pytest.param([not_ready()], True, id="the driver could not be asked"),
+            pytest.param([not_ready(gone=True)], False, id="it was gone too"),
+            pytest.param([not_ready(gone=True), not_ready()], False, id="gone, then not asked"),
+            pytest.param([not_ready(gone=True), report(SECOND, skipped=("GPU-a",))], False, id="gone, then skipped"),
+            pytest.param([upgrade], False, id="another version"),
+            pytest.param([upgrade, event(FIRST, CRITICAL)], True, id="another version before the fault"),
+            pytest.param(
+                [not_ready(gone=True), report(FIRST), event(FIRST, CRITICAL)], True, id="gone before the fault"
+            ),
+        ],
+    )
+    def test_reset(self, two: Watched, steps: list[Step], faulty: bool) -> None:
+        """Clear a critical fault when the GPU or its driver was away, and not only silent."""
+        two.event(FIRST, CRITICAL)
+        for step in steps:
+            step(two)
+        two.report(FIRST, SECOND)
+        assert two.faults == ({"GPU-a": [Clearance.RESET]} if faulty else {})
+
+    def test_quarantine(self, two: Watched) -> None:
+        """Measure a quarantine on the monitor's clock, from event to poll."""
+        two.event(FIRST, TRANSIENT)
+        for seconds, unhealthy in ((59.9, ["GPU-a"]), (0.1, [])):
+            two.now += seconds
+            assert list(two.unhealthy) == ["GPU-a"]  # it does not end by itself
+            two.report(FIRST, SECOND)
+            assert list(two.unhealthy) == unhealthy
+
+    def test_clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Use the clock that runs from the node's start, unless told otherwise."""
+        monkeypatch.setattr(time, "clock_gettime", lambda clock: {time.CLOCK_BOOTTIME: 77.0}[clock])
+        assert inspect.signature(Monitor).parameters["clock"].default() == 77.0
+
+
+class TestRecord:
+    def test_changes(self) -> None:
+        """Notify of each change: a driver's version, a fault, the same fault later, and its end."""
+        watched = Watched()
+        versions = ["550.1"] * 4 + ["560.2"]
+        faults: list[list[float]] = [[], [NOW + 61], [NOW + 122], [], []]
+        steps = [report(FIRST), event(FIRST, TRANSIENT), event(FIRST, TRANSIENT), report(FIRST), upgrade]
+        for step, version, since in zip(steps, versions, faults, strict=True):
+            changed = watched.monitor.record_changed.next
+            step(watched)
+            assert changed.is_set()
+            record = watched.monitor.record
+            assert record.driver_version == version
+            assert [fault.since for each in record.faults.values() for fault in each] == since
+            watched.now += 61
+
+    def test_no_changes(self, two: Watched) -> None:
+        """Record nothing that the next poll shows again, and write nothing while nothing happens."""
+        two.event(SECOND, CRITICAL)
+        changed = two.monitor.record_changed.next
+        two.report(ASKING, SECOND)
+        two.report(SECOND, problems=("GPU 0 is left out",))
+        two.monitor.unanswered("", "it hangs")
+        two.monitor.not_ready(NotReady("no driver"))
+        for _ in range(3):
+            two.now += 3600
+            two.report(FIRST, SECOND)
+        assert not changed.is_set()
+
+
+class TestRestored:
+    RECORD = FaultRecord(
+        "550.1", {uuid: (Fault("it broke", NOW - 1000, Clearance.RESET),) for uuid in ("GPU-a", "GPU-c")}
+    )
+
+    def test_first_report(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Never offer a GPU as healthy that was faulty when the daemon ended; log that, and write nothing for it."""
+        watched = Watched(self.RECORD)
+        changed = watched.monitor.record_changed.next
+        watched.report(FIRST, SECOND)
+        assert [offer.unit.gpu.reason for offer in watched.offered[0]] == ["it broke", ""]
+        assert watched.monitor.record == self.RECORD
+        assert not changed.is_set()
+        (line,) = warnings(caplog)
+        assert re.search("GPU-a.*it broke", line)
+
+    @pytest.mark.parametrize(
+        ("happens", "faulty"),
+        [
+            pytest.param(report(FIRST, SECOND), ["GPU-a"], id="gone"),
+            pytest.param(report(FIRST, skipped=("GPU-c",)), ["GPU-a", "GPU-c"], id="skipped"),
+            pytest.param(not_ready(gone=True), [], id="driver away"),
+            pytest.param(upgrade, [], id="another driver"),
+        ],
+    )
+    def test_evidence(self, happens: Step, faulty: list[str]) -> None:
+        """Take the first message for evidence like any other, also about a GPU that is not there yet."""
+        watched = Watched(self.RECORD)
+        happens(watched)
+        watched.report(FIRST, SECOND, THIRD)
+        assert list(watched.faults) == faulty
+
+    def test_unknown_version(self) -> None:
+        """Take a driver's version for no evidence where the one before is unknown."""
+        watched = Watched(FaultRecord("", self.RECORD.faults))
+        watched.report(FIRST, THIRD)
+        assert list(watched.faults) == ["GPU-a", "GPU-c"]
+
+
+class TestLog:
+    def test_start(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Introduce the driver and each GPU once, and the driver again after it was away."""
+        watched = Watched()
+        for _ in range(3):
+            watched.report(FIRST, SECOND)
+        driver, first, second = caplog.messages
+        assert re.search("550.1.*/l/ml.so", driver)
+        assert re.search("GPU-a.*Tesla T4.*00000000:3B:00.0", first)
+        assert re.search("GPU-b.*NVIDIA L4.*00000000:5E:00.0", second)
+        assert warnings(caplog) == []
+        watched.monitor.not_ready(NotReady("no driver", gone=True))
+        caplog.clear()
+        watched.report(FIRST, SECOND)
+        assert [message for message in caplog.messages if "550.1" in message] == [driver]
+        assert len(caplog.messages) == 3  # and both GPUs are healthy again
+
+    def test_health(self, two: Watched, caplog: pytest.LogCaptureFixture) -> None:
+        """Log each change of the reason once, and the reason again when it is over."""
+        reasons = []
+        for happens in (
+            event(FIRST, CRITICAL),
+            report(FIRST, SECOND),
+            event(FIRST, CRITICAL),
+            report(SECOND),
+            report(SECOND),
+        ):
+            happens(two)
+            reasons.append(two.unhealthy["GPU-a"])
+        two.report(FIRST, SECOND)
+        two.report(FIRST, SECOND)
+        lines = warnings(caplog)
+        assert len(lines) == 3
+        for line, reason in zip(lines, (reasons[0], reasons[-1], reasons[-1]), strict=True):
+            assert re.search(rf"GPU-a.*Tesla T4.*{re.escape(reason)}", line)
+
+    def test_problems(self, two: Watched, caplog: pytest.LogCaptureFixture) -> None:
+        """Log GPUs that can't even be listed, once for as long as that lasts."""
+        for problems in (("x", "y"), ("x", "y"), ("x",), (), ("x",)):
+            two.report(FIRST, SECOND, problems=problems)
+        assert warnings(caplog) == ["x; y", "x", "x"]
+
+    def test_waiting(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Log why there is no GPU once for each reason, and again when it comes back."""
+        watched = Watched()
+        assert watched.monitor.waiting == ""
+        for reason in ("no driver", "no driver", "no node", "no node"):
+            watched.monitor.not_ready(NotReady(reason))
+            assert watched.monitor.waiting == reason
+        watched.report()
+        assert watched.monitor.waiting == ""
+        watched.monitor.not_ready(NotReady("no node"))
+        assert [line.rpartition(" no ")[2] for line in warnings(caplog)] == ["driver", "node", "node"]

@@ -1,0 +1,316 @@
+"""One worker from its start to its end: played on a virtual clock, and as a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from fake_worker import (
+    CONFIG,
+    DEADLINE,
+    INTERVAL,
+    Behavior,
+    FakeWorker,
+    FakeWorkers,
+    closes,
+    emits,
+    exits,
+    gets_stuck,
+    healthy,
+    report,
+    silent,
+)
+from node import Node
+from stub_driver import StubGpu
+
+from sgpu.driver import process
+from sgpu.driver.messages import (
+    CallStarted,
+    DriverEvent,
+    EventKind,
+    Failure,
+    Message,
+    NotReady,
+    Report,
+    WorkerConfig,
+    decode_config,
+    encode,
+)
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Outcome, run_worker
+
+GPU_CALL = CallStarted("GPU-a")
+EVENT = DriverEvent("GPU-b", EventKind.XID, 79)
+#: Seconds after which a real process that should have said something is taken to hang.
+TIMEOUT = 30.0
+
+
+@attrs.define
+class Run:
+    """What one run of a fake worker came to. `outcome` is None if it was canceled."""
+
+    worker: FakeWorker
+    outcome: Outcome | None
+    seconds: float
+    messages: list[Message]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, behavior: Behavior, *, deadline: float = DEADLINE, cancel_after: float = 3600
+) -> Run:
+    """Run a worker that behaves so, and see that it is killed in the end, its pipe closed, and the caller has it."""
+
+    async def main() -> Run:
+        workers = FakeWorkers(behavior)
+        left_behind: list[Any] = []
+        messages: list[Message] = []
+        outcome = None
+        async with trio.open_nursery() as nursery:
+            workers.install(nursery, monkeypatch)
+            began = trio.current_time()
+            with trio.move_on_after(cancel_after):
+                outcome = await run_worker(CONFIG, deadline, left_behind, messages.append)
+            seconds = trio.current_time() - began
+            nursery.cancel_scope.cancel()
+        assert left_behind == workers.all
+        (worker,) = workers.all
+        await worker.check_released()
+        return Run(worker, outcome, seconds, messages)
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+class TestMessages:
+    ALL: tuple[Message, ...] = (
+        CallStarted(""),
+        NotReady("no driver"),
+        GPU_CALL,
+        report("GPU-a", "GPU-b", skipped=["GPU-c"]),
+        EVENT,
+        Failure("nvmlInit_v2", 9),
+        NotReady("gone", gone=True),
+    )
+
+    @pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
+    def test_each_is_handled_in_order(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        """Handle every message in order, whether it arrives in pieces or with others."""
+        stream = b"".join(map(encode, self.ALL))
+        pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
+        ran = run(monkeypatch, exits(0, *pieces))
+        assert (ran.messages, ran.outcome) == (list(self.ALL), Outcome())
+
+    def test_incomplete(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Drop a message that the process did not finish."""
+        ran = run(monkeypatch, exits(-6, report("GPU-a"), encode(report("GPU-b"))[:-9]))
+        assert ran.messages == [report("GPU-a")]
+
+    @pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"\n", b"\xff\xfe\n"], ids=["text", "empty", "bytes"])
+    def test_garbage(self, monkeypatch: pytest.MonkeyPatch, garbage: bytes) -> None:
+        """End a process at once that writes something else, and blame the call it was in."""
+        ran = run(monkeypatch, emits(GPU_CALL, garbage))
+        assert ran.outcome
+        assert ran.outcome.problem
+        assert (ran.outcome.in_call, ran.seconds) == ("GPU-a", 0.0)
+
+    def test_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Start the worker module with this Python, its configuration, no input, and a session of its own."""
+        worker = run(monkeypatch, exits(0)).worker
+        assert worker.command[:-1] == [sys.executable, "-m", "sgpu.driver.worker"]
+        assert decode_config(worker.command[-1]) == CONFIG
+        assert worker.options == {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "start_new_session": True}
+
+
+class TestHang:
+    @pytest.mark.parametrize(
+        ("messages", "deadline", "seconds", "in_call"),
+        [
+            pytest.param([], DEADLINE, INTERVAL + DEADLINE, None, id="no message"),
+            pytest.param([], 1.0, START_TIMEOUT, None, id="no message, short deadline"),
+            pytest.param([NotReady("")], 1.0, INTERVAL + 1, None, id="between polls, short deadline"),
+            pytest.param([CallStarted("")], DEADLINE, DEADLINE, "", id="call of the driver"),
+            pytest.param([CallStarted(""), GPU_CALL], DEADLINE, DEADLINE, "GPU-a", id="call of a GPU"),
+            pytest.param([GPU_CALL, CallStarted("")], DEADLINE, DEADLINE, "", id="call of the driver after a GPU"),
+            pytest.param([GPU_CALL, NotReady("")], DEADLINE, INTERVAL + DEADLINE, None, id="between attempts"),
+            pytest.param([GPU_CALL, report("GPU-a")], DEADLINE, INTERVAL + DEADLINE, None, id="between polls"),
+        ],
+    )
+    def test_silence(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        messages: list[Message],
+        deadline: float,
+        seconds: float,
+        in_call: str | None,
+    ) -> None:
+        """Give up a silent process at its deadline, with the call it was in and how long that may take."""
+        ran = run(monkeypatch, emits(*messages), deadline=deadline)
+        assert ran.outcome
+        assert f"{deadline:g} s" in ran.outcome.problem
+        assert (ran.outcome.in_call, ran.seconds) == (in_call, seconds)
+
+    def test_deadline_of_each_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Give each call the whole deadline."""
+
+        async def slow(worker: FakeWorker) -> None:
+            for number in range(10):
+                await worker.emit(CallStarted(f"GPU-{number}"))
+                await trio.sleep(DEADLINE - 1)
+            await exits(0, report())(worker)
+
+        assert run(monkeypatch, slow).outcome == Outcome()
+
+    @pytest.mark.parametrize("message", [EVENT, Failure("f", 999), b"{"], ids=["event", "failure", "half a message"])
+    def test_messages_during_a_call(self, monkeypatch: pytest.MonkeyPatch, message: Message | bytes) -> None:
+        """Extend no deadline for what comes while a call hangs."""
+        ran = run(monkeypatch, emits(GPU_CALL, message, every=1.0))
+        assert ran.outcome
+        assert (ran.outcome.in_call, ran.seconds) == ("GPU-a", DEADLINE)
+
+
+class TestExit:
+    @pytest.mark.parametrize("messages", [[report("GPU-a")], [NotReady("")], [EVENT]], ids=["poll", "wait", "event"])
+    def test_planned(self, monkeypatch: pytest.MonkeyPatch, messages: list[Message]) -> None:
+        """Report no problem when a process succeeds between calls."""
+        assert run(monkeypatch, exits(0, *messages)).outcome == Outcome()
+
+    @pytest.mark.parametrize(
+        ("code", "messages", "status", "in_call"),
+        [
+            pytest.param(0, [], "0", None, id="success before the first message"),
+            pytest.param(0, [CallStarted("")], "0", "", id="success in a call of the driver"),
+            pytest.param(0, [GPU_CALL], "0", "GPU-a", id="success in a call of a GPU"),
+            pytest.param(0, [GPU_CALL, EVENT, Failure("f", 9)], "0", "GPU-a", id="success in a call, after an event"),
+            pytest.param(1, [report("GPU-a")], "1", None, id="failure between polls"),
+            pytest.param(127, [GPU_CALL], "127", "GPU-a", id="failure in a call"),
+            pytest.param(-signal.SIGABRT, [GPU_CALL], "SIGABRT", "GPU-a", id="abort"),
+            pytest.param(-signal.SIGKILL, [report("GPU-a")], "SIGKILL", None, id="killed"),
+            pytest.param(-200, [], "-200", None, id="a signal without a name"),
+        ],
+    )
+    def test_crash(
+        self, monkeypatch: pytest.MonkeyPatch, code: int, messages: list[Message], status: str, in_call: str | None
+    ) -> None:
+        """Report how a process crashed and in which call, at once."""
+        ran = run(monkeypatch, exits(code, *messages))
+        assert ran.outcome
+        assert status in ran.outcome.problem
+        assert (ran.outcome.in_call, ran.seconds) == (in_call, 0.0)
+
+    def test_closed_pipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Give up a process that closes its pipe and stays."""
+        ran = run(monkeypatch, closes(report("GPU-a")))
+        assert ran.outcome
+        assert ran.outcome.problem
+        assert ran.seconds == EXIT_TIMEOUT
+
+    def test_slow_exit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wait for a process that unloads its library after it closed the pipe."""
+        assert run(monkeypatch, closes(report("GPU-a"), code=0, after=EXIT_TIMEOUT / 2)).outcome == Outcome()
+
+
+def test_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report a process that can't be started as a problem of the whole driver."""
+
+    async def refuse(*arguments: object, **options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", refuse)
+    outcome = trio.run(run_worker, CONFIG, DEADLINE, [], print)
+    assert "Resource temporarily unavailable" in outcome.problem
+    assert outcome.in_call == ""
+
+
+@pytest.mark.parametrize(
+    "behavior",
+    [
+        pytest.param(silent, id="before the first message"),
+        pytest.param(healthy, id="between polls"),
+        pytest.param(emits(GPU_CALL), id="in a call"),
+        pytest.param(closes(), id="while it exits"),
+        pytest.param(gets_stuck(GPU_CALL), id="stuck in the kernel"),
+    ],
+)
+def test_canceled(monkeypatch: pytest.MonkeyPatch, behavior: Behavior) -> None:
+    """Kill the process when canceled, wherever it is, and don't wait for it."""
+    ran = run(monkeypatch, behavior, cancel_after=EXIT_TIMEOUT / 2)
+    assert (ran.outcome, ran.seconds) == (None, EXIT_TIMEOUT / 2)
+
+
+class TestReal:
+    """Real processes: programs of the test, for a Python without sgpu, or the worker itself."""
+
+    CALL = 'import os, signal, time; print(\'{"message": "CallStarted", "uuid": "GPU-a"}\', flush=True);'
+
+    def run(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        code: str,
+        *,
+        config: WorkerConfig = CONFIG,
+        deadline: float = TIMEOUT,
+        last: type[Message] | None = None,
+    ) -> tuple[Outcome | None, list[Message], trio.Process]:
+        """Run a program (empty: the worker) until it ends or emits such a message, and wait until it is gone."""
+        left_behind: list[trio.Process] = []
+        messages: list[Message] = []
+        open_process = trio.lowlevel.open_process
+
+        async def substitute(command: Sequence[str], **options: Any) -> trio.Process:  # noqa: ANN401
+            return await open_process([sys.executable, "-I", "-S", "-c", code] if code else command, **options)
+
+        async def main() -> Outcome | None:
+            def handle(message: Message) -> None:
+                messages.append(message)
+                if last and isinstance(message, last):
+                    scope.cancel()
+
+            outcome = None
+            with trio.fail_after(TIMEOUT), trio.CancelScope() as scope:
+                outcome = await run_worker(config, deadline, left_behind, handle)
+            with trio.fail_after(TIMEOUT):
+                await left_behind[0].wait()
+            return outcome
+
+        with monkeypatch.context() as patched:
+            patched.setattr(trio.lowlevel, "open_process", substitute)
+            outcome = trio.run(main)
+        return outcome, messages, left_behind[0]
+
+    def test_crash(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        """Name the signal that ended a process; what it wrote to standard error is in the log."""
+        outcome, *_ = self.run(monkeypatch, f"{self.CALL} os.write(2, b'last words'); os.abort()")
+        assert outcome
+        assert "SIGABRT" in outcome.problem
+        assert outcome.in_call == "GPU-a"
+        assert "last words" in capfd.readouterr().err
+
+    def test_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Kill a process that ignores other signals."""
+        monkeypatch.setattr(process, "START_TIMEOUT", TIMEOUT)
+        code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {self.CALL} time.sleep(60)"
+        outcome, _, ran = self.run(monkeypatch, code, deadline=0.1)
+        assert outcome
+        assert outcome.in_call == "GPU-a"
+        assert ran.returncode == -signal.SIGKILL
+
+    def test_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Leave no descriptor behind, whether the process ended or was canceled."""
+        before = sorted(os.listdir("/proc/self/fd"))
+        self.run(monkeypatch, f"{self.CALL} exit(1)")
+        self.run(monkeypatch, f"{self.CALL} time.sleep(60)", last=CallStarted)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+    def test_worker(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the worker itself: it reports the driver's GPUs."""
+        node.driver.gpus(2)
+        config = WorkerConfig(str(node.host), str(node.dev), str(node.sys), 0.2)
+        _, messages, _ = self.run(monkeypatch, "", config=config, last=Report)
+        assert isinstance(messages[-1], Report)
+        assert [gpu.uuid for gpu in messages[-1].gpus] == [StubGpu(0).uuid, StubGpu(1).uuid]

@@ -1,0 +1,132 @@
+"""Simulated GPUs, and the file of their faults."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from sgpu.driver import simulated
+from sgpu.driver.simulated import read_faults, simulate, simulated_gpus, with_faults
+from sgpu.lib.concurrency import wait_until
+from sgpu.node.gpu import Health
+from sgpu.node.policy import Policy
+from sgpu.node.state import NodeState
+
+pytestmark = pytest.mark.pure
+
+GPUS = simulated_gpus(64, now=1.0)
+
+
+def test_gpus() -> None:
+    """Make healthy GPUs with memory and without device nodes, that say what they are and are told apart."""
+    for fact in ("uuid", "name", "pci_bus_id"):
+        assert len({getattr(gpu, fact) for gpu in GPUS}) == 64
+    for gpu in GPUS:
+        assert gpu.simulated
+        assert (gpu.health, gpu.memory_bytes, gpu.device_nodes, gpu.since) == (Health.HEALTHY, 16 * 1024**3, (), 1.0)
+    assert simulated_gpus(0) == ()
+
+
+def test_stable_ids() -> None:
+    """Give a GPU the same UUID at every start, however many there are, and as long as a real one: kubelets keep it."""
+    assert GPUS[0].uuid == "GPU-219469ad-d8dc-5356-80eb-36bfcd1ac270"
+    assert simulated_gpus(2) == GPUS[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "faults"),
+    [
+        pytest.param(b"", {}, id="empty"),
+        pytest.param(b"0", {0: ""}, id="no newline at the end"),
+        pytest.param(b"  0   two words  \n", {0: "two words"}, id="a reason between blanks"),
+        pytest.param(b"3\tyes\n", {3: "yes"}, id="a tab"),
+        pytest.param(b"0\r\n2 hot\r\n", {0: "", 2: "hot"}, id="line ends of other systems"),
+        pytest.param(b"0\n\n2\n", {0: "", 2: ""}, id="an empty line"),
+        pytest.param(b"0 first\n0 second\n", {0: "second"}, id="the last one counts"),
+        pytest.param(b"00 x\n999999999 y\n", {0: "x", 999999999: "y"}, id="any number"),
+        pytest.param("# 0\nx 1\n-1\n1.5\n0x1\n²\n,\n3 yes\n".encode(), {3: "yes"}, id="other lines"),
+        pytest.param(b"\xff\xfe\n3 yes\n", {3: "yes"}, id="not UTF-8"),
+        pytest.param(b"9" * 5000 + b"\n3 yes\n", {3: "yes"}, id="an endless number"),
+    ],
+)
+def test_read_faults(tmp_path: Path, content: bytes, faults: dict[int, str]) -> None:
+    """Read one fault from each line that starts with a number, with its reason or one that says what it is."""
+    path = tmp_path / "faults"
+    path.write_bytes(content)
+    read = read_faults(path)
+    assert read.keys() == faults.keys()
+    assert all(read[number] == reason if reason else "simulated" in read[number] for number, reason in faults.items())
+
+
+@pytest.mark.parametrize("name", [".", "missing/faults"], ids=["a directory", "missing"])
+def test_no_file(tmp_path: Path, name: str) -> None:
+    """Read no fault where there is no file: it may be made later."""
+    assert read_faults(tmp_path / name) == {}
+
+
+def test_with_faults() -> None:
+    """Change the health of the GPUs that are named, and nothing else; keep the time while the health is the same."""
+    first, second = healthy = simulated_gpus(2, now=1.0)
+    faulty = with_faults(healthy, {1: "hot", 2: "no such GPU"}, now=5.0)
+    assert faulty == (first, attrs.evolve(second, health=Health.UNHEALTHY, reason="hot"))
+    still = with_faults(faulty, {1: "cold"}, now=6.0)
+    assert still[1].reason == "cold"
+    back = with_faults(still, {}, now=7.0)
+    assert back == healthy
+    assert [[gpu.since for gpu in gpus] for gpus in (faulty, still, back)] == [[1.0, 5.0], [1.0, 5.0], [1.0, 7.0]]
+
+
+def replace(path: Path, content: str) -> None:
+    """Never leave half of it to see."""
+    new = path.with_name("new")
+    new.write_text(content)
+    new.replace(path)
+
+
+class TestSimulate:
+    def test_faults(self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Read the file of faults again after each interval, and log each change of a GPU's health once."""
+        path = tmp_path / "faults"
+        steps = {"": ["", ""], "1 hot": ["", "hot"], "0 dry\n1 cold": ["dry", "cold"], "0 dry": ["dry", ""]}
+        node = NodeState(Policy("example.com/gpu", 1), interval=5)
+
+        async def check() -> None:
+            with trio.fail_after(600):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(simulate, node, 2, str(path))
+                    for content, reasons in steps.items():
+                        replace(path, content)
+                        await wait_until(partial(shows, reasons), node.changed)
+                    nursery.cancel_scope.cancel()
+            assert (len(reads) - 1) * simulated.INTERVAL <= trio.current_time()
+
+        def read(path: Path) -> Mapping[int, str]:
+            reads.append(path)
+            return read_faults(path)
+
+        def shows(reasons: list[str]) -> bool:
+            return [gpu.reason for gpu in node.gpus] == reasons
+
+        reads: list[Path] = []
+        monkeypatch.setattr(simulated, "read_faults", read)
+        # Faster than time goes by, and it does not jump: a file is read in a thread.
+        trio.run(check, clock=trio.testing.MockClock(rate=10))
+        first, second = (gpu.uuid for gpu in simulated_gpus(2))
+        facts = [f"{second}.*hot", f"{first}.*dry", f"{second}(?!.*unhealthy)"]
+        records = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(records) == len(facts)
+        assert all(re.search(fact, record.getMessage()) for fact, record in zip(facts, records, strict=True))
+
+    def test_no_file(self) -> None:
+        """End where there is no file to follow; the GPUs stay."""
+        node = NodeState(Policy("example.com/gpu", 1), interval=5)
+        trio.run(simulate, node, 2, "")
+        assert [gpu.health for gpu in node.gpus] == [Health.HEALTHY] * 2

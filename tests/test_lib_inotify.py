@@ -1,0 +1,111 @@
+"""Waiting for changes in a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from daemon_process import short_directory
+
+from sgpu.lib.inotify import open_directory
+
+#: Seconds that a change may take to be noticed; only a failing test gets there.
+TIMEOUT = 30
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A file, a directory `d` with a file `old`, and one that is empty."""
+    with short_directory() as path:
+        (path / "file").touch()
+        (path / "d").mkdir()
+        (path / "d/old").touch()
+        (path / "empty").mkdir()
+        yield path
+
+
+def make_anew(directory: Path) -> None:
+    """Put another directory in its place."""
+    directory.rename(directory.parent / "x")
+    directory.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "condition"),
+    [
+        pytest.param("d", lambda d: (d / "new").symlink_to("x"), lambda d: (d / "new").is_symlink(), id="made"),
+        pytest.param("d", lambda d: (d / "old").unlink(), lambda d: not (d / "old").exists(), id="removed"),
+        pytest.param(
+            "d", lambda d: (d / "old").write_text("-"), lambda d: (d / "old").read_text() == "-", id="written"
+        ),
+        pytest.param("d", lambda d: (d / "old").rename(d.parent / "x"), lambda d: not (d / "old").exists(), id="out"),
+        pytest.param("d", lambda d: (d.parent / "file").rename(d / "new"), lambda d: (d / "new").exists(), id="in"),
+        pytest.param("empty", lambda d: d.rename(d.parent / "x"), lambda d: not d.exists(), id="directory moved"),
+        pytest.param("empty", Path.rmdir, lambda d: not d.exists(), id="directory removed"),
+    ],
+)
+def test_each_kind_of_change_is_noticed(
+    name: str, change: Callable[[Path], object], condition: Callable[[Path], bool], root: Path
+) -> None:
+    """Wake whoever waits for it."""
+    directory = root / name
+
+    async def check() -> None:
+        with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watched.watch)
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(watched.wait_until, partial(condition, directory))
+                    await trio.testing.wait_all_tasks_blocked()
+                    change(directory)
+                nursery.cancel_scope.cancel()
+
+    trio.run(check)
+
+
+@pytest.mark.parametrize("renewed", [False, True], ids=["opened", "made anew and renewed"])
+def test_a_change_before_the_watch_task_runs_is_not_missed(root: Path, *, renewed: bool) -> None:
+    """Queue changes from when the directory was opened, or renewed after it was made anew."""
+    directory = root / "empty"
+
+    async def check() -> None:
+        with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
+            if renewed:
+                make_anew(directory)
+                watched.renew()
+                async with trio.open_nursery() as nursery:  # takes what was queued for the old one
+                    nursery.start_soon(watched.watch)
+                    await watched.changed.next.wait()
+                    nursery.cancel_scope.cancel()
+            change = watched.changed.next
+            (directory / "new").touch()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watched.watch)
+                await change.wait()
+                nursery.cancel_scope.cancel()
+
+    trio.run(check)
+
+
+def test_it_can_be_cancelled(root: Path) -> None:
+    """Let Cancelled through, in the watch and in a wait."""
+
+    async def check() -> None:
+        with open_directory(root) as watched:
+            for wait in (watched.watch, partial(watched.wait_until, lambda: False)):
+                with trio.move_on_after(0.01) as scope:
+                    await wait()
+                assert scope.cancelled_caught
+
+    trio.run(check)
+
+
+@pytest.mark.parametrize(("name", "error"), [("none", FileNotFoundError), ("file", NotADirectoryError)])
+def test_what_is_no_directory_is_an_os_error(root: Path, name: str, error: type[OSError]) -> None:
+    """Raise it on opening."""
+    with pytest.raises(error), open_directory(root / name):
+        pass

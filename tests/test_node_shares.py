@@ -1,0 +1,82 @@
+"""The ids of shares, which kubelets remember: their syntax must never change."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpu.node.shares import Share, ids, unit_of
+
+pytestmark = pytest.mark.pure
+
+
+@pytest.mark.parametrize(
+    ("share_id", "share"),
+    [
+        pytest.param("GPU-1::0", Share("GPU-1", 0), id="first"),
+        pytest.param("GPU-1::10", Share("GPU-1", 10), id="two digits"),
+        pytest.param("GPU-1::999999999", Share("GPU-1", 999_999_999), id="nine digits"),
+        pytest.param("MIG-GPU-1/7/0::3", Share("MIG-GPU-1/7/0", 3), id="slashes in the UUID"),
+        pytest.param("a::b::2", Share("a::b", 2), id="the last separator counts"),
+    ],
+)
+def test_id(share_id: str, share: Share) -> None:
+    """An id is the UUID and the number, with the last `::` between them."""
+    assert Share.parse(share_id) == share
+    assert str(share) == share_id
+    assert unit_of(share_id) == share.uuid
+
+
+@pytest.mark.parametrize(
+    "share_id",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("::", id="separator alone"),
+        pytest.param("::0", id="no UUID"),
+        pytest.param("GPU-1", id="no number"),
+        pytest.param("GPU-1::", id="empty number"),
+        pytest.param("GPU-1:0", id="one colon"),
+        pytest.param("GPU-1::x", id="not a number"),
+        pytest.param("GPU-1::-1", id="negative"),
+        pytest.param("GPU-1::+1", id="sign"),
+        pytest.param("GPU-1::01", id="leading zero"),
+        pytest.param("GPU-1:: 1", id="space before"),
+        pytest.param("GPU-1::1\n", id="newline after"),
+        pytest.param("GPU-1::1_0", id="underscore"),
+        pytest.param("GPU-1::1.0", id="fraction"),
+        pytest.param("GPU-1::0x1", id="hexadecimal"),
+        pytest.param("GPU-1::١", id="digit of another script"),
+        pytest.param("GPU-1::1000000000", id="ten digits"),
+        pytest.param(f"GPU-1::{'9' * 5000}", id="more digits than Python converts"),
+    ],
+)
+def test_not_an_id(share_id: str) -> None:
+    """A share has exactly one id. What Python would also read as that number is refused."""
+    assert Share.parse(share_id) is None
+
+
+@settings(deadline=None)
+@given(uuid=st.text(min_size=1), number=st.integers(0, 10**9 - 1))
+def test_round_trip(uuid: str, number: int) -> None:
+    """The id of every share parses to that share, whatever the UUID."""
+    assert Share.parse(str(Share(uuid, number))) == Share(uuid, number)
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_text(text: str) -> None:
+    """What parses prints as it was: no two ids name the same share."""
+    share = Share.parse(text)
+    assert share is None or str(share) == text
+
+
+def test_ids() -> None:
+    """The ids of the first shares are those with the numbers from 0."""
+    assert list(ids("GPU-1", 3)) == [str(Share("GPU-1", number)) for number in range(3)]
+    assert list(ids("GPU-1", 0)) == []
+
+
+def test_unit_of_no_id() -> None:
+    """Text without a separator is of no unit."""
+    assert unit_of("GPU-1") == ""

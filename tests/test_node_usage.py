@@ -1,0 +1,276 @@
+"""What is known of how the GPUs are used, and what a choice goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpu.node.container import Container
+from sgpu.node.figures import Figures, ProcessUse
+from sgpu.node.gpu import Gpu, units
+from sgpu.node.grants import SETTLING_TIME
+from sgpu.node.offers import Offer
+from sgpu.node.rank import UnitLoad
+from sgpu.node.shares import Share
+from sgpu.node.usage import STALE_AFTER, ContainerUse, Usage
+
+pytestmark = pytest.mark.pure
+
+INTERVAL = 5.0
+A, B = (Offer(units(Gpu(uuid, "Tesla T4", "00000000:00:04.0", ()))[0], shares=4) for uuid in ("GPU-a", "GPU-b"))
+A0, A1 = Share("GPU-a", 0), Share("GPU-a", 1)
+ONE, TWO = Container("team", "one", "main"), Container("team", "two", "main")
+
+
+def held(text: str) -> Mapping[Share, Container]:
+    """`a0 b1` → share 0 of GPU-a and share 1 of GPU-b, each held by a pod of that name."""
+    return {
+        Share(f"GPU-{word[0]}", int(word[1:])): Container("default", f"pod-{word}", "main") for word in text.split()
+    }
+
+
+@pytest.fixture
+def usage() -> Usage:
+    return Usage(INTERVAL)
+
+
+def test_container_text() -> None:
+    """A container is named by its pod, as operators name pods."""
+    assert str(ONE) == "team/one"
+
+
+class TestAllocated:
+    @pytest.mark.parametrize(
+        ("holders", "granted", "allocated", "loads"),
+        [
+            pytest.param(None, "a0", None, (None, None), id="unknown, whatever was granted"),
+            pytest.param("", "", "", (0, 0), id="none"),
+            pytest.param("a0 b0 a3", "", "a0 b0 a3", (2, 1), id="held"),
+            pytest.param("", "a0", "a0", (1, 0), id="granted, and not listed yet"),
+            pytest.param("a0", "a0 a1", "a0 a1", (2, 0), id="held and granted"),
+            pytest.param("z0", "", "z0", (0, 0), id="of a GPU that is not there"),
+        ],
+    )
+    def test_allocated(
+        self,
+        usage: Usage,
+        holders: str | None,
+        granted: str,
+        allocated: str | None,
+        loads: tuple[int | None, int | None],
+    ) -> None:
+        """The shares that the kubelet lists and those just granted, each once; unknown while it does not list them."""
+        for share in held(granted):
+            usage.grants.add(share, 0, now=0)
+        usage.set_holders(None if holders is None else held(holders))
+        assert usage.allocated(1) == (None if allocated is None else set(held(allocated)))
+        assert tuple(load.allocated for load in usage.loads([A, B], 1).values()) == loads
+
+    def test_unknown(self, usage: Usage) -> None:
+        """Nothing is known before the kubelet was asked, nor when it no longer answers."""
+        assert usage.holders is None
+        assert usage.allocated(0) is None
+        usage.set_holders(held("a0"))
+        usage.set_holders(None)
+        assert usage.allocated(0) is None
+        assert usage.loads([A], 0)["GPU-a"].allocated is None
+        assert usage.uses("GPU-a") == ()
+
+    def test_released(self, usage: Usage) -> None:
+        """A share that is gone from the list is free, however recently it was granted."""
+        usage.grants.add(A0, 0, now=0)
+        usage.set_holders(held("a0"))
+        usage.set_holders(None)
+        usage.set_holders({})
+        assert usage.allocated(1) == frozenset()
+
+    @settings(deadline=None)
+    @given(words=st.lists(st.tuples(st.sampled_from("abz"), st.integers(0, 9), st.booleans())))
+    def test_counts_agree(self, words: list[tuple[str, int, bool]]) -> None:
+        """Whatever is held and granted, the loads count the allocated shares."""
+        usage = Usage(INTERVAL)
+        usage.set_holders(held(" ".join(f"{name}{number}" for name, number, is_held in words if is_held)))
+        for name, number, is_held in words:
+            if not is_held:
+                usage.grants.add(Share(f"GPU-{name}", number), 0, now=0)
+        allocated = usage.allocated(0) or frozenset()
+        for uuid, load in usage.loads([A, B], 0).items():
+            assert load.allocated == sum(share.uuid == uuid for share in allocated)
+
+
+class TestLoads:
+    @pytest.mark.parametrize(
+        ("figures", "age", "load"),
+        [
+            pytest.param(Figures(1000, 700, 20), 0, UnitLoad(1, 4, 700, 20), id="known"),
+            pytest.param(Figures(None, None, 20), 0, UnitLoad(1, 4, None, 20), id="no memory"),
+            pytest.param(Figures(1000, 700, None), 0, UnitLoad(1, 4, 700, None), id="no utilization"),
+            pytest.param(Figures(1000, 0, 0), 0, UnitLoad(1, 4, 0, 0), id="zero is known"),
+            pytest.param(Figures(1000, 700, 20), STALE_AFTER * INTERVAL, UnitLoad(1, 4, 700, 20), id="not stale yet"),
+            pytest.param(Figures(1000, 700, 20), STALE_AFTER * INTERVAL + 0.1, UnitLoad(1, 4), id="stale"),
+        ],
+    )
+    def test_figures(self, usage: Usage, figures: Figures, age: float, load: UnitLoad) -> None:
+        """Free memory and utilization are known where figures say so that are not several intervals old."""
+        usage.set_holders(held("a0"))
+        usage.set_figures({"GPU-a": figures, "GPU-x": Figures(1, 1, 1)}, now=100)
+        assert usage.loads([A, B], 100 + age) == {"GPU-a": load, "GPU-b": UnitLoad(0, 4)}
+        usage.set_figures({"GPU-a": Figures(1000, 600, 30)}, now=1000)
+        assert usage.loads([A], 1001) == {"GPU-a": UnitLoad(1, 4, 600, 30)}
+
+    def test_granted_counts_as_used(self, usage: Usage) -> None:
+        """A share granted moments ago takes its part of the memory at once, until the figures show it."""
+        usage.set_figures({"GPU-a": Figures(1000, 700), "GPU-b": Figures(1000, 700)}, now=0)
+        usage.grants.add(A0, 250, now=0)
+        usage.grants.add(A1, 250, now=0)
+        assert [load.free_memory for load in usage.loads([A, B], 1).values()] == [200, 700]
+        usage.set_figures({"GPU-a": Figures(1000, 400)}, now=1)
+        assert usage.loads([A], 1)["GPU-a"].free_memory == 0
+        usage.set_figures({"GPU-a": Figures(1000, 150)}, now=SETTLING_TIME)
+        assert usage.loads([A], SETTLING_TIME)["GPU-a"].free_memory == 150
+
+
+def use(name: str, shares: int, memory: int | None, utilization: int | None, processes: int) -> ContainerUse:
+    """What `namespace/pod/container` has and uses; empty: processes of no pod."""
+    namespace, pod, container = (name or "//").split("/")
+    return ContainerUse(namespace, pod, container, shares, memory, utilization, processes)
+
+
+def used(*processes: tuple[int, int | None, int | None]) -> Figures:
+    """Figures with these processes: id, bytes and percent."""
+    return Figures(1000, 500, 50, tuple(ProcessUse(*process) for process in processes))
+
+
+class TestUses:
+    def test_shares(self, usage: Usage) -> None:
+        """Each container with a share of this GPU is there once, in order, also where no more is known."""
+        other = Container("other", "z", "side")
+        usage.set_holders({A0: ONE, A1: TWO, Share("GPU-a", 2): ONE, Share("GPU-b", 0): TWO, Share("GPU-a", 3): other})
+        assert usage.uses("GPU-a") == (
+            use("other/z/side", 1, None, None, 0),
+            use("team/one/main", 2, None, None, 0),
+            use("team/two/main", 1, None, None, 0),
+        )
+        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
+        assert usage.uses("GPU-c") == ()
+        assert not usage.processes_known
+
+    @pytest.mark.parametrize(
+        ("processes", "owners", "expected"),
+        [
+            pytest.param([], {}, [use("team/one/main", 2, 0, 0, 0)], id="none"),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 40)], {7: ONE, 8: ONE}, [use("team/one/main", 2, 105, 70, 2)], id="two of one"
+            ),
+            pytest.param(
+                [(7, 1, 70), (8, 5, 31)], {7: ONE, 8: ONE}, [use("team/one/main", 2, 6, 100, 2)], id="max 100"
+            ),
+            pytest.param(
+                [(7, None, 30), (8, 5, 1)], {7: ONE, 8: ONE}, [use("team/one/main", 2, None, 31, 2)], id="no memory"
+            ),
+            pytest.param(
+                [(7, 100, None), (8, 5, 1)],
+                {7: ONE, 8: ONE},
+                [use("team/one/main", 2, 105, None, 2)],
+                id="no utilization",
+            ),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 1)],
+                {7: ONE, 8: TWO},
+                [use("team/one/main", 2, 100, 30, 1), use("team/two/main", 0, 5, 1, 1)],
+                id="without a share",
+            ),
+            pytest.param(
+                [(7, 100, 30), (8, 5, 1), (9, 6, 2)],
+                {7: ONE, 8: None, 9: None},
+                [use("", 0, 11, 3, 2), use("team/one/main", 2, 100, 30, 1)],
+                id="of no pod",
+            ),
+            pytest.param([(7, 100, 30), (8, 5, 1)], {7: ONE}, [use("team/one/main", 2, 100, 30, 1)], id="ended"),
+        ],
+    )
+    def test_processes(
+        self,
+        usage: Usage,
+        processes: list[tuple[int, int | None, int | None]],
+        owners: dict[int, Container | None],
+        expected: list[ContainerUse],
+    ) -> None:
+        """A container uses what its processes use together. A sum with an unknown part is unknown."""
+        usage.set_holders({A0: ONE, A1: ONE})
+        usage.set_owners({"GPU-a": used(*processes)}, owners)
+        assert usage.processes_known
+        assert list(usage.uses("GPU-a")) == expected
+
+    def test_each_gpu_by_itself(self, usage: Usage) -> None:
+        """A process can use two GPUs. Where the driver does not list a GPU's processes, use of it is unknown."""
+        usage.set_holders({A0: ONE, A1: TWO, Share("GPU-b", 0): TWO})
+        usage.set_owners({"GPU-a": used((7, 100, 30)), "GPU-c": used((7, 5, 1)), "GPU-b": Figures(1, 1, 1)}, {7: ONE})
+        assert [each.memory_used for each in usage.uses("GPU-a")] == [100, 0]
+        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
+        assert usage.uses("GPU-c") == (use("team/one/main", 0, 5, 1, 1),)
+
+    def test_changes(self, usage: Usage) -> None:
+        """Each new list of holders or owners shows at once, also after a look; owners can become unknown."""
+        figures = {"GPU-a": used((7, 100, 30))}
+        usage.set_holders({A0: ONE})
+        assert usage.uses("GPU-a") == (use("team/one/main", 1, None, None, 0),)
+        usage.set_owners(figures, {7: ONE})
+        assert usage.uses("GPU-a") == (use("team/one/main", 1, 100, 30, 1),)
+        usage.set_holders({})
+        assert usage.uses("GPU-a") == (use("team/one/main", 0, 100, 30, 1),)
+        usage.set_holders({A0: ONE})
+        usage.set_owners(figures, None, "no cgroups")
+        assert usage.uses("GPU-a") == (use("team/one/main", 1, None, None, 0),)
+        assert (usage.processes_known, usage.processes_problem) == (False, "no cgroups")
+        usage.set_owners(figures, {})
+        assert (usage.processes_known, usage.processes_problem) == (True, "")
+
+    @settings(deadline=None)
+    @given(
+        held=st.dictionaries(
+            st.builds(Share, st.sampled_from(["GPU-a", "GPU-b"]), st.integers(0, 9)), st.sampled_from([ONE, TWO])
+        ),
+        processes=st.dictionaries(
+            st.integers(1, 20), st.tuples(st.sampled_from([ONE, TWO, None]), st.integers(0, 100), st.integers(0, 9))
+        ),
+    )
+    def test_sums(self, held: dict[Share, Container], processes: dict[int, tuple[Container | None, int, int]]) -> None:
+        """Whoever has and uses what, nothing is lost and nothing is counted twice."""
+        usage = Usage(INTERVAL)
+        usage.set_holders(held)
+        figures = used(*((pid, memory, percent) for pid, (_, memory, percent) in processes.items()))
+        usage.set_owners({"GPU-a": figures}, {pid: owner for pid, (owner, _, _) in processes.items()})
+        uses = usage.uses("GPU-a")
+        assert sum(each.shares for each in uses) == sum(share.uuid == "GPU-a" for share in held)
+        memory = sum(memory for _, memory, _ in processes.values())
+        assert sum(each.memory_used or 0 for each in uses) == memory
+        assert sum(each.processes for each in uses) == len(processes)
+        names = [(each.namespace, each.pod, each.container) for each in uses]
+        assert names == sorted(set(names))
+        assert all(each.shares or each.processes for each in uses)
+        assert sum(used or 0 for used in usage.pods("GPU-a").values()) == memory
+
+
+class TestPods:
+    def test_memory(self, usage: Usage) -> None:
+        """Pods come with the most memory first, all containers together, then by name; an empty name for no pod."""
+        usage.set_holders({A0: Container("team", "b", "main"), A1: Container("team", "a", "main")})
+        owners = {
+            1: Container("team", "c", "x"),
+            2: Container("team", "c", "y"),
+            3: None,
+            4: Container("team", "d", "x"),
+        }
+        usage.set_owners({"GPU-a": used((1, 30, 0), (2, 30, 0), (3, 50, 0), (4, None, 0))}, owners)
+        expected = [("team/c", 60), ("", 50), ("team/a", 0), ("team/b", 0), ("team/d", None)]
+        assert list(usage.pods("GPU-a").items()) == expected
+
+    def test_unknown(self, usage: Usage) -> None:
+        """Pods come by name where their memory is unknown, and there are none where the kubelet lists none."""
+        assert usage.pods("GPU-a") == {}
+        usage.set_holders({A0: Container("team", "b", "main"), A1: Container("team", "a", "main")})
+        assert list(usage.pods("GPU-a").items()) == [("team/a", None), ("team/b", None)]

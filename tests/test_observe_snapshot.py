@@ -1,0 +1,38 @@
+"""A snapshot as it travels from the daemon to `status`."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from fake_status import GPU, SNAPSHOT
+
+from sgpu.node.usage import ContainerUse
+from sgpu.observe.snapshot import Snapshot, decode, encode
+
+pytestmark = pytest.mark.pure
+
+USES = (ContainerUse("team", "web", "main", 2, 1 << 30, 7, 1), ContainerUse("", "", "", 0))
+UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, containers=USES)
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        pytest.param(attrs.evolve(SNAPSHOT, gpus=(GPU, UNKNOWN), sampled_at=None), id="full"),
+        pytest.param(attrs.evolve(SNAPSHOT, gpus=(), resources=()), id="empty"),
+    ],
+)
+def test_round_trip(snapshot: Snapshot) -> None:
+    """Decode what was encoded; what is unknown stays unknown."""
+    assert decode(encode(snapshot)) == snapshot
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{}", b'{"gpus": []}', b'{"gpus": 1, "resources": []}', b"[" * 100_000],
+    ids=["empty", "a list", "no keys", "half", "no list", "deep"],
+)
+def test_anything_else(text: bytes) -> None:
+    """Raise ValueError for anything else, as a daemon of another version may send."""
+    with pytest.raises(ValueError, match=r"."):
+        decode(text)
