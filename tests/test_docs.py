@@ -1,0 +1,86 @@
+"""The documentation agrees with the settings and with itself: tables, links, flags, pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import settings_table
+import yaml
+from site_hook import TOP_LEVEL
+
+from sgpu.cli import COMMANDS
+from sgpu.config.load import ACTIONS
+from sgpu.config.settings import SETTINGS
+
+pytestmark = pytest.mark.static
+
+ROOT: Final = Path(__file__).parents[1]
+PAGES: Final = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").glob("*.md"))]
+FLAGS: Final = {*SETTINGS, *ACTIONS, "config", *(name for command in COMMANDS.values() for name in command.options)}
+#: Lines of the README: a newcomer reads it to the end.
+README_LINES: Final = 150
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def prose(page: Path) -> str:
+    """The text without code blocks."""
+    return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings, and MkDocs too as long as they have no punctuation."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def pages_of(nav: list[Any]) -> list[str]:
+    """The pages of a nav, from all of its sections."""
+    found: list[str] = []
+    for entry in nav:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            found += pages_of(value) if isinstance(value, list) else [value]
+    return found
+
+
+def test_settings_table() -> None:
+    """`tox -e generate` has written the table of settings."""
+    assert settings_table.PAGE.read_text() == settings_table.with_settings(settings_table.PAGE.read_text())
+
+
+def test_readme_length() -> None:
+    """The README is short; the rest is in docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+@each_page
+def test_links(page: Path) -> None:
+    """Each relative link leads to a file of the repository, and each anchor to a heading."""
+    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_relative_to(ROOT), target
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@each_page
+def test_named_files(page: Path) -> None:
+    """Each file that is named as code is in the repository."""
+    for path in re.findall(r"`((?:bench|docs|k8s|proto|src|tests)/[\w./-]+)`", prose(page)):
+        assert (ROOT / path).exists(), path
+
+
+@each_page
+def test_flags(page: Path) -> None:
+    """Each flag that is written as code is a setting, or an option of a command."""
+    assert set(re.findall(r"`--?([a-z][\w-]*)(?:[ =][^`]*)?`", prose(page))) <= FLAGS
+
+
+def test_navigation() -> None:
+    """The site's navigation has each page once."""
+    nav = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted([*TOP_LEVEL.values(), *(path.name for path in (ROOT / "docs").glob("*.md"))])
