@@ -12,7 +12,7 @@ import real_driver
 import trio
 from findings import expect, find
 from node import Node
-from stub_driver import GIB
+from stub_driver import GIB, StubGpu
 from trio.testing import MockClock
 
 from sgpu.commands.doctor.driver import DEADLINE, Answer, ask, check_gpus, check_kernel, check_nvml
@@ -268,3 +268,10 @@ def test_missing_gpus(host: Host) -> None:
     plug(host, "0000:d8:00.0")
     *_, fallen = check_gpus(Settings(), host, answer)
     expect(fallen, "warn", 3, 2)
+
+
+def test_gpu_without_events(node: Node) -> None:
+    """Warn that its XIDs are not seen, as the real worker reports it."""
+    node.driver.fail("nvmlDeviceRegisterEvents", Code.NOT_SUPPORTED)
+    findings = list(check_gpus(settings(node), Host(), asked(settings(node))))
+    expect(findings[-1], "warn", StubGpu().uuid)

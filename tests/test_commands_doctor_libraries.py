@@ -125,3 +125,17 @@ def test_not_where_images_look(host: Path, directory: str, container_path: str, 
     finding = find(checked(host, container_path), "libcuda")
     expect(finding, "warn", inside, advice="LD_LIBRARY_PATH")
     assert inside in finding.advice
+
+
+@pytest.mark.parametrize("place", ["lib64", "lib64/libnvidia-ml.so.550.54.15"])
+def test_others_may_write(host: Path, place: str) -> None:
+    """It is loaded as root."""
+    (host / place).chmod(0o777)
+    expect(find(checked(host), "library"), "warn", host / place)
+
+
+def test_noexec(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library can be loaded from there: say that, and not to install the driver again."""
+    status = os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, os.ST_NOEXEC, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: status)
+    expect(find(checked(host), "host path"), "FAIL", "noexec", advice="-host-path")

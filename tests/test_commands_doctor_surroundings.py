@@ -8,7 +8,14 @@ import pytest
 from findings import expect
 
 from sgpu.commands.doctor.host import Host
-from sgpu.commands.doctor.surroundings import ENOUGH, check_container_logs, check_memory, check_processes
+from sgpu.commands.doctor.surroundings import (
+    ENOUGH,
+    NEEDED,
+    check_container_logs,
+    check_memory,
+    check_processes,
+    memory_warning,
+)
 from sgpu.lib.sizes import MIB
 from sgpu.pods.processes import HOST_NAMESPACE
 
@@ -64,3 +71,21 @@ def test_container_logs(tmp_path: Path) -> None:
     assert absent.message != empty.message
     (directory / "a_default_b-0123.log").touch()
     expect(check_container_logs(directory), "ok", directory)
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "warned"),
+    [
+        pytest.param(64 * MIB, 64 * MIB - NEEDED + 1, True, id="too little is left"),
+        pytest.param(64 * MIB, 64 * MIB - NEEDED, False, id="enough is left"),
+        pytest.param("max", 64 * MIB, False, id="no limit"),
+    ],
+)
+def test_memory_for_the_doctor(tmp_path: Path, limit: object, used: int, warned: bool) -> None:
+    """Say what the doctor needs before it is killed for want of it."""
+    files = {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": limit, "sys/fs/cgroup/memory.current": used}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    warning = memory_warning(Host(proc=tmp_path / "proc", sysfs=tmp_path / "sys"))
+    assert ("64 MiB" in warning) is warned

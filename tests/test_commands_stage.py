@@ -546,3 +546,75 @@ def test_signal(place: Place) -> None:
         assert OLD in process.stdout.readline()
         process.terminate()
         assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(
+    ("libraries", "tools"),
+    [
+        ("run/opengl-driver/lib", "run/current-system/sw/bin"),
+        ("opt/nvidia/lib64", "opt/nvidia/bin"),
+        ("var/lib/nvidia/lib64", "var/lib/nvidia/bin"),
+        ("usr/local/nvidia/lib64", "usr/local/nvidia/bin"),
+        ("usr/local/glibc/usr/lib", "usr/local/glibc/usr/bin"),
+        ("cm/local/apps/cuda/libs/current/lib64", "usr/bin"),
+        ("usr/lib/nvidia/tesla", "usr/libexec/nvidia/tesla/bin"),
+    ],
+    ids=lambda path: path.split("/")[1],
+)
+def test_other_places(place: Place, libraries: str, tools: str) -> None:
+    """Find a driver where other distributions and installers put it, without the loader's cache."""
+    for source, target in ((driver_layout.MULTIARCH, libraries), ("usr/bin", tools)):
+        if source != target:
+            (place.root / target).parent.mkdir(parents=True, exist_ok=True)
+            (place.root / source).rename(place.root / target)
+    assert "4 libraries, 3 tools" in place.stage()
+
+
+def test_library_without_a_version(place: Place) -> None:
+    """One that has only a soname's number, beside the management library, belongs to the driver; a link does not."""
+    directory = place.root / driver_layout.MULTIARCH
+    shutil.copy(directory / f"libnvidia-nvvm.so.{OLD}", directory / "libnvidia-nvvm70.so.4")
+    shutil.copy(directory / f"libnvidia-nvvm.so.{OLD}", directory / "libother.so.4")
+    (directory / "libnvidia-link.so.4").symlink_to("libnvidia-nvvm70.so.4")
+    assert "5 libraries" in place.stage()
+    assert (place.path / "lib64/libnvidia-nvvm70.so.4").is_file()
+
+
+def test_odd_files(place: Place, new: DriverFiles) -> None:
+    """A tool that is a script or a directory, an empty library, one of another version: staged without, and named."""
+    directory = place.root / driver_layout.MULTIARCH
+    (place.root / "usr/bin/nvidia-smi").write_text("#!/bin/sh\n")
+    (place.root / "usr/bin/nvidia-debugdump").unlink()
+    (place.root / "usr/bin/nvidia-debugdump").mkdir()
+    (directory / f"libcuda.so.{OLD}").write_bytes(b"")
+    (directory / f"libnvidia-ml.so.{NEW}").write_bytes(b"")
+    line = place.stage()
+    assert "3 libraries, 1 tools" in line
+    for name in ("usr/bin/nvidia-smi", "usr/bin/nvidia-debugdump", f"libcuda.so.{OLD}"):
+        assert name in line
+
+
+def test_no_tools(place: Place) -> None:
+    """Say so: `nvidia-smi` is the first thing that people try in a pod."""
+    shutil.rmtree(place.root / "usr/bin")
+    assert "nvidia-smi" in place.stage()
+
+
+def test_link_in_the_way(place: Place, tmp_path: Path) -> None:
+    """Nothing is written, or removed, where a link of somebody else's leads."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    place.path.mkdir(parents=True)
+    (place.path / ".sgpu").symlink_to(elsewhere)
+    assert ".sgpu" in place.refused()
+    assert os.listdir(elsewhere) == ["precious"]
+
+
+def test_noexec(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse a place from which no library can be loaded, and name the setting."""
+    status = os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, os.ST_NOEXEC, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: status)
+    refused = place.refused()
+    assert "noexec" in refused
+    assert "-host-path" in refused

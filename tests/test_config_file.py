@@ -159,6 +159,23 @@ def test_not_readable(file: Path) -> None:
     """A file in another encoding, one that is not there, or is no file, is refused with the reason."""
     assert "0xff" in refusal(file, b"host-path: /\xff")
     file.unlink()
-    for path, reason in ((file, "Errno 2"), (file.parent, "Errno 21")):
+    for path, reason in ((file, "Errno 2"), (file.parent, "not a regular file"), (Path("/dev/zero"), "not a regular")):
         with pytest.raises(ConfigFileError, match=reason):
             read(path)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["aliases", "merges"])
+def test_bomb(file: Path, merge: bool) -> None:
+    """A few hundred bytes that stand for millions of values are refused in a short line."""
+    lines = ["a0: &a0 {x: 1}" if merge else "a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for number in range(1, 10):
+        aliases = ", ".join([f"*a{number - 1}"] * 9)
+        lines.append(f"a{number}: &a{number} " + (f"{{<<: [{aliases}]}}" if merge else f"[{aliases}]"))
+    assert len(refusal(file, "\n".join(lines))) < 200
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "1_000", "0b1", "0o7", "190:20:30", "1e3", ".5"])
+def test_numbers_that_flags_do_not_take(file: Path, text: str) -> None:
+    """They are text here, too, which the setting refuses."""
+    file.write_text(f"key: {text}\n")
+    assert read(file)["key"].value == text

@@ -206,7 +206,34 @@ class TestSources:
             "SGPU_VERSION",
             "SGPU_GPUS",
         )
-        assert load({}, dict.fromkeys(names, "x")) == load({}, {})
+        assert attrs.evolve(load({}, dict.fromkeys(names, "x")), warnings=()) == load({}, {})
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("SGPU_GPU_DUPLICATON_FACTOR", "SGPU_GPU_DUPLICATION_FACTOR"),
+            ("SGPU_PLACMENT", "SGPU_PLACEMENT"),
+            ("SGPU_CONFG", "SGPU_CONFIG"),
+            ("SGPU_PORT_80_TCP_ADDR", ""),
+            ("SGPU_SERVICE_PORT", ""),
+        ],
+    )
+    def test_misspelt_variables(self, name: str, meant: str) -> None:
+        """A variable that is nearly a setting is a warning that names both; Kubernetes' own for a Service are none."""
+        warnings = load({}, {name: "x"}).warnings
+        assert [(name in warning, meant in warning) for warning in warnings] == ([(True, True)] if meant else [])
+
+    def test_names_of_nvidia_s_plugin(self, config: Path) -> None:
+        """Its resource in a rule is a warning."""
+        config.write_text("gpus:\n- name: '*'\n  resource: nvidia.com/gpu\n")
+        (warning,) = load({"config": str(config)}, {}).warnings
+        assert "nvidia.com/gpu" in warning
+
+    def test_a_resource_that_the_kubelet_could_not_connect_to(self) -> None:
+        """Its own path is longer than ours: refused at start."""
+        name = f"example.com/{'x' * 63}"
+        long = f"{'a' * 20}.{name}"
+        assert_refused(lambda: load({"plugin-directory": "/p", "resource-name": long}, {}), "-resource-name", "107")
 
     def test_the_file_s_own_place(self, config: Path) -> None:
         """A variable can name the file, and the flag beats it: of two, one is read. An empty variable names none."""
@@ -430,3 +457,18 @@ class TestSocketPath:
         assert_refused(lambda: load({"resource-name": name}, {}), "-plugin-directory", "-resource-name (command line)")
         content = f"gpus:\n- name: '*'\n  resource: {name}\n"
         assert_refused(lambda: load_file(config, content), "-plugin-directory", f"resource ({config}:2)")
+
+
+@pytest.mark.parametrize(("written", "numbers"), [("[13, 31]", "13,31"), ("[13]", "13"), ("13", "13")])
+def test_list_of_numbers(config: Path, written: str, numbers: str) -> None:
+    """YAML's own list is taken where a flag has commas."""
+    config.write_text(f"ignore-xids: {written}\n")
+    assert load({"config": str(config)}, {}).settings.ignore_xids == numbers
+
+
+def test_quoted_values_are_cut(config: Path) -> None:
+    """A message stays a line, whatever the file has."""
+    config.write_text(f"placement: {'x' * 100_000}\n")
+    with pytest.raises(UsageError) as refused:
+        load({"config": str(config)}, {})
+    assert len(str(refused.value)) < 500

@@ -17,7 +17,7 @@ from sgpu import rpc
 from sgpu.config.settings import endpoint
 from sgpu.deviceplugin import registration
 from sgpu.deviceplugin.servicer import PluginContext
-from sgpu.deviceplugin.session import loop_name, stay_registered
+from sgpu.deviceplugin.session import is_removed, loop_name, stay_registered
 from sgpu.driver.simulated import simulated_gpus
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.policy import Policy
@@ -117,3 +117,17 @@ def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.Mon
                 nursery.cancel_scope.cancel()
 
     trio.run(check)
+
+
+def test_is_removed(tmp_path: Path) -> None:
+    """A directory that was removed while it is open, as below a mount, is told from one that is there, or is not."""
+    directory = tmp_path / "d"
+    directory.mkdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        assert not is_removed(directory)
+        directory.rmdir()
+        assert not is_removed(directory)
+        assert is_removed(Path(f"/proc/self/fd/{descriptor}"))
+    finally:
+        os.close(descriptor)

@@ -128,8 +128,10 @@ def test_gpu_without_events(node: Node, function: str, code: int) -> None:
     with listening(node) as made:
         node.driver.xid(second, 79)
         assert made.next() == DriverEvent(second.uuid, EventKind.XID, 79)
+        assert [made.listener.listens_to(gpu.uuid) for gpu in (first, second)] == [False, True]
         node.driver.works(function, first)
         made.register()
+        assert made.listener.listens_to(first.uuid)
         node.driver.xid(first, 79)
         assert made.next() == DriverEvent(first.uuid, EventKind.XID, 79)
 
@@ -140,6 +142,7 @@ def test_driver_without_events(node: Node, code: int) -> None:
     node.driver.fail("nvmlEventSetCreate", code)
     with listening(node) as made:
         assert isinstance(made.listener, NoEvents)
+        assert not made.listener.listens_to(StubGpu().uuid)
         assert not made.listener.failed
         assert not made.wake.is_set()
 

@@ -460,3 +460,42 @@ class TestLog:
         assert watched.monitor.waiting == ""
         watched.monitor.not_ready(NotReady("no node"))
         assert [line.rpartition(" no ")[2] for line in warnings(caplog)] == ["driver", "node", "node"]
+
+
+class TestLoggedOften:
+    def test_ignored_xids(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A storm of them is one line a minute for each GPU and XID, with how many there were."""
+        caplog.set_level(logging.INFO)
+        watched = Watched()
+        watched.report(FIRST, SECOND)
+        caplog.clear()
+        number = XID[XidClass.APPLICATION].number
+        for _ in range(2000):
+            watched.event(FIRST, EventKind.XID, number)
+        watched.event(SECOND, EventKind.XID, number)
+        assert len(caplog.messages) == 2
+        watched.now += 60
+        watched.event(FIRST, EventKind.XID, number)
+        assert len(caplog.messages) == 3
+        assert "1999" in caplog.messages[-1]
+
+
+def test_since_when_after_a_restart() -> None:
+    """The fault is as old as the record says, not as the daemon."""
+    fault = Fault("poisoned", NOW - 1000, Clearance.RESET)
+    watched = Watched(FaultRecord("550.1", {FIRST.uuid: (fault,)}))
+    watched.report(FIRST)
+    (gpu,) = watched.node.gpus
+    assert time.time() - gpu.since == pytest.approx(1000, abs=60)
+
+
+def test_gpus_without_events(caplog: pytest.LogCaptureFixture) -> None:
+    """Warn of them once, by UUID; it is no fault."""
+    caplog.set_level(logging.WARNING)
+    watched = Watched()
+    for _ in range(3):
+        watched.report(FIRST, SECOND, eventless=(SECOND.uuid,))
+    (message,) = caplog.messages
+    assert SECOND.uuid in message
+    assert FIRST.uuid not in message
+    assert {gpu.health for gpu in watched.node.gpus} == {Health.HEALTHY}

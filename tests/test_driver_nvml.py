@@ -302,7 +302,7 @@ class TestFacts:
     @pytest.mark.parametrize(
         ("call", "function", "called"),
         [
-            pytest.param(Library.memory, "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2", id="of a variant"),
+            pytest.param(Library.memory, "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo", id="of a variant"),
             pytest.param(Library.recovery_action, "", "nvmlDeviceGetFieldValues", id="of a field"),
         ],
     )

@@ -71,10 +71,10 @@ class TestMemory:
         driver.change(StubGpu(), compute=((1, compute),), graphics=((1, graphics),), mps=((1, mps),))
         assert memory_by_process(library, gpu(library)) == {1: expected}
 
-    @pytest.mark.parametrize("surplus", [0, processes.SURPLUS], ids=["", "longer entries"])
+    @pytest.mark.parametrize("surplus", [0, 8, -8], ids=["", "longer entries", "shorter entries"])
     @pytest.mark.parametrize("count", [0, 1, 2, FIRST_ROOM, FIRST_ROOM + 1, 1000])
     def test_many(self, driver: StubDriver, library: Library, count: int, surplus: int) -> None:
-        """Read as many as there are, also where a driver's entries are longer than it says."""
+        """Read as many as there are, also where a driver's entries are longer or shorter than it says."""
         entries = tuple((1000 + number, number * MIB) for number in range(count))
         driver.change(StubGpu(), compute=entries)
         driver.set(process_surplus=surplus)

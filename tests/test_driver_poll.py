@@ -96,8 +96,6 @@ class TestQuestions:
     @pytest.mark.parametrize(
         ("function", "fields"),
         {
-            "nvmlDeviceGetMemoryInfo": {"memory_total", "memory_free"},
-            "nvmlDeviceGetUtilizationRates": {"utilization"},
             "nvmlDeviceGetFieldValues": {"recovery_action"},
             "nvmlDeviceGetRemappedRows": {"rows_pending", "rows_failed"},
             "nvmlDeviceGetRetiredPagesPendingStatus": {"pages_pending"},
@@ -116,6 +114,24 @@ class TestQuestions:
         failing, other = read(node).gpus
         assert (failing.uuid, failing.name, other.error) == (self.GPU.uuid, self.GPU.name, "")
         assert re.search(rf"{function}.*\b999\b", failing.error)
+
+    @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.NOT_FOUND, 999])
+    @pytest.mark.parametrize(
+        ("function", "unknown"),
+        {
+            "nvmlDeviceGetMemoryInfo": {"memory_total", "memory_free"},
+            "nvmlDeviceGetUtilizationRates": {"utilization"},
+        }.items(),
+    )
+    def test_figures(self, node: Node, function: str, unknown: set[str], code: int) -> None:
+        """A figure that fails is an unknown figure, and no fault of the GPU, unless the error says that it is lost."""
+        node.driver.set(gpus=(self.GPU,))
+        node.driver.fail(function, code, self.GPU)
+        (gpu,) = read(node).gpus
+        assert {field for field, figure in attrs.asdict(gpu.figures).items() if figure is None} == unknown
+        assert gpu.error == ""
+        node.driver.fail(function, Code.GPU_IS_LOST, self.GPU)
+        assert read(node).gpus[0].error
 
     @pytest.mark.parametrize(
         ("code", "is_fault"),
@@ -312,7 +328,7 @@ class TestSharedNodes:
         assert ("it failed" in error, "nvidia-modprobe -u -c 0" in error, list(asked) == []) == (uvm, uvm, uvm)
 
     def test_made(self, node: Node) -> None:
-        """Go on where asking for nvidia-uvm made it, and do not say how to make it where another node is missing."""
+        """Go on where asking for nvidia-uvm made it; say how to make the one that is missing, and no other."""
 
         def ask() -> str:
             node.make_nodes("nvidia-uvm")
@@ -324,10 +340,26 @@ class TestSharedNodes:
             (node.dev / name).unlink()
         with pytest.raises(NotReadyError) as caught:
             read(node, ask_for_uvm=ask)
-        assert "nvidia-modprobe" not in str(caught.value)
+        assert "nvidia-modprobe -c 255" in str(caught.value)
+        assert "-u" not in str(caught.value)
 
     def test_optional(self, node: Node) -> None:
         """Report those that are there, in the same order each time."""
         (node.dev / "nvidia-uvm-tools").unlink()
         node.make_nodes("nvidia-modeset")
         assert read(node).gpus[0].device_nodes == ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-modeset")
+
+
+def test_one_uuid_twice(node: Node) -> None:
+    """The second GPU is a problem that names it, and the first is reported."""
+    node.driver.set(gpus=(StubGpu(), attrs.evolve(StubGpu(1), uuid=StubGpu().uuid)))
+    report = read(node)
+    assert [gpu.uuid for gpu in report.gpus] == [StubGpu().uuid]
+    (problem,) = report.problems
+    assert StubGpu().uuid in problem
+
+
+def test_a_clock_at_the_epoch(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node that has not set it yet."""
+    monkeypatch.setattr(time, "time", lambda: 30.0)
+    assert read(node, interval=60).gpus[0].figures.processes == ()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -122,7 +123,7 @@ class TestMessages:
     def test_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Start the worker module with this Python, its configuration, no input, and a session of its own."""
         worker = run(monkeypatch, exits(0)).worker
-        assert worker.command[:-1] == [sys.executable, "-m", "sgpu.driver.worker"]
+        assert worker.command[:-1] == [sys.executable, "-P", "-m", "sgpu.driver.worker"]
         assert decode_config(worker.command[-1]) == CONFIG
         assert worker.options == {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "start_new_session": True}
 
@@ -314,3 +315,19 @@ class TestReal:
         _, messages, _ = self.run(monkeypatch, "", config=config, last=Report)
         assert isinstance(messages[-1], Report)
         assert [gpu.uuid for gpu in messages[-1].gpus] == [StubGpu(0).uuid, StubGpu(1).uuid]
+
+
+@pytest.mark.process
+def test_the_working_directory_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be anybody's: a module there that is named like one of ours changes nothing."""
+    (tmp_path / "attrs.py").write_text("open('imported', 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    config = WorkerConfig(str(tmp_path), str(tmp_path), str(tmp_path), interval=1, once=True)
+    messages: list[Message] = []
+
+    async def main() -> Outcome:
+        return await run_worker(config, 30, [], messages.append)
+
+    trio.run(main)
+    assert any(isinstance(message, NotReady) for message in messages)
+    assert not (tmp_path / "imported").exists()

@@ -166,7 +166,7 @@ class TestPolls:
 
 class TestEvents:
     def test_at_once(self, node: Node, start: Start) -> None:
-        """Emit an event before the next poll; poll at once if it says that the recovery action changed."""
+        """Emit an event before the next poll; poll at once, and once, if it says that the recovery action changed."""
         running = start(interval=SELDOM)
         running.report()
         gpu = node.driver.change(StubGpu(), recovery_action=2)
@@ -175,6 +175,9 @@ class TestEvents:
         assert running.next() == XID
         assert running.next() == DriverEvent(gpu.uuid, EventKind.XID, 154)
         assert running.report().gpus[0].recovery_action == 2
+        with pytest.raises(queue.Empty):
+            running.next(timeout=0.3)
+        assert node.driver.calls("nvmlInit") == 1
 
     def test_new_gpu(self, node: Node, start: Start) -> None:
         """Listen to a GPU from the poll on that finds it."""
@@ -286,7 +289,7 @@ class TestReopened:
             pytest.param(lambda node: node.make_nodes("sda", "ttyUSB0"), False, id="another device node"),
             pytest.param(lambda node: node.driver.change(StubGpu(1), lost=True), False, id="lost"),
             pytest.param(
-                lambda node: node.driver.fail("nvmlDeviceGetUtilizationRates", 999, StubGpu(1)), False, id="failing"
+                lambda node: node.driver.fail("nvmlDeviceGetRemappedRows", 999, StubGpu(1)), False, id="failing"
             ),
         ],
     )

@@ -98,10 +98,10 @@ def test_poll(node: Node) -> None:
         wait_polls(node, 2)
         node.driver.change(gpu, rows_pending=0)
         wait_down(kubelet)
-        node.driver.fail("nvmlDeviceGetMemoryInfo", 999, gpu)
+        node.driver.fail("nvmlDeviceGetRemappedRows", 999, gpu)
         wait_down(kubelet, gpu)
-        assert "nvmlDeviceGetMemoryInfo_v2" in refusal(kubelet, gpu)
-        node.driver.works("nvmlDeviceGetMemoryInfo", gpu)
+        assert "nvmlDeviceGetRemappedRows" in refusal(kubelet, gpu)
+        node.driver.works("nvmlDeviceGetRemappedRows", gpu)
         wait_down(kubelet)
         assert history(kubelet) == [NOBODY, uuids(gpu), NOBODY, uuids(gpu), NOBODY]
 

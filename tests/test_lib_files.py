@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from sgpu.lib.files import content_identity, make_private_directory, write_private_file
+from sgpu.lib.files import content_identity, make_private_directory, read_regular_file, write_private_file
 
 
 @pytest.fixture(params=[0o000, 0o277], ids=oct)
@@ -108,3 +109,24 @@ def test_another_content(tmp_path: Path, change: Callable[[Path], None]) -> None
     assert content_identity(file) not in (before, None)
     file.unlink()
     assert content_identity(file) is None
+
+
+class TestReadRegularFile:
+    def test_content(self, tmp_path: Path) -> None:
+        """Return all of it, up to the limit."""
+        path = tmp_path / "f"
+        path.write_bytes(b"12345")
+        assert read_regular_file(path, 5) == b"12345"
+        with pytest.raises(OSError, match="more than 4 bytes"):
+            read_regular_file(path, 4)
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        """A pipe, a device, a directory or a socket is refused at once, also behind a link."""
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("/dev/zero")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(tmp_path / "socket"))
+        for name in ("pipe", "link", ".", "socket"):
+            with pytest.raises(OSError) as refused:  # noqa: PT011  # whatever its errno
+                read_regular_file(tmp_path / name)
+            assert refused.value.filename == str(tmp_path / name)

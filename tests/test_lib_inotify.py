@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import inotify_simple
 import pytest
 import trio
 import trio.testing
@@ -109,3 +112,30 @@ def test_what_is_no_directory_is_an_os_error(root: Path, name: str, error: type[
     """Raise it on opening."""
     with pytest.raises(error), open_directory(root / name):
         pass
+
+
+@pytest.mark.parametrize(
+    ("refused", "number"), [("INotify", errno.EMFILE), ("add_watch", errno.ENOSPC)], ids=["no instance", "no watch"]
+)
+def test_the_kernel_has_none_left(
+    root: Path, refused: str, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Poll instead, and name the limit."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(inotify_simple if refused == "INotify" else inotify_simple.INotify, refused, refuse)
+
+    async def check() -> None:
+        with open_directory(root / "d") as watched, trio.fail_after(TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watched.watch)
+                nursery.start_soon(partial(trio.to_thread.run_sync, (root / "d/new").touch))
+                await watched.wait_until((root / "d/new").exists)
+                nursery.cancel_scope.cancel()
+        with pytest.raises(NotADirectoryError), open_directory(root / "nowhere"):
+            pass
+
+    trio.run(check)
+    assert "fs.inotify.max_user_" in caplog.text

@@ -22,7 +22,7 @@ from sgpu.config.load import load, parse_flags
 from sgpu.config.settings import Settings
 from sgpu.config.values import split_address
 
-# What `tox -e once` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
+# What `tox -e 3.13-all` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
 pytestmark = pytest.mark.static
 
 K8S = plain.DIRECTORY
@@ -31,11 +31,13 @@ OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yam
 EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
 #: All at once: the plugin, and a pod that asks for a share.
 FIRST_LOOK = K8S / "examples" / "simulated"
-KUSTOMIZATIONS = [BASE, *OVERLAYS, FIRST_LOOK]
+#: An overlay with a -config file.
+CONFIGURED = K8S / "examples" / "config"
+KUSTOMIZATIONS = [BASE, *OVERLAYS, FIRST_LOOK, CONFIGURED]
 #: The plugin's manifests: all that run it.
 RUNNING = [BASE, *(path for path in OVERLAYS if path.name != "monitoring")]
 SHARE = Settings().resource_name
-#: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e once` sets it.
+#: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e 3.13-all` sets it.
 OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
 
 each_source = pytest.mark.parametrize("source", [plain.PLAIN, *EXAMPLES, *KUSTOMIZATIONS], ids=lambda path: path.stem)
@@ -50,7 +52,7 @@ def objects(source: Path) -> list[Mapping[str, Any]]:
 
 def daemon_set(directory: Path) -> Mapping[str, Any]:
     """The plugin's own object."""
-    (thing,) = (thing for thing in kustomize.render(directory).objects if thing["metadata"]["name"] == "sgpu")
+    (thing,) = (thing for thing in kustomize.render(directory).objects if thing["kind"] == "DaemonSet")
     return thing
 
 
@@ -80,7 +82,7 @@ def settings_of(directory: Path) -> Settings:
 def old_definitions() -> Mapping[str, Any]:
     """The schemas of Kubernetes 1.9, which allow no field that they do not know."""
     if not os.environ.get(OLD_SCHEMAS):
-        pytest.skip(f"{OLD_SCHEMAS} is not set; `tox -e once` sets it")
+        pytest.skip(f"{OLD_SCHEMAS} is not set; `tox -e 3.13-all` sets it")
     directory = Path(os.environ[OLD_SCHEMAS]) / "kubernetes_validate/kubernetes-json-schema/v1.9.0-local-strict"
     definitions: Mapping[str, Any] = json.loads((directory / "_definitions.json").read_text())["definitions"]
     return definitions
@@ -88,7 +90,7 @@ def old_definitions() -> Mapping[str, Any]:
 
 def problems_in_old(thing: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[str]:
     """What Kubernetes 1.9 does not take of an object, a line each."""
-    import jsonschema  # here and below, because it is only where `tox -e once` is
+    import jsonschema  # here and below, because it is only where `tox -e 3.13-all` is
 
     package = {"v1": "core.v1", "apps/v1": "apps.v1"}[thing["apiVersion"]]
     schema = {"$ref": f"#/definitions/io.k8s.api.{package}.{thing['kind']}", "definitions": definitions}
@@ -253,3 +255,14 @@ class TestBeside:
         plugin, pod = kustomize.render(FIRST_LOOK).objects
         assert plugin == daemon_set(K8S / "overlays" / "simulated")
         assert pod["spec"]["containers"][0]["resources"]["limits"] == {SHARE: "1"}
+
+
+def test_the_example_of_a_config_file(tmp_path: Path) -> None:
+    """It is mounted where the variable says, and the daemon takes it."""
+    found = container(CONFIGURED)
+    (path,) = (variable["value"] for variable in found["env"] if variable["name"] == "SGPU_CONFIG")
+    assert str(Path(path).parent) in [mount["mountPath"] for mount in found["volumeMounts"]]
+    (config_map,) = (thing for thing in kustomize.render(CONFIGURED).objects if thing["kind"] == "ConfigMap")
+    file = tmp_path / Path(path).name
+    file.write_text(config_map["data"][file.name])
+    assert load({"config": str(file)}, {}).policy.rules

@@ -274,3 +274,13 @@ class TestPods:
         assert usage.pods("GPU-a") == {}
         usage.set_holders({A0: Container("team", "b", "main"), A1: Container("team", "a", "main")})
         assert list(usage.pods("GPU-a").items()) == [("team/a", None), ("team/b", None)]
+
+
+def test_processes_of_some_pod(usage: Usage) -> None:
+    """Where one may be any pod's, a container without known processes has unknown figures, and not 0."""
+    usage.set_holders({A0: ONE, Share("GPU-b", 0): TWO})
+    figures = {uuid: Figures(processes=(ProcessUse(7, 3, 10),)) for uuid in ("GPU-a", "GPU-b")}
+    usage.set_owners(figures, {}, unknown={7})
+    assert [use.memory_used for use in usage.uses("GPU-a")] == [None]
+    usage.set_owners(figures, {7: TWO})
+    assert {use.pod: use.memory_used for use in usage.uses("GPU-a")} == {"one": 0, "two": 3}

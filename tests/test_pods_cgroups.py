@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpu.pods.cgroups import container_ids
+from sgpu.pods.cgroups import container_ids, is_in_pod
 
 pytestmark = pytest.mark.pure
 
@@ -90,3 +90,22 @@ def test_each(cgroup: str, ids: list[str]) -> None:
 def test_anything(text: str) -> None:
     """Find none in any other text."""
     assert container_ids(text) == ()
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "expected"),
+    [
+        pytest.param(v2(f"/kubepods/burstable/pod{POD}"), True, id="the pod's own"),
+        pytest.param(v2(f"/kubepods/burstable/pod{POD}/kata_overhead"), True, id="a sandbox"),
+        pytest.param(v1(SLICE), True, id="systemd"),
+        pytest.param(v2(f"{SLICE}/cri-containerd-{A}.scope"), True, id="a container"),
+        pytest.param(v2(f"/../..{SLICE}/cri-containerd-{A}.scope"), True, id="relative"),
+        pytest.param(v2("/kubepods.slice"), False, id="all pods"),
+        pytest.param(v2(f"/system.slice/docker-{A}.scope"), False, id="a container of the host's"),
+        pytest.param(v2(f"/user.slice/pod{POD}"), False, id="named like a pod"),
+        pytest.param("", False, id="nothing"),
+    ],
+)
+def test_is_in_pod(cgroup: str, expected: bool) -> None:
+    """By the kubelet's names for cgroups of pods."""
+    assert is_in_pod(cgroup) is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_no_links(host: FakeHost) -> None:
 
 def test_this_machine(tmp_path: Path) -> None:
     """Find this process in the real /proc where that is the host's, and refuse elsewhere."""
+    (tmp_path / f"pod_ns_c-{'0' * 64}.log").touch()
     places = Places(Path("/proc"), tmp_path)
     if os.readlink("/proc/self/ns/pid") == HOST_NAMESPACE:
         assert find_owners(places, (os.getpid(),), 0).containers == {os.getpid(): None}
@@ -143,3 +145,33 @@ class TestStat:
         """Raise ValueError."""
         with pytest.raises(ValueError, match=r"."):
             read_stat(stat)
+
+
+def test_processes_of_some_pod(host: FakeHost) -> None:
+    """One in a pod's pause container or sandbox is neither a container's nor nobody's."""
+    host.start(9, "0::/kubepods/pod1f9e7f3c-5a3b-4d0a-8b1a-0c9d4d1c9a00/sandbox\n")
+    owners = find_owners(host.places, (7, 9), 5)
+    assert owners.containers == {7: OWNER}
+    assert owners.unknown == {9}
+
+
+def test_no_links_at_all(host: FakeHost) -> None:
+    """Say so, rather than that nobody uses anything."""
+    for link in host.places.container_logs.iterdir():
+        link.unlink()
+    with pytest.raises(UnattributableError, match=re.escape(str(host.places.container_logs))):
+        host.owners(7)
+    assert host.owners() == {}
+
+
+@pytest.mark.parametrize(("init", "host_pid_helps"), [("systemd", False), ("init", False), ("pause", True)])
+def test_a_node_that_is_a_container(host: FakeHost, init: str, host_pid_helps: bool) -> None:
+    """Advise hostPID only where it helps."""
+    link = host.places.proc / "self/ns/pid"
+    link.unlink()
+    link.symlink_to("pid:[4026532000]")
+    (host.places.proc / "1").mkdir()
+    (host.places.proc / "1/comm").write_text(f"{init}\n")
+    with pytest.raises(UnattributableError) as refused:
+        host.owners(7)
+    assert ("hostPID: true" in str(refused.value)) is host_pid_helps

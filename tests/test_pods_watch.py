@@ -323,7 +323,7 @@ class TestAttribution:
 
         def find_owners(_: Places, pids: set[int], age: float) -> Owners:
             asked.append((pids, age))
-            return Owners({}, frozenset())
+            return Owners({}, frozenset(), frozenset())
 
         monkeypatch.setattr("sgpu.pods.processes.find_owners", find_owners)
         await world.round(3.0, a=using(7, 8), b=using(9))

@@ -17,6 +17,7 @@ from sgpu.config.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse
 from sgpu.config.settings import SETTINGS
 from sgpu.config.values import BOOLEAN, PATH, Kind, choice, seconds
 from sgpu.lib.logs import printable
+from sgpu.lib.output import OutputError, checked_output
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
@@ -113,17 +114,26 @@ Flags go as `-flag value` or `-flag=value`, with one dash or two. Each can also 
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code. Standard output that can't be written to is one line, and FAILED."""
+    try:
+        return _main(arguments, environment)
+    except OutputError as error:
+        return _fail(error, FAILED)
+
+
+def _main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     command = COMMANDS.get(name)
     options = command.options if command else {}
     try:
         flags = parse_flags(arguments[bool(name) :], {name: option.kind for name, option in options.items()})
         if flags.actions & {"help", "h"}:
-            print(_command_help(name, command) if command else _help(), end="")
+            with checked_output():
+                print(_command_help(name, command) if command else _help(), end="")
             return OK
         if "version" in flags.actions:
-            print(f"sgpu {__version__}")
+            with checked_output():
+                print(f"sgpu {__version__}")
             return OK
         if flags.positional:
             raise UsageError(f"unknown command {' '.join((name, *flags.positional)).strip()!r} (see -help)")
@@ -133,7 +143,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     except UsageError as error:
         return _fail(error, USAGE)
     if "print-config" in flags.actions:
-        print(_effective(loaded), end="")
+        with checked_output():
+            print(_effective(loaded), end="")
         return OK
     if command:
         return command.run(loaded, {name: flags.options.get(name, option.default) for name, option in options.items()})
@@ -144,6 +155,7 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
     import trio
 
     from sgpu import daemon, rpc
+    from sgpu.deviceplugin.session import DirectoryRemovedError
     from sgpu.lib import logs
     from sgpu.lib.concurrency import find_error
     from sgpu.node.policy import OffersRefusedError
@@ -156,8 +168,9 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
         # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
         if refused := find_error(error, OffersRefusedError):
             return _fail(refused, USAGE)
-        if in_use := find_error(error, rpc.AddressInUseError):
-            return _fail(in_use, FAILED)
+        for kind in (rpc.AddressInUseError, DirectoryRemovedError):
+            if found := find_error(error, kind):
+                return _fail(found, FAILED)
         raise
     return OK
 

@@ -7,7 +7,7 @@
  *     gpus=2                             how many there are; gpu.0=UUID and gpu.1=UUID say which
  *     UUID.name=Tesla T4                 one fact of one GPU; see StubGpu for all of them
  *     UUID.compute=2                     how many entries a list of a GPU has; UUID.compute.0=PID BYTES is the first
- *     process_surplus=8                  bytes by which the _v3 functions make an entry of such a list longer
+ *     process_surplus=8                  bytes by which the _v3 functions make an entry of such a list longer (negative: shorter)
  *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
  *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
  *     events=1                           how many there have been; event.1=UUID TYPE DATA says which
@@ -527,7 +527,7 @@ static nvmlReturn_t processes_v2(nvmlDevice_t device, const char *list, unsigned
         entry(device, list, i, numbers);
         nvmlProcessInfo_v2_t info = {numbers[0], numbers[1], 0xFFFFFFFF, 0xFFFFFFFF}; /* the whole GPU */
         memset((char *)infos + i * size, 0, size);
-        memcpy((char *)infos + i * size, &info, sizeof info);
+        memcpy((char *)infos + i * size, &info, size < sizeof info ? size : sizeof info);
     }
     return SUCCESS;
 }

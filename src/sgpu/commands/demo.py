@@ -117,8 +117,8 @@ def running_daemon(directory: Path, faults: Path) -> Iterator[subprocess.Popen[b
     """Run the daemon as users start it. It is killed at the end if it has not stopped."""
     flags = ["-simulate", GPUS, "-gpu-duplication-factor", SHARES, "-plugin-directory", directory]
     flags += ["-metrics-address=", "-status-socket="]  # another daemon may have them
-    command = [sys.executable, "-m", "sgpu", *map(str, flags), "-simulate-faults", str(faults)]
-    print(f"$ {' '.join(['python -m sgpu', *command[3:]])}", flush=True)
+    command = [sys.executable, "-P", "-m", "sgpu", *map(str, flags), "-simulate-faults", str(faults)]
+    print(f"$ {' '.join(['python -m sgpu', *command[4:]])}", flush=True)
     # Settings of the surroundings are not what is shown here.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SGPU_")}
     with subprocess.Popen(command, env=environment) as process:

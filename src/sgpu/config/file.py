@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -9,10 +10,17 @@ from typing import Any, Final
 import attrs
 import yaml
 
+from sgpu.lib.files import read_regular_file
+
+#: Longest file, in bytes. A rule takes about 50.
+MAX_BYTES: Final = 1024 * 1024
+#: Values, with aliases replaced: 5000 rules have 50,000.
+MOST_NODES: Final = 200_000
 _NOTHING: Final = "tag:yaml.org,2002:null"
 _MERGE: Final = "tag:yaml.org,2002:merge"
 _TEXT: Final = "tag:yaml.org,2002:str"
 _NUMBERS: Final = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_NUMBER: Final = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
 class ConfigFileError(Exception):
@@ -41,8 +49,9 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:  # noqa: ANN401
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
-        # To YAML 1.1 the PCI bus id 0000:05:00.0 is a number in base 60.
-        return _TEXT if tag in _NUMBERS and ":" in value else tag
+        # To YAML 1.1 the PCI bus id 0000:05:00.0 is a number in base 60, 010 is 8 and 1_000 is 1000: a number is what a
+        # flag would take for one, and the rest is text.
+        return _TEXT if tag in _NUMBERS and not _NUMBER.fullmatch(str(value)) else tag
 
 
 def read(path: Path) -> Mapping[str, Entry]:
@@ -51,7 +60,7 @@ def read(path: Path) -> Mapping[str, Entry]:
     Raises ConfigFileError.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_file(path, MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigFileError(f"can't be read: {error}") from error
     try:
@@ -72,11 +81,23 @@ def _read(loader: _Loader) -> Mapping[str, Entry]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigFileError("takes a mapping of settings, as in `gpu-duplication-factor: 50`")
+    if _size(node, {}) > MOST_NODES:
+        raise ConfigFileError("has aliases (*name) that stand for millions of values; write the values out")
     loader.construct_mapping(node, deep=True)  # for its checks
     return {
         str(loader.construct_object(key_node, deep=True)): Entry(_value(loader, value), _line(key_node))
         for key_node, value in node.value
     }
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes there are once each alias is replaced by what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = 1  # for a node that contains itself, which the constructor refuses
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = isinstance(node, yaml.MappingNode)
+        known[id(node)] += sum(_size(each, known) for child in children for each in (child if pairs else (child,)))
+    return known[id(node)]
 
 
 def _value(loader: _Loader, node: yaml.Node) -> object:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from sgpu.config.settings import SETTINGS, Settings, endpoint
-from sgpu.config.values import BOOLEAN, RESOURCE, SHARES, Kind
+from sgpu.config.values import BOOLEAN, NUMBERS, RESOURCE, SHARES, Kind
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 from sgpu.lib.logs import printable
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sgpu.config.file import Entry
 
 ENVIRONMENT_PREFIX: Final = "SGPU_"
+#: Characters of a value that are quoted in a message.
+MOST_QUOTED: Final = 100
 #: What an entry of `gpus` in the file names GPUs by, and all that it takes.
 SELECTORS: Final = ("uuid", "pci-bus-id", "name")
 RULE_KINDS: Final = {
@@ -30,8 +32,14 @@ RULE_KINDS: Final = {
     "resource": RESOURCE,
     "exclude": BOOLEAN,
 }
+#: From which likeness on a variable counts as a misspelt setting. Kubernetes' own variables for a Service named sgpu
+#: (SGPU_PORT_80_TCP_ADDR) are below it.
+_NEAR: Final = 0.85
 #: Two names of one setting: the daemon polls the driver and looks at pods together.
 INTERVALS: Final = ("sample-interval", "health-interval")
+#: Where a kubelet with its default root directory connects to plugins.
+KUBELET_DIRECTORY: Final = PurePosixPath("/var/lib/kubelet/device-plugins")
+NVIDIA_RESOURCES: Final = frozenset({"nvidia.com/gpu", "nvidia.com/gpu.shared"})
 CONFIG: Final = Kind("the path of a YAML file", str, bool)
 #: Flags that do something instead of setting something.
 ACTIONS: Final = ("help", "h", "version", "print-config")
@@ -124,7 +132,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
             rules = _rules(entry, config)
         elif name in SETTINGS:
             kind = _kind(name)
-            take(name, _check(name, _plain(entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
+            take(name, _check(name, _plain(kind, entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
         else:
             raise UsageError(
                 f"unknown key {name!r} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
@@ -136,14 +144,27 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
     for name, text in flags.items():
         if name in SETTINGS:
             take(name, _from_text(name, text, "command line"), "command line")
-    warnings = _merge_intervals(values, origins)
+    warnings = (*_merge_intervals(values, origins), *_unknown_variables(environment))
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
     policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules)
+    warnings = (*warnings, *_foreign_resources(policy))
     _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
     for rule in rules:
         if rule.resource:
             _check_socket_path(settings, rule.resource, f"gpus: resource ({rule.place})", origins)
     return Loaded(settings, origins, policy, config, _xid_policy(settings, origins), warnings)
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each variable with our prefix that is nearly the name of a setting."""
+    known = {_variable(name) for name in (*SETTINGS, "config")}
+    unknown = [name for name in sorted(environment) if name.startswith(ENVIRONMENT_PREFIX) and name not in known]
+    if unknown:
+        import difflib  # here, because mostly there are none
+
+        for name in unknown:
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=_NEAR):
+                yield f"the variable {name} is no setting and is ignored; did you mean {near[0]}?"
 
 
 def _merge_intervals(values: dict[str, Any], origins: dict[str, str]) -> tuple[str, ...]:
@@ -188,10 +209,11 @@ def _rules(entry: Entry, path: str) -> tuple[Rule, ...]:
     if not isinstance(entry.value, list):
         raise UsageError(f"gpus ({path}:{entry.line}) takes a list of entries, as in `- uuid: …`")
     rules = tuple(_rule(item.value, f"{path}:{item.line}") for item in entry.value)
-    for number, rule in enumerate(rules):
-        for other in rules[:number]:
-            if (rule.uuid, rule.pci_bus_id, rule.name) == (other.uuid, other.pci_bus_id, other.name):
-                raise UsageError(f"gpus: {other} and {rule} are about the same GPUs")
+    seen: dict[tuple[str, str, str], Rule] = {}
+    for rule in rules:
+        other = seen.setdefault((rule.uuid, rule.pci_bus_id, rule.name), rule)
+        if other is not rule:
+            raise UsageError(f"gpus: {other} and {rule} select the same GPUs")
     return rules
 
 
@@ -206,7 +228,7 @@ def _rule(fields: object, place: str) -> Rule:
         try:
             values[name.replace("-", "_")] = kind.from_file(value)
         except ValueError:
-            raise UsageError(f"gpus: {name}: {value!r} ({place}) is not {kind.takes}") from None
+            raise UsageError(f"gpus: {name}: {_quote(value)} ({place}) is not {kind.takes}") from None
     if sum(name in fields for name in SELECTORS) != 1:
         raise UsageError(f"gpus: an entry ({place}) takes exactly one of {', '.join(SELECTORS)}")
     if not values.keys() & {"shares", "resource"} and not values.get("exclude"):
@@ -225,20 +247,45 @@ def _check(name: str, value: object, origin: str, kind: Kind, convert: Any) -> o
     try:
         return convert(value)
     except ValueError:
-        raise UsageError(f"-{name}: {value!r} ({origin}) is not {kind.takes}") from None
+        raise UsageError(f"-{name}: {_quote(value)} ({origin}) is not {kind.takes}") from None
 
 
-def _plain(value: object) -> object:
-    return [entry.value for entry in value] if isinstance(value, list) else value
+def _quote(value: object) -> str:
+    """Return what the user gave, cut to what fits into a message."""
+    text = repr(value)
+    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…"
+
+
+def _plain(kind: Kind, value: object) -> object:
+    """Return the value without the lines that it stands in. A list is what YAML has for numbers with commas between."""
+    if not isinstance(value, list):
+        return value
+    items = [entry.value for entry in value]
+    if kind is NUMBERS and items and all(type(item) is int for item in items):
+        return ",".join(map(str, items))
+    return items
 
 
 def _check_socket_path(settings: Settings, resource: str, named: str, origins: Mapping[str, str]) -> None:
     path = PurePosixPath(settings.plugin_directory) / endpoint(resource)
+    kubelets_path = KUBELET_DIRECTORY / endpoint(resource)
+    limit = f"the path of a socket takes at most {MAX_SOCKET_PATH_BYTES} bytes"
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise UsageError(
-            f"-plugin-directory ({origins['plugin-directory']}) and {named} are too long together: "
-            f"{path} is the path of a socket, which takes at most {MAX_SOCKET_PATH_BYTES} bytes"
+            f"-plugin-directory ({origins['plugin-directory']}) and {named} are too long together: {path}; {limit}"
         )
+    if len(os.fsencode(kubelets_path)) > MAX_SOCKET_PATH_BYTES:  # the kubelet could never connect
+        raise UsageError(f"{named} is too long: the kubelet connects to {kubelets_path}; {limit}")
+
+
+def _foreign_resources(policy: Policy) -> Iterator[str]:
+    """Yield a warning for each resource that NVIDIA's plugin offers by default."""
+    for resource in policy.resources():
+        if resource in NVIDIA_RESOURCES:
+            yield (
+                f"{resource} is the name that NVIDIA's device plugin registers: where both run on a node, they replace "
+                f"each other; remove it there, or choose another name"
+            )
 
 
 def _variable(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -17,6 +18,7 @@ from sgpu.deviceplugin.servicer import PluginContext, Streams, options, plugin_r
 from sgpu.lib.concurrency import race
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import Directory, open_directory
+from sgpu.lib.listeners import serve
 from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays
 from sgpu.observe.counters import Counters
@@ -38,6 +40,23 @@ DRAIN_TIMEOUT: Final = 2.0
 ATTEMPT_TIMEOUT: Final = 3 * registration.REGISTER_TIMEOUT + LAST_RETRY
 
 
+class DirectoryRemovedError(Exception):
+    """The plugin directory was removed under its mount, and a new one on the host is not seen from here."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} was removed on the host, and this container keeps seeing the removed one: only a restart helps"
+        )
+
+
+def is_removed(path: Path) -> bool:
+    """Return whether a directory can be opened and is in no directory any more, as below a mount."""
+    try:
+        return os.stat(path).st_nlink == 0
+    except OSError:
+        return False
+
+
 def loop_name(resource: str) -> str:
     """Return what the watchdog calls the loop that keeps a resource registered."""
     return f"registration of {resource}"
@@ -48,7 +67,9 @@ async def stay_registered(
 ) -> NoReturn:
     """Keep a resource registered in the plugin directory, one session after the other.
 
-    A session ends when the kubelet restarts or forgets the plugin. Raises rpc.AddressInUseError.
+    A session ends when the kubelet restarts or forgets the plugin.
+
+    Raises rpc.AddressInUseError or DirectoryRemovedError.
     """
     session = Session(context, registrations, counters, watchdog)
     problem = OnChange(logger, logging.WARNING)
@@ -63,6 +84,8 @@ async def stay_registered(
                     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
                     session.expect_attempt()
         except OSError as error:  # the directory is not there yet, or is just being replaced
+            if is_removed(plugins):
+                raise DirectoryRemovedError(plugins) from error
             problem.report(f"waiting for {plugins}: {error}; -plugin-directory has to be the kubelet's, and writable")
             await trio.sleep(next(delays))
 
@@ -100,7 +123,7 @@ class Session:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(directory.watch)
                     handler = partial(rpc.serve_connection, table, ended=self._counters.called)
-                    nursery.start_soon(partial(trio.serve_listeners, handler, [listener], handler_nursery=connections))
+                    nursery.start_soon(serve, [listener], handler, connections)
                     reason = await race(
                         partial(_wait_socket_gone, directory, socket, ours),
                         partial(self._stay_registered, directory, streams),

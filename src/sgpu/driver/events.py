@@ -39,6 +39,7 @@ class EventListener(threading.Thread):
         self._emit = emit
         self._wake = wake
         self._registered: set[str] = set()
+        self._received: set[str] = set()  # of those, the GPUs that have events
         self._started_once = False
         self._ending = threading.Event()
 
@@ -46,8 +47,13 @@ class EventListener(threading.Thread):
         """Listen to this GPU from now on, if it has events: that it has none, or refuses, is no fault."""
         if uuid not in self._registered:
             with suppress(NvmlError):
-                self._events.register(handle, sum(EVENTS))
+                if self._events.register(handle, sum(EVENTS)):
+                    self._received.add(uuid)
                 self._registered.add(uuid)
+
+    def listens_to(self, uuid: str) -> bool:
+        """Return whether events of this GPU are received."""
+        return uuid in self._received
 
     def listen(self) -> None:
         """Start emitting, if that was not done: what happened since the registration comes first."""
@@ -81,6 +87,9 @@ class NoEvents:
     """Stands in where the driver knows no events: that is no fault, polls do without."""
 
     failed = False
+
+    def listens_to(self, uuid: str) -> bool:
+        return False
 
     def register(self, uuid: str, handle: Handle) -> None:
         pass

@@ -16,7 +16,7 @@ import trio
 
 from sgpu.driver.health import Clearance, Fault, FaultRecord
 from sgpu.driver.monitor import Monitor
-from sgpu.lib.files import make_private_directory, write_private_file
+from sgpu.lib.files import make_private_directory, read_regular_file, write_private_file
 from sgpu.lib.logs import OnChange
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ ASIDE: Final = ".unusable"
 def load(path: Path, boot_id: str) -> FaultRecord:
     """Return what was saved in this boot; nothing where there is no file, or none that can be used."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_file(path).decode("utf-8")
     except FileNotFoundError:
         return FaultRecord()
     except (OSError, UnicodeDecodeError) as error:

@@ -62,7 +62,7 @@ class Report:
 
     `skipped` are the UUIDs of those that are there and were left alone, because a call about them did not return;
     `nodeless` of those that the driver answers for and that have no device node. `order` has all UUIDs in the
-    driver's order, empty where it is unknown.
+    driver's order, empty where it is unknown. `eventless` are the UUIDs of GPUs whose events are not received.
     """
 
     gpus: tuple[GpuReport, ...]
@@ -72,6 +72,7 @@ class Report:
     library: str
     nodeless: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
+    eventless: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -151,7 +152,7 @@ def decode(line: bytes) -> Message:
         kind = _KINDS[fields.pop("message")]
         if kind is Report:
             fields["gpus"] = tuple(map(_gpu, fields["gpus"]))
-            for name in ("problems", "skipped", "nodeless", "order"):
+            for name in ("problems", "skipped", "nodeless", "order", "eventless"):
                 fields[name] = tuple(fields[name])
         if kind is DriverEvent:
             fields["kind"] = EventKind(fields["kind"])

@@ -25,6 +25,8 @@ from sgpu.node.state import NodeState
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between two lines about the same ignored XID of a GPU.
+LOG_INTERVAL: Final = 60.0
 #: Events other than XIDs that are a fault by themselves.
 EVENT_FAULTS: Final = {
     EventKind.DOUBLE_BIT_ECC: ("a double-bit ECC error; reset the GPU", Clearance.RESET),
@@ -65,9 +67,11 @@ class Monitor:
         #: Why there is no GPU to ask; empty if there is.
         self.waiting = ""
         self._driver_away = False
+        self._ignored: dict[tuple[str, int], tuple[float, int]] = {}  # when it was logged, how many since
         self._driver = OnChange(logger, logging.INFO)
         self._waiting = OnChange(logger, logging.WARNING)
         self._problems = OnChange(logger, logging.WARNING)
+        self._eventless = OnChange(logger, logging.WARNING)
         #: What should outlive the process, and when it changes.
         self.record = record
         self.record_changed = Broadcast()
@@ -78,6 +82,12 @@ class Monitor:
         self.waiting = ""
         self._waiting.clear()
         self._problems.update("; ".join(report.problems))
+        eventless = ", ".join(report.eventless)
+        self._eventless.update(
+            f"no events of GPU {eventless}: it or its driver supports none; polls find only faults that last"
+            if eventless
+            else ""
+        )
         restarted = self._driver_away or self.driver_version not in ("", report.driver_version)
         if restarted:
             self._driver.clear()
@@ -132,12 +142,23 @@ class Monitor:
             xid_class = self._policy.classify(event.xid)
             description = f"XID {event.xid}: {xid.meaning}"
             if xid_class is XidClass.APPLICATION:
-                logger.info("GPU %s: %s; the application's fault, ignored", event.uuid, description)
+                self._log_ignored(event.uuid, event.xid, description)
                 return None
             clearance = Clearance.QUARANTINE if xid_class is XidClass.TRANSIENT else Clearance.RESET
             return Fault(f"{description}; {xid.action}", self._clock(), clearance)
         reason, clearance = EVENT_FAULTS[event.kind]
         return Fault(reason, self._clock(), clearance)
+
+    def _log_ignored(self, uuid: str, xid: int, description: str) -> None:
+        """Log an application's fault, at most once a minute for each GPU and XID: a program can cause thousands."""
+        now = self._clock()
+        since, count = self._ignored.get((uuid, xid), (float("-inf"), 0))
+        if now - since < LOG_INTERVAL:
+            self._ignored[uuid, xid] = since, count + 1
+            return
+        self._ignored[uuid, xid] = now, 0
+        more = f" ({count} more since the last line)" if count else ""
+        logger.info("GPU %s: %s; the application's fault, ignored%s", uuid, description, more)
 
     def _publish(self) -> None:
         self._gpus = {uuid: self._gpu(report) for uuid, report in self._reports.items()}
@@ -151,6 +172,9 @@ class Monitor:
     def _gpu(self, report: GpuReport) -> Gpu:
         reasons = self._conditions[report.uuid].reasons
         before = self._gpus.get(report.uuid)
+        faults = self._conditions[report.uuid].faults
+        # After a restart of the daemon the fault is older than what it has seen of the GPU.
+        age = max((self._clock() - fault.since for fault in faults), default=0.0) if before is None else 0.0
         new = Gpu(
             uuid=report.uuid,
             name=report.name,
@@ -160,7 +184,7 @@ class Monitor:
             numa_node=report.numa_node,
             health=Health.UNHEALTHY if reasons else Health.HEALTHY,
             reason="; ".join(reasons),
-            since=time.time(),
+            since=time.time() - age,
         )
         _log_change(before, new)
         return attrs.evolve(new, since=before.since) if before and before.health is new.health else new

@@ -12,15 +12,19 @@ from typing import Final, TypeVar
 
 import attrs
 
-from sgpu.driver import nvml
+from sgpu.driver import nvml, plausible
 from sgpu.driver.messages import GpuReport, Report
-from sgpu.driver.nvml import NO_ANSWER, Handle, Library, NvmlError
+from sgpu.driver.nvml import GPU_LOST, NO_ANSWER, Handle, Library, NvmlError
 from sgpu.node.figures import Figures, ProcessUse
 
 #: It appears only when something first asks for it.
 UVM_NODE: Final = "nvidia-uvm"
 #: Without these no CUDA program starts.
 REQUIRED_NODES: Final = ("nvidiactl", UVM_NODE)
+#: What makes nvidiactl, where something removed it.
+MAKE_CONTROL_NODE: Final = "`nvidia-modprobe -c 255` on the host makes it"
+#: Where the GPU operator's driver container has its device nodes.
+CONTAINER_DEV: Final = Path("/run/nvidia/driver/dev")
 #: Given to containers where the host has them: debuggers and profilers, display.
 OPTIONAL_NODES: Final = ("nvidia-uvm-tools", "nvidia-modeset")
 Answer = TypeVar("Answer")
@@ -63,7 +67,8 @@ def poll(
     Raises NotReadyError where no GPU could be used.
     """
     shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
-    gpus, problems, skipped, nodeless, order = [], [], [], [], []
+    gpus, problems, skipped, nodeless = [], [], [], []
+    order: list[str] = []
     call_started("")
     count = library.count()
     for index in range(count):
@@ -76,11 +81,14 @@ def poll(
             if uuid in skip:
                 skipped.append(uuid)
                 continue
+            if uuid in order:
+                problems.append(f"GPU {index} is left out: it has the UUID {uuid} of GPU {order.index(uuid)}")
+                continue
             call_started(uuid)
             found(uuid, handle)
             gpu = _gpu(library, handle, uuid, places, shared_nodes)
             if not gpu.error:
-                processes = _processes(library, handle, interval)
+                processes = _processes(library, handle, interval, gpu.figures.memory_total)
                 gpu = attrs.evolve(gpu, figures=attrs.evolve(gpu.figures, processes=processes))
             gpus.append(gpu)
         except NoDeviceNodeError as error:
@@ -110,7 +118,9 @@ def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[
         hint = f"; `nvidia-modprobe -u -c 0` on the host makes it{outcome and f' ({outcome})'}"
     missing = [name for name in REQUIRED_NODES if not (dev_directory / name).exists()]
     if missing:
-        hint = hint if UVM_NODE in missing else ""
+        hint = hint if UVM_NODE in missing else f"; {MAKE_CONTROL_NODE}"
+        if dev_directory != CONTAINER_DEV and (CONTAINER_DEV / missing[0]).exists():
+            hint = f"; the driver container has them in {CONTAINER_DEV}: set -dev-directory to it"
         raise NotReadyError(f"{' and '.join(str(dev_directory / name) for name in missing)} not there yet{hint}")
     return REQUIRED_NODES + tuple(name for name in OPTIONAL_NODES if (dev_directory / name).exists())
 
@@ -119,7 +129,10 @@ def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nod
     """Report one GPU. Without its identity it can't be offered; an answer about its state that fails is reported."""
     node = f"nvidia{library.minor_number(handle)}"
     if not (places.dev_directory / node).exists():
-        raise NoDeviceNodeError(f"{places.dev_directory / node} is not there")
+        minor = node.removeprefix("nvidia")
+        raise NoDeviceNodeError(
+            f"{places.dev_directory / node} is not there; `nvidia-modprobe -c {minor}` on the host makes it"
+        )
     bus_id = library.pci_bus_id(handle)
     identity = GpuReport(
         uuid=uuid,
@@ -136,13 +149,7 @@ def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nod
 
 def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport:
     """Return the report with the GPU's state, as far as the GPU and its driver support the calls."""
-    memory = _ask(library.memory, handle)
-    figures = Figures(
-        memory_total=memory.total if memory else None,
-        memory_free=memory.free if memory else None,
-        utilization=_ask(library.utilization, handle),
-    )
-    gpu = attrs.evolve(gpu, figures=figures)
+    gpu = attrs.evolve(gpu, figures=_figures(library, handle))
     if rows := _ask(library.remapped_rows, handle):
         gpu = attrs.evolve(gpu, rows_pending=rows.pending, rows_failed=rows.failed)
     if fabric := _ask(library.fabric, handle):
@@ -154,19 +161,41 @@ def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport
     )
 
 
-def _processes(library: Library, handle: Handle, interval: float) -> tuple[ProcessUse, ...] | None:
+def _figures(library: Library, handle: Handle) -> Figures:
+    """Return memory and utilization. A figure that can't be had, or can't be true, is unknown, which is no fault."""
+    memory, busy = _figure(library.memory, handle), _figure(library.utilization, handle)
+    total = plausible.total_memory(memory.total) if memory else None
+    return Figures(
+        memory_total=total,
+        memory_free=plausible.free_memory(memory.free, memory.used, total) if memory else None,
+        utilization=None if busy is None else plausible.percent(busy),
+    )
+
+
+def _figure(call: Callable[[Handle], Answer], handle: Handle) -> Answer | None:
+    """Return the answer, or None where the call fails. Raises NvmlError where the error says that the GPU is lost."""
+    try:
+        return call(handle)
+    except NvmlError as error:
+        if error.code in GPU_LOST:
+            raise
+        return None
+
+
+def _processes(library: Library, handle: Handle, interval: float, total: int | None) -> tuple[ProcessUse, ...] | None:
     """Return the processes that use the GPU; None where unknown. A failure here says nothing about the GPU."""
     try:
         memory = nvml.memory_by_process(library, handle)
     except NvmlError:
         return None
     try:
-        since = int((time.time() - interval) * 1e6)
+        since = max(int((time.time() - interval) * 1e6), 0)  # a node whose clock is not set yet is at the epoch
         busy: Mapping[int, int] | None = nvml.utilization_by_process(library, handle, since)
     except NvmlError:
         busy = None
     return tuple(
-        ProcessUse(pid, used, None if busy is None else busy.get(pid, 0)) for pid, used in sorted(memory.items())
+        ProcessUse(pid, plausible.process_memory(used, total), None if busy is None else busy.get(pid, 0))
+        for pid, used in sorted(memory.items())
     )
 
 

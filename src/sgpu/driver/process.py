@@ -108,7 +108,8 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
 @asynccontextmanager
 async def _running(config: WorkerConfig, left_behind: list[trio.Process]) -> AsyncIterator[trio.Process]:
     """Run a worker. At the end it is killed, and nobody waits for it."""
-    command = [sys.executable, "-m", "sgpu.driver.worker", encode_config(config)]
+    # -P: `-m` alone would import from the working directory, which may be anybody's.
+    command = [sys.executable, "-P", "-m", "sgpu.driver.worker", encode_config(config)]
     # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True

@@ -12,6 +12,7 @@ from typing import Final
 import attrs
 import trio
 
+from sgpu.lib.files import read_regular_file
 from sgpu.node.gpu import Gpu, Health
 from sgpu.node.state import NodeState
 
@@ -63,7 +64,7 @@ def read_faults(path: Path) -> Mapping[int, str]:
     No faults if the file is not there or can't be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular_file(path).decode("utf-8", "replace").splitlines()
     except OSError:  # not there, or half way of being replaced
         return {}
     faults = {}

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import attrs
+
 from sgpu.driver import nvml
 from sgpu.driver.events import EventListener, NoEvents, event_listener
 from sgpu.driver.messages import CallStarted, Failure, Message, NotReady, Report, WorkerConfig, decode_config, encode
@@ -123,7 +125,8 @@ class Worker:
                 if not (report.gpus or report.skipped):
                     raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
                 listener.listen()
-                self._emit(report)
+                silent = tuple(gpu.uuid for gpu in report.gpus if not listener.listens_to(gpu.uuid))
+                self._emit(attrs.evolve(report, eventless=silent))
                 yield
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
                     return

@@ -1,6 +1,6 @@
 """The header of a library or a program: for which machine it is, its soname, and whether the file is whole.
 
-Read, never loaded: files of other machines can be looked at. Imports nothing of sgpu.
+Read, never loaded: files of other machines can be looked at. Knows nothing of GPUs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
+
+from sgpu.lib.files import open_regular_file
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
@@ -45,7 +47,7 @@ def is_cut_short(path: Path) -> bool:
 
     The section headers are the last thing in the files that linkers write. Raises OSError.
     """
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         header = file.read(_HEADER.size)
         size = os.fstat(file.fileno()).st_size
     if len(header) < _HEADER.size or not header.startswith(b"\x7fELF\x02"):
@@ -58,7 +60,7 @@ def read_elf(path: Path) -> Elf:
     """Return what the file's header says. Raises ElfError, or OSError where it can't be read."""
     from elftools.elf.elffile import ELFFile  # here: the driver's process has no use for it, and pays for each module
 
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         if file.read(4) != b"\x7fELF":
             raise ElfError("it is not an ELF file")
         try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 #: Longest path of a unix socket in bytes (`sun_path` of unix(7), less the closing NUL).
 MAX_SOCKET_PATH_BYTES: Final = 107
+#: Longest file that is read as a whole, in bytes: settings, state, manifests and caches are far smaller.
+MAX_FILE_BYTES: Final = 8 * 1024 * 1024
 
 
 def content_identity(path: Path) -> tuple[int, ...] | None:
@@ -17,6 +21,32 @@ def content_identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+class NotRegularError(OSError):
+    """The path leads to something other than a file: a directory, a pipe, a device, a socket."""
+
+
+def read_regular_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """Return the content of a file that others may have put there. Never blocks on what is no file.
+
+    Raises OSError: NotRegularError for a pipe or a device, EFBIG for more than `limit` bytes.
+    """
+    with open_regular_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return content
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError: NotRegularError for a pipe or a device, which could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
 
 
 def make_private_directory(path: Path) -> None:

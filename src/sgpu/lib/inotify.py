@@ -1,7 +1,12 @@
-"""A directory, and a way to wait for changes in it, with inotify. Trio only: knows neither kubelet nor settings."""
+"""A directory, and a way to wait for changes in it: with inotify, or by polling where the kernel has none left.
+
+Trio only: knows neither kubelet nor settings.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +16,8 @@ import inotify_simple
 import trio
 
 from sgpu.lib.concurrency import Broadcast, wait_until
+
+logger = logging.getLogger(__name__)
 
 #: Events after which a name in the directory may mean another file, or a file have other content.
 _CHANGES: Final = (
@@ -23,28 +30,48 @@ _CHANGES: Final = (
     | inotify_simple.flags.MOVE_SELF
     | inotify_simple.flags.ONLYDIR
 )
+#: Seconds between two looks where inotify can't be used.
+POLL_INTERVAL: Final = 0.5
+#: What the kernel refuses with, and which limit that is (inotify(7)).
+_LIMITS: Final = {
+    errno.EMFILE: "fs.inotify.max_user_instances (or this process's open files)",
+    errno.ENFILE: "fs.file-max",
+    errno.ENOSPC: "fs.inotify.max_user_watches",
+}
 
 
 class Directory:
     """A watched directory. Needs `watch` to run."""
 
-    def __init__(self, path: Path, inotify: inotify_simple.INotify) -> None:
+    def __init__(self, path: Path, inotify: inotify_simple.INotify | None) -> None:
         self.path = path
         self.changed = Broadcast()
         self._inotify = inotify
+        self._watched = False
 
     def renew(self) -> None:
         """Watch what is at the path now, which may be a new directory. Raises OSError when it can't be watched.
 
         To open another in its place would do as well, but to close one takes the kernel some 20 ms.
         """
-        self._inotify.add_watch(self.path, _CHANGES)
+        self._watched = False
+        if self._inotify is not None:
+            try:
+                self._inotify.add_watch(self.path, _CHANGES)
+                self._watched = True
+            except OSError as error:
+                _report_limit(self.path, error)
+        if not self._watched and not self.path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self.path))
 
     async def watch(self) -> None:
-        """Notify of changes, until cancelled."""
+        """Notify of changes, until cancelled. Without inotify, of each moment at which there may have been one."""
         while True:
-            await trio.lowlevel.wait_readable(self._inotify.fileno())
-            self._inotify.read(timeout=0)  # what changed is looked up, not read: events can be lost, files can't
+            if self._inotify is not None and self._watched:
+                await trio.lowlevel.wait_readable(self._inotify.fileno())
+                self._inotify.read(timeout=0)  # what changed is looked up, not read: events can be lost, files can't
+            else:
+                await trio.sleep(POLL_INTERVAL)
             self.changed.notify()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -55,7 +82,27 @@ class Directory:
 @contextmanager
 def open_directory(path: Path) -> Iterator[Directory]:
     """Open a directory, whose changes are queued from here on. Raises OSError when it can't be watched."""
-    with inotify_simple.INotify(nonblocking=True) as inotify:
+    try:
+        inotify = inotify_simple.INotify(nonblocking=True)
+    except OSError as error:
+        _report_limit(path, error)
+        directory = Directory(path, None)
+        directory.renew()
+        yield directory
+        return
+    with inotify:
         directory = Directory(path, inotify)
         directory.renew()
         yield directory
+
+
+def _report_limit(path: Path, error: OSError) -> None:
+    """Log which limit of the kernel is reached. Raises any other error."""
+    if error.errno not in _LIMITS:
+        raise error
+    logger.warning(
+        "cannot watch %s with inotify (%s), polling it: raise %s on the node",
+        path,
+        error.strerror,
+        _LIMITS[error.errno],
+    )

@@ -7,7 +7,7 @@ seconds. Knows neither trio, nor gRPC, nor NVML.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from operator import attrgetter
 from typing import Final
 
@@ -56,6 +56,7 @@ class Usage:
         self.processes_problem = ""
         self._shares: Mapping[str, Counter[Container]] = {}  # how many are held, by UUID; as long as `holders` is
         self._processes: Mapping[str, Mapping[Container, list[ProcessUse]]] = {}  # of the GPUs that report theirs
+        self._incomplete: Set[str] = frozenset()  # GPUs with a process of some pod, it is unknown which
         self._interval = interval
         self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since shares or processes last changed
 
@@ -80,11 +81,16 @@ class Usage:
             shares[share.uuid][holder] += 1
 
     def set_owners(
-        self, figures: Mapping[str, Figures], owners: Mapping[int, Container | None] | None, problem: str = ""
+        self,
+        figures: Mapping[str, Figures],
+        owners: Mapping[int, Container | None] | None,
+        problem: str = "",
+        unknown: Collection[int] = (),
     ) -> None:
         """Take the container of each process in these figures, or that they are unknown (None) and why.
 
-        None for one process: it belongs to no pod. A process that is not in `owners` has ended.
+        None for one process: it belongs to no pod. `unknown` are processes of some pod, it is unknown which. A process
+        that is in neither has ended.
         """
         self.processes_known = owners is not None
         self.processes_problem = problem
@@ -93,6 +99,9 @@ class Usage:
             uuid: _by_owner(known.processes, owners)
             for uuid, known in figures.items()
             if owners is not None and known.processes is not None
+        }
+        self._incomplete = {
+            uuid for uuid, known in figures.items() if any(process.pid in unknown for process in known.processes or ())
         }
 
     def allocated(self, now: float) -> frozenset[Share] | None:
@@ -127,8 +136,10 @@ class Usage:
         shares: Mapping[Container, int] = self._shares.get(uuid, Counter())
         processes = self._processes.get(uuid)
         containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))
+        # Where a process may be any pod's, that none of a container is known does not mean that it uses nothing.
+        none_known: list[ProcessUse] | None = None if processes is None or uuid in self._incomplete else []
         self._uses[uuid] = tuple(
-            _use(container, shares.get(container, 0), None if processes is None else processes.get(container, []))
+            _use(container, shares.get(container, 0), (processes or {}).get(container, none_known))
             for container in containers
         )
         return self._uses[uuid]

@@ -15,6 +15,8 @@ import attrs
 import h11
 import trio
 
+from sgpu.lib import listeners as listeners_
+
 logger = logging.getLogger(__name__)
 
 #: Connections at a time. When there are more, the one that was answered longest ago is closed, whatever it is doing:
@@ -61,7 +63,7 @@ def text(status: int, message: str) -> Response:
 
 async def serve(listeners: Sequence[trio.SocketListener], routes: Routes) -> NoReturn:
     """Serve what connects to the listeners, which are closed at the end. `routes`: handlers by path."""
-    await trio.serve_listeners(Server(routes).serve_connection, list(listeners))
+    await listeners_.serve(listeners, Server(routes).serve_connection)
 
 
 class Server:

@@ -193,13 +193,17 @@ def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -
     """Add the samples whose value is known to the family."""
     for values, value in samples:
         if value is not None:
-            family.add_metric(values, value)
+            family.add_metric([_utf8(label) for label in values], value)
     return family
 
 
 def _info(name: str, meaning: str, labels: Labels, samples: Iterable[Labels]) -> Metric:
     family = InfoMetricFamily(name, meaning, labels=labels)
     for values in samples:
-        # What drivers and files say can have bytes that were no UTF-8.
-        family.add_metric([value.encode("utf-8", "replace").decode() for value in values], {})
+        family.add_metric([_utf8(value) for value in values], {})
     return family
+
+
+def _utf8(text: str) -> str:
+    """Return the text without what is no UTF-8: names from drivers and file systems can have any bytes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -8,8 +8,15 @@ from typing import Final
 #: A part of a cgroup's path that is a container: before its id may stand the runtime (`cri-containerd-`), or a slice
 #: and the runtime where their drivers differ (`kubepods-….slice:cri-containerd:`); after it the kind of unit.
 _CONTAINER: Final = re.compile(r"(?:.*:)?(?:[a-z-]+-)?([0-9a-f]{64})(?:\.scope)?(?: \(deleted\))?")
+#: The cgroup of a pod, by its uid, as the kubelet names it: with cgroupfs `pod<uid>`, with systemd a slice.
+_POD: Final = re.compile(r"kubepods.*[/-]pod[0-9a-f]{8}[-_0-9a-f]{24,28}(\.slice)?(/|$)")
 #: Who watches over a container, outside of it.
 _MONITORS: Final = ("crio-conmon-", "libpod-conmon-")
+
+
+def is_in_pod(cgroup: str) -> bool:
+    """Return whether a process is in some pod's cgroup, by its /proc/<pid>/cgroup, whichever container it is in."""
+    return any(_POD.search(line) for line in cgroup.splitlines())
 
 
 def container_ids(cgroup: str) -> tuple[str, ...]:

@@ -9,9 +9,12 @@ from typing import Any, Final
 
 import attrs
 
+from sgpu.lib.files import read_regular_file
 from sgpu.node.shares import Share
 
 FILE: Final = "kubelet_internal_checkpoint"
+#: Longest that is read: 110 pods with thousands of ids each stay below.
+MAX_BYTES: Final = 64 * 1024 * 1024
 
 
 @attrs.frozen
@@ -25,7 +28,7 @@ class Checkpoint:
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Read the kubelet's checkpoint. Raises OSError, or ValueError where it is not what a kubelet writes."""
     try:
-        content = json.loads((directory / FILE).read_bytes())
+        content = json.loads(read_regular_file(directory / FILE, MAX_BYTES))
         data = content.get("Data", content)  # up to 1.8 without the checksum around it
         held: dict[str, list[str]] = {}
         for entry in data.get("PodDeviceEntries") or ():

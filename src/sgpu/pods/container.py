@@ -27,6 +27,10 @@ class Containers:
     whole: Mapping[str, Container]
     cut: Mapping[str, Container]
 
+    def has_any(self) -> bool:
+        """Return whether any container is known."""
+        return bool(self.whole or self.cut)
+
     def find(self, cgroup: str) -> Container | None:
         """Return the container of a process, by its /proc/<pid>/cgroup; None if it is in none of them.
 

@@ -14,10 +14,13 @@ from typing import Final
 import attrs
 
 from sgpu.node.container import Container
+from sgpu.pods.cgroups import is_in_pod
 from sgpu.pods.container import read_links
 
 #: The kernel's number of the first pid namespace (PROC_PID_INIT_INO): the host's, which NVML's process ids are of.
 HOST_NAMESPACE: Final = "pid:[4026531836]"
+#: Process 1 of a machine, or of a container that is a node. In a pod without hostPID it is sgpu, or a pause program.
+INIT_PROGRAMS: Final = frozenset({"systemd", "init"})
 #: What the kernel calls the server of NVIDIA's MPS: it keeps 15 characters.
 _MPS_SERVER: Final = "nvidia-cuda-mps"
 #: Where a process' start is in /proc/<pid>/stat, counted from behind its name: field 22 of all.
@@ -51,9 +54,14 @@ class Places:
 
 @attrs.frozen
 class Owners:
-    """The container of each process that still runs; None: it is in no pod. `mps` are servers of NVIDIA's MPS."""
+    """The container of each process that still runs; None: it is in no pod.
+
+    `unknown` are processes of some pod, in none of its known containers: in its pause container, or in a sandbox (Kata,
+    gVisor) whose cgroup is the pod's. `mps` are servers of NVIDIA's MPS.
+    """
 
     containers: Mapping[int, Container | None]
+    unknown: frozenset[int]
     mps: frozenset[int]
 
 
@@ -73,7 +81,12 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
             "mount that directory from the host, or set -container-log-directory"
         ) from error
     listed_at = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * os.sysconf("SC_CLK_TCK")
-    containers, mps = {}, set()
+    if pids and not links.has_any():
+        raise UnattributableError(
+            f"{places.container_logs} has no links to container logs; mount the host's /var/log/containers, or set "
+            "-container-log-directory (cri-dockerd makes links only with the log driver json-file)"
+        )
+    containers, unknown, mps = {}, set(), set()
     for pid in pids:
         try:
             # In this order: if it is the same process still, it was when the cgroup was read.
@@ -83,15 +96,26 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
             continue
         if stat.start > listed_at:
             continue
-        containers[pid] = links.find(cgroup)
+        container = links.find(cgroup)
+        if container is None and is_in_pod(cgroup):
+            unknown.add(pid)
+        else:
+            containers[pid] = container
         if stat.is_mps_server:
             mps.add(pid)
-    return Owners(containers, frozenset(mps))
+    return Owners(containers, frozenset(unknown), frozenset(mps))
 
 
 def _read(path: str) -> str:
     with open(path, errors="replace") as file:  # of hundreds of processes: pathlib takes as long as the kernel
         return file.read()
+
+
+def _read_name(path: Path) -> str:
+    try:
+        return _read(str(path)).strip()
+    except OSError:
+        return ""
 
 
 def check_namespace(proc: Path) -> None:
@@ -103,6 +127,11 @@ def check_namespace(proc: Path) -> None:
         raise UnattributableError(
             f"{link} can't be read ({error.strerror}); set -proc-directory to the host's /proc"
         ) from error
+    if namespace != HOST_NAMESPACE and _read_name(proc / "1/comm") in INIT_PROGRAMS:
+        raise UnattributableError(
+            f"this node is itself a container, as in kind, k3d or LXC ({link}: {namespace}): the driver's process ids "
+            f"are not visible here, and hostPID does not help"
+        )
     if namespace != HOST_NAMESPACE:
         raise UnattributableError(
             f"the host's process ids are not seen ({link}: {namespace}); set hostPID: true for the pod"

@@ -75,6 +75,7 @@ class _Attribution:
         self._places = places
         self._usage = usage
         self._problem = OnChange(logger, logging.WARNING)
+        self._unknown = OnChange(logger, logging.WARNING)
         self._mps: frozenset[str] = frozenset()  # GPUs with an MPS server
 
     async def update(self) -> None:
@@ -96,7 +97,14 @@ class _Attribution:
             self._problem.report(f"cannot attribute GPU memory to pods: {error}")
             return
         self._problem.clear()
-        self._usage.set_owners(fresh, owners.containers)
+        self._usage.set_owners(fresh, owners.containers, unknown=owners.unknown)
+        if owners.unknown:
+            self._unknown.report(
+                f"cannot attribute {len(owners.unknown)} process(es) of pods to containers, as they run in a pause "
+                f"container or a sandbox: what the pods on their GPUs use is unknown"
+            )
+        else:
+            self._unknown.clear()
         mps = frozenset(uuid for uuid, each in listed.items() if any(process.pid in owners.mps for process in each))
         for uuid in sorted(mps - self._mps):
             logger.info("GPU %s: an MPS server uses it; what is unknown of its clients is shown as the server's", uuid)

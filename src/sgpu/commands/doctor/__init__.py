@@ -7,6 +7,7 @@ driver is asked by a process of its own, as the daemon does it; whatever may han
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import trio
@@ -14,15 +15,20 @@ import trio
 from sgpu.commands.doctor.checks import examine
 from sgpu.commands.doctor.finding import Finding, Level
 from sgpu.commands.doctor.host import Host
+from sgpu.commands.doctor.surroundings import memory_warning
 from sgpu.config.load import Loaded
 from sgpu.lib.logs import printable
+from sgpu.lib.output import checked_output
 
 
 def doctor(loaded: Loaded, output: str, host: Host | None = None) -> bool:
     """Print all findings as `text` or `json`. Returns whether nothing has failed."""
     host = host or Host(sysfs=Path(loaded.settings.sysfs_directory))
+    if warning := memory_warning(host):
+        print(f"sgpu: {warning}", file=sys.stderr, flush=True)
     findings = trio.run(examine, loaded, host)
-    print(as_json(findings) if output == "json" else as_text(findings))
+    with checked_output():
+        print(as_json(findings) if output == "json" else as_text(findings))
     return healthy(findings)
 
 

@@ -132,6 +132,11 @@ def check_gpus(settings: Settings, host: Host, answer: Answer) -> Iterator[Findi
         return
     for gpu in report.gpus:
         yield _gpu(settings, gpu)
+    for uuid in report.eventless:
+        message = "its events are not received, as the GPU or its driver supports none"
+        yield warn(
+            f"GPU {uuid}", message, "polls still find faults that last, but no XID; a newer driver may have events"
+        )
     for problem in report.problems:
         yield fail("GPUs", problem, f"the others are offered without it; {_LOG}")
     seen = len(report.gpus) + len(report.problems)

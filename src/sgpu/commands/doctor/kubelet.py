@@ -19,6 +19,7 @@ from sgpu.commands.doctor.host import why_not_writable
 from sgpu.commands.doctor.peer import Peer, call, failure
 from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin.registration import SOCKET
+from sgpu.deviceplugin.session import is_removed
 from sgpu.pods import holders
 from sgpu.pods.checkpoint import FILE, read_checkpoint, strangers
 from sgpu.pods.holders import PodResourcesError
@@ -36,6 +37,9 @@ def check_directory(directory: Path) -> Finding:
         place = "/var/lib/kubelet/device-plugins of the host"
         advice = f"set -plugin-directory to the kubelet's: in a pod, to where {place} is mounted, writable for root"
         return fail("plugin directory", f"{directory}: {problem}", advice)
+    if is_removed(directory):
+        message = f"{directory} was removed on the host, and this container keeps seeing the removed one"
+        return fail("plugin directory", message, "restart this pod: delete it")
     return ok("plugin directory", f"{directory} is writable")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -61,6 +63,9 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
 
 
 def _host_path(settings: Settings, host_path: Path) -> Finding:
+    if os.statvfs(host_path).f_flag & os.ST_NOEXEC:
+        message = f"{host_path} is on a file system mounted noexec, from which no library can be loaded"
+        return fail("host path", message, "choose a -host-path on another file system, or mount it without noexec")
     if host_path == Path("/"):
         return warn(
             "host path",
@@ -88,9 +93,24 @@ def _library(found: Library) -> Finding:
     behind = found.path.resolve()
     file = "" if behind == found.path else f" ({behind.name})"
     message = f"{found.path}{file}, {elf.bits} bit {elf.machine}, soname {elf.soname or 'none'}"
+    if others := _others_may_write(behind):
+        return warn(
+            "library", f"{message}; {others}", "sgpu loads it as root: make it and its directory root's, mode 0755"
+        )
     if elf.soname and elf.soname != "libnvidia-ml.so.1":
         return warn("library", message, "is that NVIDIA's? libnvidia-ml has the soname libnvidia-ml.so.1")
     return ok("library", message)
+
+
+def _others_may_write(path: Path) -> str:
+    """Say who besides root may replace a file or write to it; empty if nobody may."""
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid not in (0, os.getuid()):
+            return f"{place} belongs to user {status.st_uid}"
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            return f"every user may write to {place}"
+    return ""
 
 
 def _cuda(settings: Settings, found: Library) -> Finding:

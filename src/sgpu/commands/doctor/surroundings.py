@@ -14,6 +14,8 @@ from sgpu.pods.processes import UnattributableError, check_namespace
 #: Bytes. The daemon and the driver's process are 50 to 55 MiB, whether with 2 GPUs or with 16 of 1000 shares; further
 #: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
 ENOUGH: Final = 100 * MIB
+#: Bytes that the doctor and the driver's process that it starts take.
+NEEDED: Final = 45 * MIB
 #: Above this, a limit of cgroup v1 is none: it has no other word for that.
 _NO_LIMIT: Final = 1 << 60
 
@@ -32,6 +34,18 @@ def check_memory(host: Host) -> Finding:
         message += ", which is too little for many GPUs or a driver that hangs"
         return warn(subject, message, f"set resources.limits.memory of the container to {ENOUGH // MIB}Mi or more")
     return ok(subject, message)
+
+
+def memory_warning(host: Host) -> str:
+    """Say that this command may be killed for want of memory, before it is; empty where there is enough."""
+    for group in _groups(host):
+        limit, used = _limit(group), _used(group)
+        if limit is not None and used is not None and limit - used < NEEDED:
+            return (
+                f"the doctor needs about {NEEDED // MIB} MiB, and the memory limit of {limit // MIB} MiB leaves "
+                f"{max(limit - used, 0) // MIB}: if it is killed, raise resources.limits.memory"
+            )
+    return ""
 
 
 def check_processes(proc: Path) -> Finding:
@@ -77,6 +91,14 @@ def _limit(group: Path) -> int | None:
     for name in ("memory.max", "memory.limit_in_bytes"):
         text = read_text(group / name).strip()
         if text.isdecimal() and int(text) < _NO_LIMIT:
+            return int(text)
+    return None
+
+
+def _used(group: Path) -> int | None:
+    for name in ("memory.current", "memory.usage_in_bytes"):
+        text = read_text(group / name).strip()
+        if text.isdecimal():
             return int(text)
     return None
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from sgpu.commands.stage import sets
 from sgpu.commands.stage.driver import Driver, NoDriverError, NotWholeError, OtherVersionError, find
+from sgpu.lib.logs import printable
 
 #: Which CUDA programs need; the management library alone is enough to list GPUs.
 CUDA_LIBRARY: Final = "libcuda.so."
@@ -34,7 +35,7 @@ def stage(host_root: Path, host_path: Path, lock: Path, *, graphics: bool, inter
         except StageError as error:
             line, staged = f"sgpu: {error}", False
         if line != printed:
-            print(line, file=sys.stdout if staged else sys.stderr, flush=True)
+            print(printable(line), file=sys.stdout if staged else sys.stderr, flush=True)
         printed = line
         if not interval:
             return staged
@@ -48,6 +49,7 @@ def stage_once(host_root: Path, host_path: Path, lock: Path, *, graphics: bool) 
         up_to_date = f"driver {driver.version} in {host_path} is up to date"
         if sets.is_current(host_path, driver) and not sets.leftovers(host_path):  # which takes no lock
             return up_to_date
+        sets.check_place(host_path)
         with sets.locked(lock):
             if sets.is_current(host_path, driver):
                 sets.clean(host_path)
@@ -78,6 +80,10 @@ def _done(driver: Driver, host_path: Path) -> str:
         f"staged driver {driver.version}: {len(driver.libraries)} libraries, {len(driver.tools)} tools "
         f"({size:.0f} MB) from {driver.directory} in {host_path}"
     )
+    if driver.left_out:
+        line += f"; left out, because they are no libraries or programs: {', '.join(driver.left_out)}"
+    if not driver.tools:
+        line += "; no tools were found, as nvidia-smi"
     if not any(file.name.startswith(CUDA_LIBRARY) for file in driver.libraries):
         line += "; libcuda is not among them, without which no CUDA program runs: install it on the host"
     return line

@@ -21,10 +21,27 @@ _MULTIARCH: Final = PurePosixPath(f"/usr/lib/{os.uname().machine}-linux-gnu")
 DIRECTORIES: Final = (
     _MULTIARCH,
     _MULTIARCH / "nvidia/current",
-    *map(PurePosixPath, ("/usr/lib64", "/usr/lib64/nvidia", "/usr/lib", "/usr/local/lib64", "/usr/local/lib")),
+    *map(
+        PurePosixPath,
+        (
+            *("/usr/lib64", "/usr/lib64/nvidia", "/usr/lib", "/usr/local/lib64", "/usr/local/lib"),
+            "/run/opengl-driver/lib",  # NixOS
+            *("/opt/nvidia/lib64", "/var/lib/nvidia/lib64", "/usr/local/nvidia/lib64"),  # installers of clouds
+            "/usr/local/glibc/usr/lib",  # Talos
+            "/cm/local/apps/cuda/libs/current/lib64",  # Bright Cluster Manager
+            "/cm/local/apps/cuda/libs/current",
+            "/usr/lib/nvidia/tesla",  # Bottlerocket
+        ),
+    ),
 )
 TOOL_DIRECTORIES: Final = tuple(
-    map(PurePosixPath, ("/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/lib/nvidia/current"))
+    map(
+        PurePosixPath,
+        (
+            *("/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/lib/nvidia/current"),
+            *("/usr/libexec/nvidia/tesla/bin", "/run/current-system/sw/bin"),
+        ),
+    )
 )
 #: Bound to no version: Debian has nvidia-persistenced 535.171 beside a driver 535.309.
 TOOLS: Final = (
@@ -39,6 +56,8 @@ TOOLS: Final = (
 MANAGEMENT_LIBRARY: Final = "libnvidia-ml.so"
 #: The file of a library ends in the driver's version, whatever its soname ends in: new libraries need no list.
 _LIBRARY: Final = re.compile(r"lib[^/]+\.so\.(\d+\.\d+(?:\.\d+)?)")
+#: A library of the driver with no version in its name, as libnvidia-nvvm70.so.4 of R575.
+_UNVERSIONED: Final = re.compile(r"lib(nvidia-|cuda|nvcuvid)[^/]*\.so\.\d+")
 #: What draws: more than half of a driver, and of little use without the files in /etc and /usr/share that announce it.
 _GRAPHICS: Final = re.compile(
     r"lib(E?GL|OpenGL|glx|nvoptix|vdpau_)"
@@ -80,12 +99,16 @@ class File:
 
 @attrs.frozen
 class Driver:
-    """All of one driver's files. `directory` is where its management library is, as the host has it."""
+    """All of one driver's files. `directory` is where its management library is, as the host has it.
+
+    `left_out` are files that should be the driver's and are none: empty, a directory, a script.
+    """
 
     version: str
     directory: PurePosixPath
     libraries: tuple[File, ...]
     tools: tuple[File, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def find(root: Path, *, graphics: bool = False) -> Driver:
@@ -103,11 +126,13 @@ def find(root: Path, *, graphics: bool = False) -> Driver:
         host = Host(Host(root).here(resolved))
         for version, directory in _installed(host, loaded):
             if loaded in ("", version):
+                odd: list[str] = []
                 return Driver(
                     version,
                     place / directory.relative_to("/"),
-                    libraries=tuple(_libraries(host, version, directory, graphics)),
-                    tools=tuple(_tools(host)),
+                    libraries=tuple(_libraries(host, version, directory, graphics, odd)),
+                    tools=tuple(_tools(host, directory, odd)),
+                    left_out=tuple(odd),
                 )
             there.append(version)
     if there:
@@ -131,30 +156,54 @@ def _installed(host: Host, loaded: str) -> Iterator[tuple[str, PurePosixPath]]:
         if resolved is None or OWN_DIRECTORY in resolved.parts:
             continue
         match = _LIBRARY.fullmatch(resolved.name)
-        if match and soname(host.here(resolved)) is not None:
+        if match is None:
+            continue
+        try:
+            usable = soname(host.here(resolved)) is not None
+        except NotWholeError:
+            if loaded in ("", match[1]) and host.here(resolved).stat().st_size:
+                raise  # it is being installed
+            continue  # a leftover of another version, or of a mount
+        if usable:
             yield match[1], resolved.parent
 
 
-def _libraries(host: Host, version: str, directory: PurePosixPath, graphics: bool) -> Iterator[File]:
-    """Yield the libraries of one version, wherever the loader or a distribution has them; the first of each name."""
+def _libraries(host: Host, version: str, directory: PurePosixPath, graphics: bool, odd: list[str]) -> Iterator[File]:
+    """Yield the libraries of one version, wherever the loader or a distribution has them; the first of each name.
+
+    Those beside the management library count, too, if their names have only a soname's number. What is no library is
+    added to `odd`.
+    """
     known = [resolved.parent for _, path in host.loader_cache() if (resolved := host.resolve(path))]
     seen = set()
     for place in dict.fromkeys((directory, *known, *DIRECTORIES)):
         if OWN_DIRECTORY in place.parts:
             continue
         for name in host.names(place):
-            match = _LIBRARY.fullmatch(name)
-            if not match or match[1] != version or name in seen or (_GRAPHICS.match(name) and not graphics):
+            if name in seen or (_GRAPHICS.match(name) and not graphics):
                 continue
-            if library := _file(host, place / name):
+            match = _LIBRARY.fullmatch(name)
+            unversioned = place == directory and _UNVERSIONED.fullmatch(name) and host.is_file(place / name)
+            if not unversioned and (not match or match[1] != version):
+                continue
+            if host.is_empty(place / name):
+                odd.append(str(place / name))
+            elif library := _file(host, place / name):
                 seen.add(name)
                 yield library
 
 
-def _tools(host: Host) -> Iterator[File]:
+def _tools(host: Host, libraries: PurePosixPath, odd: list[str]) -> Iterator[File]:
+    """Yield the tools, from where distributions have them or from beside the libraries. What is none goes to `odd`."""
+    beside = (libraries.parent / "bin", libraries / "bin")
     for name in TOOLS:
-        for directory in TOOL_DIRECTORIES:
-            if tool := _file(host, directory / name):
+        for directory in (*TOOL_DIRECTORIES, *beside):
+            try:
+                tool = _file(host, directory / name)
+            except (NotWholeError, OSError):  # a wrapper script, a directory
+                odd.append(str(directory / name))
+                continue
+            if tool:
                 yield tool
                 break
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import attrs
+
+from sgpu.lib.files import read_regular_file
 
 #: As many links as the kernel follows (path_resolution(7)).
 _MOST_LINKS: Final = 40
@@ -59,6 +62,19 @@ class Host:
                 pending.extend(reversed(target.parts))
         return PurePosixPath("/", *done)
 
+    def is_file(self, path: PurePosixPath) -> bool:
+        """Return whether the host has a file there, and not a link."""
+        parent = self.resolve(path.parent)
+        return parent is not None and stat.S_ISREG(os.lstat(self.here(parent) / path.name).st_mode)
+
+    def is_empty(self, path: PurePosixPath) -> bool:
+        """Return whether a path leads to a file without content, as a bind mount leaves behind."""
+        resolved = self.resolve(path)
+        try:
+            return resolved is not None and self.here(resolved).stat().st_size == 0
+        except OSError:
+            return False
+
     def names(self, directory: PurePosixPath) -> list[str]:
         """Return the names in a directory, sorted; none if there is no such directory."""
         resolved = self.resolve(directory)
@@ -75,7 +91,7 @@ class Host:
         """
         path = self.resolve(PurePosixPath("/etc/ld.so.cache"))
         try:
-            data = self.here(path).read_bytes() if path else b""
+            data = read_regular_file(self.here(path)) if path else b""
         except OSError:
             return []
         start = data.find(_CACHE_MAGIC)

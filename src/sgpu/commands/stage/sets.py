@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgpu.commands.stage.driver import OWN_DIRECTORY, Driver, File
-from sgpu.lib.files import make_private_directory
+from sgpu.lib.files import make_private_directory, read_regular_file
 
 LIBRARIES: Final = "lib64"
 TOOLS: Final = "bin"
@@ -74,6 +74,19 @@ def locked(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_place(host_path: Path) -> None:
+    """Make the directory if need be. Raises NotOursError where sets can't be there, OSError where it can't be made."""
+    home = host_path / OWN_DIRECTORY
+    home.mkdir(parents=True, exist_ok=True)
+    if home.is_symlink():
+        raise NotOursError(f"{home} is a link, which `stage` does not make: remove it")
+    if os.statvfs(host_path).f_flag & os.ST_NOEXEC:
+        raise NotOursError(
+            f"{host_path} is on a file system mounted noexec, from which no library can be loaded: choose another "
+            f"-host-path"
+        )
+
+
 def is_current(host_path: Path, driver: Driver) -> bool:
     """Return whether readers see exactly these files."""
     return _whole(host_path) == _manifest(driver)
@@ -90,7 +103,6 @@ def put(host_path: Path, driver: Driver) -> None:
     Raises NotOursError, ChangedError or OSError; what readers see has not changed then.
     """
     home = host_path / OWN_DIRECTORY
-    home.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARIES, TOOLS):
         _check_ours(host_path / name)
     old = _target(home / CURRENT)
@@ -125,14 +137,14 @@ def _whole(host_path: Path) -> dict[str, Any] | None:
     """Return the manifest of the set that readers see; None if there is none, or something of it is missing."""
     current = host_path / OWN_DIRECTORY / CURRENT
     try:
-        manifest: dict[str, Any] = json.loads((current / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads(read_regular_file(current / MANIFEST))
         for directory in (LIBRARIES, TOOLS):
             if _target(host_path / directory) != _outside(directory):
                 return None
             for name, size, _, soname in manifest[directory]:
                 if {(current / directory / each).stat().st_size for each in (name, soname or name)} != {size}:
                     return None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return manifest
 

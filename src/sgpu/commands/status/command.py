@@ -19,6 +19,7 @@ from rich.text import Text
 from sgpu.commands.status.view import BAD, DIM, View, render
 from sgpu.config.load import Loaded
 from sgpu.config.settings import Settings
+from sgpu.lib.output import checked_output
 from sgpu.node.usage import STALE_AFTER
 from sgpu.observe.client import NoAnswerError, fetch
 from sgpu.observe.snapshot import Snapshot
@@ -50,7 +51,9 @@ def status(loaded: Loaded, options: Mapping[str, Any]) -> int:
 
 def _once(get: Fetch, show: Callable[[Snapshot], None]) -> int:
     try:
-        show(get())
+        snapshot = get()
+        with checked_output():
+            show(snapshot)
     except NoAnswerError as error:
         print(f"sgpu: {error}", file=sys.stderr)
         return 1

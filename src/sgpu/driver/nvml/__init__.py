@@ -1,6 +1,6 @@
 """libnvidia-ml in Python. Loaded from the host path when asked for, never at import. Knows nothing of Kubernetes."""
 
-from sgpu.driver.nvml.constants import NO_ANSWER, Code, EventType
+from sgpu.driver.nvml.constants import GPU_LOST, NO_ANSWER, Code, EventType
 from sgpu.driver.nvml.library import (
     Event,
     EventSet,
@@ -16,6 +16,7 @@ from sgpu.driver.nvml.processes import memory_by_process, utilization_by_process
 from sgpu.driver.nvml.search import LibraryNotFoundError
 
 __all__ = [
+    "GPU_LOST",
     "NO_ANSWER",
     "Code",
     "Event",

@@ -26,6 +26,7 @@ class Code:
     TIMEOUT: Final = 10
     FUNCTION_NOT_FOUND: Final = 13
     GPU_IS_LOST: Final = 15
+    RESET_REQUIRED: Final = 16
     LIB_RM_VERSION_MISMATCH: Final = 18
     NO_DATA: Final = 21
     ARGUMENT_VERSION_MISMATCH: Final = 25
@@ -42,6 +43,8 @@ NO_ANSWER: Final = frozenset(
         Code.ARGUMENT_VERSION_MISMATCH,
     }
 )
+#: Errors that say that the GPU itself is gone or unusable, whichever call answers them.
+GPU_LOST: Final = frozenset({Code.GPU_IS_LOST, Code.RESET_REQUIRED})
 #: What NVML answers in the ordinary course of things.
 EXPECTED: Final = NO_ANSWER | {Code.TIMEOUT, Code.NOT_FOUND, Code.INSUFFICIENT_SIZE}
 

@@ -140,8 +140,8 @@ class Library:
         memory.version = ffi.sizeof("nvmlMemory_v2_t") | 2 << 24  # NVML_STRUCT_VERSION(Memory, 2)
         try:
             self.call("nvmlDeviceGetMemoryInfo_v2", handle, memory)
-        except NvmlError as error:
-            if error.code != Code.FUNCTION_NOT_FOUND:
+        except NvmlError as error:  # drivers lack it, or have it and fail in it
+            if error.code in constants.GPU_LOST:
                 raise
             memory = ffi.new("nvmlMemory_t *")
             self.call("nvmlDeviceGetMemoryInfo", handle, memory)

@@ -23,8 +23,9 @@ FIRST_ROOM: Final = 128
 MOST_ROOM: Final = 1 << 16
 #: `usedGpuMemory` of a process where it is unknown.
 NOT_AVAILABLE: Final = (1 << 64) - 1
-#: Bytes by which drivers 535.43 to 535.86 make an entry of `_v3` longer than all others do, without a word.
-SURPLUS: Final = 8
+#: Bytes of an entry, as drivers write them, whatever the variant: 550.127 (Hopper) writes v1's 16 into `_v3`, 535.43
+#: to 535.86 write 32.
+STRIDES: Final = (16, 24, 32)
 #: What room that was not written to is recognized by.
 UNTOUCHED: Final = b"\xaa"
 
@@ -70,23 +71,26 @@ def utilization_by_process(library: Library, handle: Handle, since: int) -> Mapp
 def _listed(library: Library, function: str, handle: Handle) -> Iterator[tuple[int, int | None]]:
     """Yield one list, by the newest variant that this driver has."""
     for suffix, layout in LAYOUTS:
-        size = ffi.sizeof(layout)
 
         def call(count: Any, room: Any, name: str = function + suffix, layout: str = layout) -> None:  # noqa: ANN401
             library.call(name, handle, count, ffi.cast(f"{layout} *", room))
 
         try:
-            count, room = _fill(call, size + SURPLUS)
+            count, room = _fill(call, STRIDES[-1])
         except NvmlError as error:
             if error.code == Code.FUNCTION_NOT_FOUND and suffix:
                 continue
             raise
-        written = bytes(ffi.buffer(room, count * (size + SURPLUS)))
-        stride = size if written.endswith(UNTOUCHED * SURPLUS * count) else size + SURPLUS
+        stride = _stride(bytes(ffi.buffer(room, count * STRIDES[-1])), count)
         for number in range(count):
-            info = ffi.cast(f"{layout} *", room + number * stride)
+            info = ffi.cast("nvmlProcessInfo_v1_t *", room + number * stride)  # its fields come first in all layouts
             yield int(info.pid), None if info.usedGpuMemory == NOT_AVAILABLE else int(info.usedGpuMemory)
         return
+
+
+def _stride(written: bytes, count: int) -> int:
+    """Return how long an entry is, by how much of the room was written: drivers don't keep to a variant's layout."""
+    return next(stride for stride in STRIDES if not written[stride * count :].strip(UNTOUCHED))
 
 
 def _fill(call: Callable[[Any, Any], None], size: int) -> tuple[int, Any]:

@@ -8,15 +8,17 @@ from typing import Any, Final
 from sgpu.driver.nvml._bindings import ffi
 from sgpu.lib.elf import is_cut_short
 
+#: What Debian calls the directories of this machine's libraries.
+_MULTIARCH: Final = f"{os.uname().machine}-linux-gnu"
 #: Relative to the host path, in the order tried: what GKE's installers make, what a distribution's package
 #: makes (multi-arch, RHEL, Debian's alternatives), and a directory that holds just the libraries.
 DIRECTORIES: Final = (
     "lib64",
     "lib",
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
+    f"lib/{_MULTIARCH}",
+    f"usr/lib/{_MULTIARCH}",
     "usr/lib64",
-    "usr/lib/x86_64-linux-gnu/nvidia/current",
+    f"usr/lib/{_MULTIARCH}/nvidia/current",
     ".",
 )
 #: The soname first: the bare name is a development link that can point anywhere.
