@@ -274,4 +274,5 @@ def test_gpu_without_events(node: Node) -> None:
     """Warn that its XIDs are not seen, as the real worker reports it."""
     node.driver.fail("nvmlDeviceRegisterEvents", Code.NOT_SUPPORTED)
     findings = list(check_gpus(settings(node), Host(), asked(settings(node))))
-    expect(findings[-1], "warn", StubGpu().uuid)
+    assert findings[-1].subject == f"GPU {StubGpu().uuid}"
+    expect(findings[-1], "warn", "events", advice="polls")
