@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sgpu.pods.checkpoint import FILE, Checkpoint, read_checkpoint, strangers
+from sgpu.pods.checkpoint import FILE, read_checkpoint, strangers
 
 RESOURCE = "example.com/gpu"
 
@@ -19,31 +19,37 @@ def entry(ids: object, resource: str = RESOURCE) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("content", "checkpoint"),
+    ("content", "healthy", "held"),
     [
         pytest.param(
             {"Data": {"PodDeviceEntries": [entry({"-1": ["a"], "0": ["b"]}), entry({"1": None})]}, "Checksum": 1},
-            Checkpoint({}, {RESOURCE: ["a", "b"]}),
+            {},
+            {RESOURCE: ["a", "b"]},
             id="by NUMA node",
         ),
         pytest.param(
             {"Data": {"PodDeviceEntries": [entry(["a"]), entry(None), entry(["b"], "x/y")]}},
-            Checkpoint({}, {RESOURCE: ["a"], "x/y": ["b"]}),
+            {},
+            {RESOURCE: ["a"], "x/y": ["b"]},
             id="lists, before 1.20",
         ),
-        pytest.param({"PodDeviceEntries": [entry(["a"])]}, Checkpoint({}, {RESOURCE: ["a"]}), id="bare, up to 1.8"),
+        pytest.param({"PodDeviceEntries": [entry(["a"])]}, {}, {RESOURCE: ["a"]}, id="bare, up to 1.8"),
         pytest.param(
             {"Data": {"PodDeviceEntries": None, "RegisteredDevices": {RESOURCE: ["a", "b"], "x/y": None}}},
-            Checkpoint({RESOURCE: ("a", "b"), "x/y": ()}, {}),
+            {RESOURCE: ("a", "b"), "x/y": ()},
+            {},
             id="healthy devices",
         ),
-        pytest.param({"Data": {"PodDeviceEntries": None, "RegisteredDevices": None}}, Checkpoint({}, {}), id="empty"),
+        pytest.param({"Data": {"PodDeviceEntries": None, "RegisteredDevices": None}}, {}, {}, id="empty"),
     ],
 )
-def test_read(tmp_path: Path, content: object, checkpoint: Checkpoint) -> None:
+def test_read(
+    tmp_path: Path, content: object, healthy: Mapping[str, Sequence[str]], held: Mapping[str, Sequence[str]]
+) -> None:
     """Return the healthy devices and the held ones, by resource."""
     (tmp_path / FILE).write_text(json.dumps(content))
-    assert read_checkpoint(tmp_path) == checkpoint
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.healthy, checkpoint.held) == (healthy, held)
 
 
 @pytest.mark.parametrize(

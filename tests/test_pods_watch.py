@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
@@ -23,6 +24,7 @@ from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
 from sgpu.pods import watch
+from sgpu.pods.checkpoint import FILE
 from sgpu.pods.holders import TIMEOUT, PodResourcesError
 from sgpu.pods.processes import HOST_NAMESPACE, Owners, Places
 from sgpu.pods.watch import TOLERATED, WatchOptions, watch_pods, withhold
@@ -77,9 +79,14 @@ class World:
 
     places: Places = NOWHERE
     node: NodeState = attrs.field(factory=new_node)
+    plugins: Path = Path("/nowhere/plugins")
+
+    @property
+    def options(self) -> WatchOptions:
+        return WatchOptions(Path("/pods.sock"), INTERVAL, WATERMARK, self.places, self.plugins)
 
     async def watch(self, expect: Callable[[float], None] = lambda seconds: None) -> None:
-        await watch_pods(WatchOptions(Path("/pods.sock"), INTERVAL, WATERMARK, self.places), self.node, expect)
+        await watch_pods(self.options, self.node, expect)
 
     async def round(self, age: float = 0.0, /, **figures: Figures) -> str:
         """The driver reported these some seconds ago. Wait for the next round, and return what is withheld then."""
@@ -240,6 +247,50 @@ def test_users(
     withhold(WATERMARK, node)
     (message,) = messages()
     assert users in message
+
+
+class TestUnlisted:
+    """Holders that only the kubelet's checkpoint has. No threads, which a clock outruns."""
+
+    @pytest.fixture
+    def world(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+        uid = "1f9e7f3c-5a3b-4d0a-8b1a-0c9d4d1c9a00"
+        world = World(Places(tmp_path / "proc", tmp_path / "containers"), plugins=tmp_path)
+        (tmp_path / "proc/7").mkdir(parents=True)
+        (tmp_path / "proc/7/cgroup").write_text(f"0::/kubepods/pod{uid}/{CONTAINER_ID}\n")
+        world.places.container_logs.mkdir()
+        (world.places.container_logs / "x").symlink_to(f"/var/log/pods/team_one_{uid}/init/0.log")
+        entry = {"PodUID": uid, "ContainerName": "init", "ResourceName": RESOURCE, "DeviceIDs": {"-1": ["GPU-b::3"]}}
+        (tmp_path / FILE).write_text(json.dumps({"Data": {"PodDeviceEntries": [entry]}}))
+
+        async def run_sync(function: Callable[..., object], *args: object, abandon_on_cancel: bool) -> object:
+            return function(*args)
+
+        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+        return world
+
+    @watched
+    async def test_init_containers(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
+        """They hold their shares as others do: a full GPU keeps them, and the log names the pod once."""
+        kubelet.answer = held("a0")
+        await world.round(b=percent(99))
+        await world.round(b=percent(99))
+        holders = world.node.usage.holders
+        assert holders
+        assert holders[Share("GPU-b", 3)] == Container("team", "one", "init")
+        (offer,) = [offer for offer in world.node.offered(RESOURCE) if offer.unit.uuid == "GPU-b"]
+        assert offer.withheld == {0, 1, 2}
+        assert len([message for message in messages() if "team/one" in message and "init" in message]) == 1
+
+    @watched
+    async def test_unusable(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
+        """Go by the kubelet's list alone, and say so once."""
+        kubelet.answer = held("a0")
+        (world.plugins / FILE).write_text("{")
+        await world.round()
+        await world.round()
+        assert world.node.usage.holders == held("a0")
+        assert len([message for message in messages() if "checkpoint" in message]) == 1
 
 
 class TestAttribution:

@@ -120,6 +120,7 @@ def _watch_options(settings: Settings) -> WatchOptions:
         settings.sample_interval,
         settings.memory_watermark,
         Places(Path(settings.proc_directory), Path(settings.container_log_directory)),
+        Path(settings.plugin_directory),
     )
 
 

@@ -18,11 +18,29 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 
 
 @attrs.frozen
+class Entry:
+    """The devices of one resource that one container has."""
+
+    pod_uid: str
+    container: str
+    resource: str
+    ids: tuple[str, ...]
+
+
+@attrs.frozen
 class Checkpoint:
-    """By resource: the ids of healthy devices as last listed, and the ids that containers have."""
+    """By resource, the ids of healthy devices as last listed; and what containers have."""
 
     healthy: Mapping[str, Sequence[str]]
-    held: Mapping[str, Sequence[str]]
+    entries: tuple[Entry, ...]
+
+    @property
+    def held(self) -> Mapping[str, Sequence[str]]:
+        """Return the ids that containers have, by resource."""
+        held: dict[str, list[str]] = {}
+        for entry in self.entries:
+            held.setdefault(entry.resource, []).extend(entry.ids)
+        return held
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -30,11 +48,17 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     try:
         content = json.loads(read_regular_file(directory / FILE, MAX_BYTES))
         data = content.get("Data", content)  # up to 1.8 without the checksum around it
-        held: dict[str, list[str]] = {}
-        for entry in data.get("PodDeviceEntries") or ():
-            held.setdefault(entry["ResourceName"], []).extend(_ids(entry["DeviceIDs"]))
+        entries = tuple(
+            Entry(
+                str(entry.get("PodUID", "")),
+                str(entry.get("ContainerName", "")),
+                str(entry["ResourceName"]),
+                tuple(map(str, _ids(entry["DeviceIDs"]))),
+            )
+            for entry in data.get("PodDeviceEntries") or ()
+        )
         registered = data.get("RegisteredDevices") or {}
-        return Checkpoint({resource: tuple(ids or ()) for resource, ids in registered.items()}, held)
+        return Checkpoint({resource: tuple(ids or ()) for resource, ids in registered.items()}, entries)
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a kubelet's: {error}") from error
 

@@ -21,6 +21,7 @@ from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
 from sgpu.pods.holders import TIMEOUT, PodResourcesError, list_holders
+from sgpu.pods.unlisted import Holders, Unlisted
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class WatchOptions:
     interval: float
     watermark: float
     places: processes.Places
+    plugin_directory: Path
 
 
 async def watch_pods(
@@ -47,6 +49,7 @@ async def watch_pods(
     """
     problem = OnChange(logger, logging.WARNING)
     attribution = _Attribution(options.places, node.usage)
+    unlisted = _Unlisted(options)
     resources: tuple[str, ...] = ()
     failures = 0
     while True:
@@ -54,7 +57,7 @@ async def watch_pods(
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.policy.resources(), *resources)))
-            node.set_holders(await list_holders(options.socket, resources))
+            node.set_holders(await unlisted.add(await list_holders(options.socket, resources)))
             problem.clear()
             failures = 0
         except PodResourcesError as error:
@@ -66,6 +69,31 @@ async def watch_pods(
         if node.usage.holders is None or not failures:  # else a kubelet restarts; its last list counts a while longer
             withhold(options.watermark, node)
         await trio.sleep(options.interval)
+
+
+class _Unlisted:
+    """Adds the holders that only the kubelet's checkpoint has."""
+
+    def __init__(self, options: WatchOptions) -> None:
+        self._unlisted = Unlisted(options.plugin_directory, options.places)
+        self._found = OnChange(logger, logging.INFO)
+        self._problem = OnChange(logger, logging.WARNING)
+
+    async def add(self, listed: Holders) -> Holders:
+        """Return these holders and those that the kubelet does not list."""
+        found: Holders = {}
+        try:
+            if self._unlisted.may_find(listed):
+                found = await trio.to_thread.run_sync(self._unlisted.find, listed, abandon_on_cancel=True)
+        except (OSError, ValueError) as error:
+            self._problem.report(
+                f"cannot read the kubelet's checkpoint: {error}; shares that init containers have may be withheld"
+            )
+            return listed
+        self._problem.clear()
+        pods = ", ".join(sorted({str(container) for each in found.values() for container in each.values()}))
+        self._found.update(f"the kubelet does not list the shares of init containers: {pods}" if pods else "")
+        return {resource: {**each, **found.get(resource, {})} for resource, each in listed.items()} if found else listed
 
 
 class _Attribution:
