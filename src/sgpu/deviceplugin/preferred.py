@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate, islice
 
 from sgpu.node.rank import MultiShare, Placement, UnitLoad, rank
-from sgpu.node.shares import ids, unit_of
+from sgpu.node.shares import suffixes, unit_of
 
 
 def preferred(
@@ -33,12 +33,14 @@ def preferred(
         return chosen
     free = set(available)
     free.difference_update(chosen)
+    endings = suffixes(max((load.shares for load in loads.values()), default=0))
     choice, allocated = {}, {}
     for uuid, load in loads.items():
         # A unit's own ids are looked up among the free ones, rather than those parsed: they come unordered, thousands
         # of them, and some may be no share's. And no more than could be used, as mostly the first few are free.
         limit = rest if load.allocated is not None else None
-        if some := list(islice(filter(free.__contains__, ids(uuid, load.shares)), limit)):
+        own = map(uuid.__add__, endings[: load.shares])
+        if some := list(islice(filter(free.__contains__, own), limit)):
             choice[uuid] = some
             allocated[uuid] = load.allocated if load.allocated is not None else load.shares - len(some)
     ranked = rank({uuid: loads[uuid] for uuid in sorted(choice)}, allocated, placement)

@@ -33,9 +33,13 @@ class Share(NamedTuple):
 
 
 def ids(uuid: str, count: int) -> Iterator[str]:
-    """Yield the ids of a unit's first `count` shares, in order."""
-    prefix = uuid + _SEPARATOR
-    return (f"{prefix}{number}" for number in range(count))
+    """Return the ids of a unit's first `count` shares, in order."""
+    return map(uuid.__add__, suffixes(count))
+
+
+def suffixes(count: int) -> list[str]:
+    """Return what follows the UUID in the ids of the first `count` shares: the same for all units."""
+    return [f"{_SEPARATOR}{number}" for number in range(count)]
 
 
 def unit_of(share_id: str) -> str:
