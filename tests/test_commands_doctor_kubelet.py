@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -21,12 +22,16 @@ from node import RESOURCE
 from purerpc import StatusCode
 from trio.testing import MockClock
 
+from sgpu.api import v1beta1_pb2
 from sgpu.commands.doctor import kubelet, peer
 from sgpu.commands.doctor.finding import Finding, ok
 from sgpu.commands.doctor.kubelet import Daemon, check_directory, check_kubelet, check_registration, find_daemon
 from sgpu.commands.doctor.peer import Peer
 from sgpu.config.settings import Settings, endpoint
+from sgpu.node.gpu import Gpu
 from sgpu.pods.checkpoint import FILE
+from sgpu.pods.processes import Places
+from sgpu.pods.unlisted import Unlisted
 
 GPU = "GPU-bf428e1d-f221-55de-a77f-a61755a4d727"
 SERVED = Daemon(RESOURCE, ok("daemon", "serves"), Peer(StatusCode.OK))
@@ -252,3 +257,32 @@ def test_no_pod_resources(plugins: Path) -> None:
     expect(pods(plugins / "s"), "warn", plugins / "s", advice="-pod-resources-socket")
     with silent(plugins / "s"):
         expect(pods(plugins / "s"), "warn", plugins / "s", "0.2 s", advice="-pod-resources-socket")
+
+
+# Stored answers
+
+
+def stored_answers(plugins: Path, node: str) -> Finding:
+    """Check with a GPU that has this device node now."""
+    (plugins / "proc").mkdir(exist_ok=True)
+    (plugins / "logs").mkdir(exist_ok=True)
+    unlisted = Unlisted(plugins, Places(plugins / "proc", plugins / "logs"))
+    settings, gpu = Settings(pod_resources_socket=str(plugins / "s")), Gpu(GPU, "T4", "00000000:3B:00.0", (node,))
+    finding: Finding = trio.run(kubelet.check_stored_answers, settings, (RESOURCE,), unlisted, [gpu])
+    return finding
+
+
+def test_stored_answers(plugins: Path) -> None:
+    """A pod that gets another GPU at its next start is named, with the cure."""
+    with FakePodResources(plugins / "s") as fake:
+        expect(stored_answers(plugins, "nvidia0"), "ok")  # no record, as on a new node
+        fake.assign("default", "a", "main", [f"{GPU}::0"])
+        answer = v1beta1_pb2.ContainerAllocateResponse(devices=[v1beta1_pb2.DeviceSpec(container_path="/dev/nvidia1")])
+        stored = base64.b64encode(answer.SerializeToString()).decode()
+        entry = {"PodUID": "u", "ContainerName": "main", "ResourceName": RESOURCE, "DeviceIDs": {"-1": [f"{GPU}::0"]}}
+        (plugins / FILE).write_text(json.dumps({"Data": {"PodDeviceEntries": [{**entry, "AllocResp": stored}]}}))
+        expect(stored_answers(plugins, "nvidia1"), "ok")
+        expect(stored_answers(plugins, "nvidia0"), "warn", "default/a", "/dev/nvidia1", "/dev/nvidia0", advice="delete")
+        (plugins / FILE).write_text("{")
+        expect(stored_answers(plugins, "nvidia0"), "skip")
+    expect(stored_answers(plugins, "nvidia0"), "skip")

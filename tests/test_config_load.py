@@ -458,6 +458,11 @@ class TestSocketPath:
         content = f"gpus:\n- name: '*'\n  resource: {name}\n"
         assert_refused(lambda: load_file(config, content), "-plugin-directory", f"resource ({config}:2)")
 
+    def test_the_kubelet_s_path(self) -> None:
+        """The kubelet connects to the socket by the path of the host, which may be longer than the mount's."""
+        flags = {"plugin-directory": "/p", "resource-name": "y" * 20 + ".example.com/" + "x" * 40}
+        assert_refused(lambda: load(flags, {}), "-resource-name (command line)", "/var/lib/kubelet/device-plugins/")
+
 
 @pytest.mark.parametrize(("written", "numbers"), [("[13, 31]", "13,31"), ("[13]", "13"), ("13", "13")])
 def test_list_of_numbers(config: Path, written: str, numbers: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 import trio
 from virtual_clock import virtual
 
+from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
 from sgpu.node.container import NO_POD, Container
 from sgpu.node.figures import Figures, ProcessUse
@@ -249,8 +251,8 @@ def test_users(
     assert users in message
 
 
-class TestUnlisted:
-    """Holders that only the kubelet's checkpoint has. No threads, which a clock outruns."""
+class TestCheckpoint:
+    """Holders and answers that only the kubelet's checkpoint has. No threads, which a clock outruns."""
 
     @pytest.fixture
     def world(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
@@ -281,6 +283,22 @@ class TestUnlisted:
         (offer,) = [offer for offer in world.node.offered(RESOURCE) if offer.unit.uuid == "GPU-b"]
         assert offer.withheld == {0, 1, 2}
         assert len([message for message in messages() if "team/one" in message and "init" in message]) == 1
+
+    @watched
+    async def test_stale_answers(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
+        """Name once the pods that would get another GPU, and again when there are others."""
+        kubelet.answer = held("a0")
+        answer = v1beta1_pb2.ContainerAllocateResponse(devices=[v1beta1_pb2.DeviceSpec(container_path="/dev/nvidia1")])
+        content = json.loads((world.plugins / FILE).read_text())
+        content["Data"]["PodDeviceEntries"][0]["AllocResp"] = base64.b64encode(answer.SerializeToString()).decode()
+        (world.plugins / FILE).write_text(json.dumps(content))
+        for node in ("nvidia1", "nvidia0", "nvidia0", "nvidia2"):
+            world.node.set_gpus(tuple(attrs.evolve(gpu, device_nodes=(node,)) for gpu in world.node.gpus))
+            await world.round()
+        stale = [message for message in messages() if "/dev/nvidia1" in message]
+        assert ["/dev/nvidia0" in message for message in stale] == [True, False]
+        assert ["/dev/nvidia2" in message for message in stale] == [False, True]
+        assert all("team/one" in message for message in stale)
 
     @watched
     async def test_unusable(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:

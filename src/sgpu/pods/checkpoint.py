@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
+from google.protobuf.message import DecodeError
 
+from sgpu.api import v1beta1_pb2
 from sgpu.lib.files import read_regular_file
 from sgpu.node.shares import Share
 
@@ -16,15 +20,21 @@ FILE: Final = "kubelet_internal_checkpoint"
 #: Longest that is read: 110 pods with thousands of ids each stay below.
 MAX_BYTES: Final = 64 * 1024 * 1024
 
+_GPU_NODE: Final = re.compile(r"/dev/nvidia[0-9]+")
+
 
 @attrs.frozen
 class Entry:
-    """The devices of one resource that one container has."""
+    """The devices of one resource that one container has.
+
+    `gpu_nodes` are the paths of GPUs in the stored answer of Allocate; empty where there is none that can be read.
+    """
 
     pod_uid: str
     container: str
     resource: str
     ids: tuple[str, ...]
+    gpu_nodes: frozenset[str] = frozenset()
 
 
 @attrs.frozen
@@ -54,6 +64,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
                 str(entry.get("ContainerName", "")),
                 str(entry["ResourceName"]),
                 tuple(map(str, _ids(entry["DeviceIDs"]))),
+                _gpu_nodes(entry.get("AllocResp")),
             )
             for entry in data.get("PodDeviceEntries") or ()
         )
@@ -76,3 +87,11 @@ def _ids(device_ids: Any) -> Iterator[str]:  # noqa: ANN401  # as it stands in t
             yield from ids or ()
     else:
         yield from device_ids or ()
+
+
+def _gpu_nodes(stored: Any) -> frozenset[str]:  # noqa: ANN401  # as it stands in the file
+    try:
+        answer = v1beta1_pb2.ContainerAllocateResponse.FromString(base64.b64decode(stored))
+    except (TypeError, ValueError, DecodeError):  # of another API, or none
+        return frozenset()
+    return frozenset(device.container_path for device in answer.devices if _GPU_NODE.fullmatch(device.container_path))

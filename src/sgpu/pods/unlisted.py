@@ -31,7 +31,7 @@ class Unlisted:
         self._directory = plugin_directory
         self._places = places
         self._seen: tuple[int, ...] | None = None
-        self._checkpoint = Checkpoint({}, ())
+        self.checkpoint = Checkpoint({}, ())  # as last read
 
     def may_find(self, listed: Holders) -> bool:
         """Return whether `find` is worth a thread: mostly the file is the same, and everything in it is listed."""
@@ -44,7 +44,7 @@ class Unlisted:
         """
         seen = content_identity(self._directory / FILE)
         if seen != self._seen:
-            self._checkpoint = read_checkpoint(self._directory) if seen else Checkpoint({}, ())
+            self.checkpoint = read_checkpoint(self._directory) if seen else Checkpoint({}, ())
             self._seen = seen
         missing = self._missing(listed)
         if not missing:
@@ -60,11 +60,16 @@ class Unlisted:
     def _missing(self, listed: Holders) -> list[tuple[Entry, Share]]:
         return [
             (entry, share)
-            for entry in self._checkpoint.entries
+            for entry in self.checkpoint.entries
             if entry.resource in listed
             for share in filter(None, map(Share.parse, entry.ids))
             if share not in listed[entry.resource]
         ]
+
+
+def merge(listed: Holders, found: Holders) -> Holders:
+    """Return the holders that are listed and those that `find` found."""
+    return {resource: {**each, **found.get(resource, {})} for resource, each in listed.items()} if found else listed
 
 
 def _container(entry: Entry, names: Mapping[str, tuple[str, str]]) -> Container:

@@ -6,7 +6,7 @@ Knows neither NVML nor what a session is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -17,11 +17,13 @@ from sgpu.lib.logs import OnChange
 from sgpu.lib.sizes import GIB, part_of
 from sgpu.node.container import NO_POD
 from sgpu.node.figures import Figures
+from sgpu.node.gpu import Gpu
 from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
 from sgpu.pods.holders import TIMEOUT, PodResourcesError, list_holders
-from sgpu.pods.unlisted import Holders, Unlisted
+from sgpu.pods.stale import ADVICE, stale_answers
+from sgpu.pods.unlisted import Holders, Unlisted, merge
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ async def watch_pods(
     """
     problem = OnChange(logger, logging.WARNING)
     attribution = _Attribution(options.places, node.usage)
-    unlisted = _Unlisted(options)
+    checkpoint = _Checkpoint(options)
     resources: tuple[str, ...] = ()
     failures = 0
     while True:
@@ -57,7 +59,9 @@ async def watch_pods(
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.policy.resources(), *resources)))
-            node.set_holders(await unlisted.add(await list_holders(options.socket, resources)))
+            holders = await checkpoint.add(await list_holders(options.socket, resources))
+            node.set_holders(holders)
+            checkpoint.report_stale(holders, node.gpus)
             problem.clear()
             failures = 0
         except PodResourcesError as error:
@@ -71,13 +75,14 @@ async def watch_pods(
         await trio.sleep(options.interval)
 
 
-class _Unlisted:
-    """Adds the holders that only the kubelet's checkpoint has."""
+class _Checkpoint:
+    """Adds the holders that only the kubelet's checkpoint has, and reports stored answers that are no longer right."""
 
     def __init__(self, options: WatchOptions) -> None:
         self._unlisted = Unlisted(options.plugin_directory, options.places)
         self._found = OnChange(logger, logging.INFO)
         self._problem = OnChange(logger, logging.WARNING)
+        self._stale = OnChange(logger, logging.WARNING)
 
     async def add(self, listed: Holders) -> Holders:
         """Return these holders and those that the kubelet does not list."""
@@ -93,7 +98,18 @@ class _Unlisted:
         self._problem.clear()
         pods = ", ".join(sorted({str(container) for each in found.values() for container in each.values()}))
         self._found.update(f"the kubelet does not list the shares of init containers: {pods}" if pods else "")
-        return {resource: {**each, **found.get(resource, {})} for resource, each in listed.items()} if found else listed
+        return merge(listed, found)
+
+    def report_stale(self, holders: Holders, gpus: Iterable[Gpu]) -> None:
+        """Log the pods to which the kubelet would give other GPUs than those of their shares."""
+        stale = stale_answers(self._unlisted.checkpoint, holders, gpus)
+        pods = ", ".join(map(str, stale))
+        self._stale.update(
+            f"GPUs have other device nodes than in the kubelet's stored answers: containers that start again get the "
+            f"wrong GPU in {pods}; {ADVICE}"
+            if stale
+            else ""
+        )
 
 
 class _Attribution:

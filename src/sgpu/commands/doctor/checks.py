@@ -20,6 +20,8 @@ from sgpu.commands.doctor.peer import failure
 from sgpu.config.load import Loaded
 from sgpu.driver import simulated
 from sgpu.lib.concurrency import find_error
+from sgpu.pods.processes import Places
+from sgpu.pods.unlisted import Unlisted
 
 #: Seconds for all checks. What waits for an answer gives up before: this is for file systems that hang.
 DEADLINE: Final = 8.5
@@ -75,6 +77,7 @@ def checks(loaded: Loaded) -> list[Check]:
         *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
         Check("other plugins", _others),
         Check("PodResources", _pod_resources),
+        Check("stored answers", _stored_answers, ("driver", "PodResources")),
         Check("metrics and probes", _served, tuple(daemons)),
         Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("settings", _blocking(lambda facts: configured.check_settings(facts.loaded, facts.host))),
@@ -222,6 +225,15 @@ async def _others(facts: Facts) -> Iterable[Finding]:
 
 async def _pod_resources(facts: Facts) -> Iterable[Finding]:
     return [await kubelet.check_pod_resources(facts.loaded.settings, facts.loaded.policy.resources())]
+
+
+async def _stored_answers(facts: Facts) -> Iterable[Finding]:
+    settings, report = facts.loaded.settings, facts.answer.report
+    if report is None:
+        return [skip("stored answers", "because the driver lists no GPUs")]
+    unlisted = Unlisted(_plugins(facts), Places(_proc(facts), _logs(facts)))
+    gpus = configured.gpus(report.gpus)
+    return [await kubelet.check_stored_answers(settings, facts.loaded.policy.resources(), unlisted, gpus)]
 
 
 async def _served(facts: Facts) -> Iterable[Finding]:

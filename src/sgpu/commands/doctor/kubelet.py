@@ -20,9 +20,12 @@ from sgpu.commands.doctor.peer import Peer, call, failure
 from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin.registration import SOCKET
 from sgpu.deviceplugin.session import is_removed
+from sgpu.node.gpu import Gpu
 from sgpu.pods import holders
 from sgpu.pods.checkpoint import FILE, read_checkpoint, strangers
 from sgpu.pods.holders import PodResourcesError
+from sgpu.pods.stale import ADVICE, stale_answers
+from sgpu.pods.unlisted import Unlisted, merge
 
 #: No kubelet has it: the answer to it is all that is wanted.
 HARMLESS: Final = "/v1beta1.Registration/Doctor"
@@ -166,6 +169,24 @@ async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> F
     return ok(
         subject, f"the kubelet answers on {path}: {len(set(containers))} container(s) have {len(containers)} share(s)"
     )
+
+
+async def check_stored_answers(
+    settings: Settings, resources: Sequence[str], unlisted: Unlisted, gpus: Sequence[Gpu]
+) -> Finding:
+    """Check that containers that start again get the GPUs of their shares, also after a reboot."""
+    subject = "stored answers"
+    try:
+        listed = await holders.list_holders(Path(settings.pod_resources_socket), resources)
+        found = await trio.to_thread.run_sync(unlisted.find, listed, abandon_on_cancel=True)
+    except PodResourcesError:
+        return skip(subject, "because the kubelet does not list which container has which share")
+    except (OSError, ValueError) as error:
+        return skip(subject, f"because the kubelet's record can't be read: {failure(error)}")
+    if stale := stale_answers(unlisted.checkpoint, merge(listed, found), gpus):
+        message = f"the kubelet gives the wrong GPU to containers that start again: {', '.join(map(str, stale))}"
+        return warn(subject, message, f"GPUs have other device nodes since a reboot or a reset: {ADVICE}")
+    return ok(subject, "containers that start again get the GPUs of their shares")
 
 
 def _may_be_rival(name: str) -> bool:
