@@ -1,4 +1,4 @@
-"""What the kubelet waits for: starts, restarts, calls, lists and faults, of several plugins in turn.
+"""Measures what the kubelet waits for: starts, restarts, calls, lists and faults, of several plugins in turn.
 
 Times are wall-clock, in the kubelet, which is grpcio in Python: its own part of an `Allocate` is about 0.3 ms. The
 processor time of a call is the plugin's own, with what else it does meanwhile.
@@ -27,7 +27,7 @@ ALLOCATE_AIMS: Final = (Aim(1.0, "grpcio"), Aim(1.3, "grpcio"))
 
 @attrs.frozen
 class Extent:
-    """How often each thing is measured."""
+    """The number of measurements of each kind."""
 
     starts: int = 7
     restarts: int = 20

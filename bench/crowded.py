@@ -1,4 +1,4 @@
-"""What sgpu does on a large and crowded node: choices while pods come and go, and scrapes with a pod for each share."""
+"""Measures a large and crowded node: choices while pods come and go, and scrapes with a pod for each share."""
 
 from __future__ import annotations
 

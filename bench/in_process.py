@@ -1,4 +1,4 @@
-"""What a call takes of the processor in the server alone, repeatable to a few percent on a busy machine.
+"""Measures the processor time of a call in the server alone, repeatable to a few percent on a busy machine.
 
 Calls are replayed in one process (`replay`), whose thread's own time is taken: of many rounds the best one, so that
 what else the machine did is left out. By itself it prints JSON, which `measure` puts into its table.

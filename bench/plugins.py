@@ -84,7 +84,7 @@ class Running:
         return self.kubelet.lists[self.plugin.resource][-1].time
 
     def hears_events(self) -> bool:
-        """Whether it waits for the stub driver's."""
+        """Return whether it waits for the stub driver's."""
         return self.node.driver.calls("nvmlEventSetWait") > 0
 
     @contextmanager

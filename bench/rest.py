@@ -1,4 +1,4 @@
-"""What a plugin takes while nothing happens, before and after an hour's work of a busy node, done as fast as it goes.
+"""Measures a plugin while nothing happens, before and after an hour's work of a busy node, done as fast as it goes.
 
 Everything is switched on: health and samples at their default intervals, a kubelet that tells who has which share, a
 scrape every 15 s.

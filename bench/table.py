@@ -33,7 +33,7 @@ class Aim:
 
 @attrs.frozen
 class Figure:
-    """What was measured of each plugin, by its name. Less is better."""
+    """One figure of each plugin, by its name. Less is better."""
 
     name: str
     unit: str
@@ -108,7 +108,7 @@ def document(figures: Iterable[Figure], plugins: Sequence[str]) -> dict[str, Any
 
 
 def machine() -> str:
-    """What the figures were measured on, and with."""
+    """Return what the figures were measured on, and with."""
     models = [line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     load = " ".join(" ".join(_lines("/proc/loadavg")).split()[:2])
     python = ".".join(map(str, sys.version_info[:3]))

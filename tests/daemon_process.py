@@ -113,13 +113,13 @@ class LoggedProcess:
 
     @property
     def lines(self) -> tuple[LogLine, ...]:
-        """What was written so far, with times."""
+        """The lines written so far, with times."""
         with self._changed:
             return tuple(self._lines)
 
     @property
     def logs(self) -> str:
-        """What was written so far."""
+        """The text written so far."""
         return "\n".join(line.text for line in self.lines)
 
     def wait_log(self, substring: str, timeout: float = TIMEOUT, *, since: int = 0) -> LogLine:
@@ -224,7 +224,7 @@ class DaemonProcess(LoggedProcess):
 
 
 def memory(pids: Iterable[int]) -> Memory:
-    """What these processes have now, from /proc/PID/smaps. Needs to be allowed to debug them."""
+    """Return the memory of these processes, from /proc/PID/smaps. Needs permission to debug them."""
     resident = proportional = anonymous = 0
     files: defaultdict[str, int] = defaultdict(int)
     for pid in pids:
@@ -240,7 +240,7 @@ def memory(pids: Iterable[int]) -> Memory:
 
 
 def _mappings(pid: int) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Which part of which file (empty: none), and sizes in KiB by name."""
+    """Return a mapping's part of a file (empty: none), and sizes in KiB by name."""
     found: list[tuple[str, dict[str, int]]] = []
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         words = line.split()

@@ -97,14 +97,14 @@ LAYOUTS: Final[dict[str, Callable[[Path, DriverFiles], None]]] = {
 
 
 def make_cache(root: Path, *directories: str) -> None:
-    """What the host's loader knows: its usual directories, and those given."""
+    """Write the loader's cache: its usual directories, and those given."""
     (root / "etc").mkdir(parents=True, exist_ok=True)
     (root / "etc/ld.so.conf").write_text("".join(f"/{directory}\n" for directory in directories))
     subprocess.run(["/sbin/ldconfig", "-X", "-r", root], check=True, stderr=subprocess.DEVNULL)
 
 
 def load_module(root: Path, version: str) -> None:
-    """What the kernel says once it has loaded its part of the driver."""
+    """Write the kernel's version file of a loaded module."""
     path = root / "sys/module/nvidia/version"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{version}\n")

@@ -27,7 +27,7 @@ KNOWN: Final = {"apiVersion", "kind", "resources", "patches"}
 
 @attrs.frozen
 class Rendered:
-    """What `kubectl kustomize` prints, and the addresses that it would fetch, which are not fetched here."""
+    """The output of `kubectl kustomize`, and the addresses that it would fetch, which are not fetched here."""
 
     objects: tuple[Mapping[str, Any], ...]
     remote: tuple[str, ...]
@@ -65,7 +65,7 @@ def load(path: Path) -> list[Any]:
 
 
 def identity(thing: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells an object from all others."""
+    """Return the identity of an object."""
     return thing["apiVersion"], thing["kind"], thing["metadata"].get("namespace", ""), thing["metadata"]["name"]
 
 

@@ -47,7 +47,7 @@ class Node:
             (self.dev / name).touch()
 
     def set_numa_node(self, bus_id: str, node: int) -> None:
-        """What the kernel says of the PCI device that NVML calls `bus_id`."""
+        """Set the kernel's NUMA node of the PCI device that NVML calls `bus_id`."""
         device = self.sys / "bus/pci/devices" / bus_id.lower()[4:]
         device.mkdir(parents=True)
         (device / "numa_node").write_text(f"{node}\n")

@@ -81,7 +81,7 @@ def requests(context: PluginContext) -> Mapping[str, Message]:
 
 @attrs.frozen
 class Answer:
-    """What came back for one call: all of it, and of how many frames."""
+    """The answer to one call: its bytes, and the number of frames."""
 
     data: bytes
     frames: int
@@ -176,7 +176,7 @@ class Counts(trio.abc.Instrument):
 
 
 async def count(peer: Peer, method: str, request: Message, calls: int) -> Mapping[str, float]:
-    """What one call costs, on average of so many, in what can be counted."""
+    """Return the counts of one call, averaged over `calls`."""
     counts = Counts()
     trio.lowlevel.add_instrument(counts)
     try:
@@ -191,7 +191,7 @@ async def count(peer: Peer, method: str, request: Message, calls: int) -> Mappin
 
 @attrs.frozen
 class Held:
-    """What the process holds."""
+    """The process's memory blocks, tasks and descriptors."""
 
     blocks: int
     tasks: int

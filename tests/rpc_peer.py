@@ -1,4 +1,4 @@
-"""What the tests of sgpu.rpc share: methods to call, and HTTP/2 put together by hand, the forbidden kinds too."""
+"""Helpers of the tests of sgpu.rpc: methods to call, and HTTP/2 made by hand, valid or not."""
 
 from __future__ import annotations
 

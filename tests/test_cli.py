@@ -142,7 +142,7 @@ class TestPrintConfig:
         ],
     )
     def test_loads_back(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]) -> None:
-        """What is printed is a file for -config, with the same settings."""
+        """The output is a file for -config, with the same settings."""
         assert main(["-print-config", *arguments], {}) == OK
         printed = capsys.readouterr().out
         assert list(yaml.safe_load(printed)) == list(SETTINGS)
@@ -191,7 +191,7 @@ class TestUsage:
     def test_one_line(
         self, capsys: pytest.CaptureFixture[str], arguments: list[str], environment: dict[str, str], facts: list[str]
     ) -> None:
-        """What can't be used is one line on standard error, and exit code 2."""
+        """A bad setting is one line on standard error, and exit code 2."""
         assert main(arguments, environment) == USAGE
         captured = capsys.readouterr()
         assert captured.out == ""
@@ -276,7 +276,7 @@ class TestRun:
     def test_for_the_operator(
         self, capsys: pytest.CaptureFixture[str], daemon: Daemon, error: Exception, code: int, depth: int
     ) -> None:
-        """What an operator must put right is one line, however deep in the daemon it was found."""
+        """An operator's mistake is one line, however deep in the daemon it was found."""
         raised = error
         for _ in range(depth):
             raised = ExceptionGroup("tasks", [raised])

@@ -1,4 +1,4 @@
-"""What the doctor prints, and whether the node is well."""
+"""The doctor's output and exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgpu.config.load import Loaded, load
 
 @pytest.fixture
 def findings(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
-    """What the doctor finds from now on."""
+    """The findings that the doctor returns; to be filled."""
     found: list[Finding] = []
 
     async def examine(loaded: Loaded, host: Host) -> list[Finding]:

@@ -124,7 +124,7 @@ def test_bug(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deadlines() -> None:
-    """What waits for an answer gives up before the check is given up, so that its own finding is shown."""
+    """Calls time out before their check does, so that their own finding is shown."""
     waits = {"NVML": driver.DEADLINE + driver.REAP_TIMEOUT, "socket": peer.TIMEOUT, "PodResources": kubelet.TIMEOUT}
     waits["metrics, after the daemon's socket, and status"] = peer.TIMEOUT + 2 * served.TIMEOUT
     assert max(waits.values()) < checks.DEADLINE

@@ -63,7 +63,7 @@ def test_no_contradiction(tmp_path: Path, flags: Mapping[str, str]) -> None:
 
 
 def test_warnings_of_loading(tmp_path: Path) -> None:
-    """What the settings' reader warns of is a line, too."""
+    """A warning about the settings is a finding, too."""
     findings = checked(tmp_path, {"sample-interval": "2", "health-interval": "3"})
     (warning,) = [finding for finding in findings if finding.level is not Level.OK]
     expect(warning, "warn", "-sample-interval 2", "-health-interval 3")

@@ -67,7 +67,7 @@ class Place:
 
     @property
     def left(self) -> list[str]:
-        """What there is in the host path beside what readers go through, the sets by their versions."""
+        """Return the other entries of the host path; sets by their versions."""
         assert {path.name for path in self.path.iterdir()} == {".sgpu", "bin", "lib64"}
         return sorted(path.name.partition("-")[0] for path in (self.path / ".sgpu").iterdir() if path.name != "current")
 
@@ -220,7 +220,7 @@ def test_no_driver(bare: Place, old: DriverFiles) -> None:
 
 
 def test_driver_is_taken_away(staged: Place) -> None:
-    """What is staged stays."""
+    """A staged driver stays."""
     shutil.rmtree(staged.root / "usr")
     staged.refused()
     assert staged.version == OLD
@@ -368,14 +368,14 @@ def test_replaced_file(staged: Place) -> None:
 
 @pytest.mark.parametrize("what", ["lib64", "bin", "lib64/libcuda.so.1", f"lib64/libcuda.so.{OLD}", "bin/nvidia-smi"])
 def test_something_is_gone(staged: Place, what: str) -> None:
-    """What is missing of a set is put back."""
+    """A missing file of a set is put back."""
     (staged.path / what).unlink()
     staged.stage()
     assert (staged.path / what).exists()
 
 
 def test_host_path_that_the_loader_knows(place: Place, new: DriverFiles) -> None:
-    """What was staged is no driver to stage: an upgrade of the host counts."""
+    """A staged driver is not staged again: an upgrade of the host is."""
     place = attrs.evolve(place, path=place.root / "usr/local/nvidia")
     place.stage()
     shutil.rmtree(place.root / MULTIARCH)

@@ -92,7 +92,7 @@ shares  4 used, 96 down, 0 withheld
 
 
 def text(snapshot: Snapshot, width: int | None = None, *, ascii_only: bool = False, now: float = NOW) -> str:
-    """What stands on the screen, without the blanks at the ends of lines."""
+    """Return the screen's text, without trailing blanks."""
     file = io.StringIO()
     console = Console(file=file, width=width or 1000, color_system=None, highlight=False, markup=False)
     console.print(render(snapshot, now, View(width, ascii_only, STALE)))

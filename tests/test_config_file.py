@@ -149,7 +149,7 @@ def test_not_a_mapping(file: Path, content: str) -> None:
     ],
 )
 def test_not_yaml(file: Path, content: str, line: int | None) -> None:
-    """What the parser complains of is refused with the line, and what it trips over without."""
+    """Errors of the parser are refused with their line, if it names one."""
     told = refusal(file, content)
     assert "YAML" in told
     assert line is None or f"line {line}" in told

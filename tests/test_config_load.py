@@ -117,7 +117,7 @@ class TestParseFlags:
         ],
     )
     def test_words(self, arguments: list[str], words: tuple[str, ...]) -> None:
-        """What is no flag is a word."""
+        """An argument that is no flag is a word."""
         assert parse_flags(arguments).positional == words
 
     def test_options(self) -> None:
@@ -396,7 +396,7 @@ gpus:
         ],
     )
     def test_refused(self, config: Path, entry: str, facts: tuple[str, ...]) -> None:
-        """What is wrong with an entry is one line with its place."""
+        """An error in an entry is one line with its place."""
         content = f"gpus:\n# first\n- {{name: V100, shares: 1}}\n- {entry}\n"
         assert_refused(lambda: load_file(config, content), "gpus", f"{config}:4", *facts)
 

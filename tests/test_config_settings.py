@@ -13,7 +13,7 @@ pytestmark = pytest.mark.pure
 
 
 class Expected(NamedTuple):
-    """What manifests and scripts count on: the default, and texts at the ends of what is taken and just beyond."""
+    """Values that manifests and scripts rely on: the default, texts at the ends of the range, and just beyond."""
 
     default: object
     takes: tuple[str, ...]

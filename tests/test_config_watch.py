@@ -305,7 +305,7 @@ class TestApplied:
         assert named == [["-v"], ["-log-format", "-v"], ["-v"]]
 
     def test_warnings(self, world: World) -> None:
-        """What the settings warn of is logged once, also at the start, and again when it is back."""
+        """A warning is logged once, also at the start, and again when it comes back."""
         doubtful = "sample-interval: 2\nhealth-interval: 3\n"
         world.file.write_text(factor(1) + doubtful)
 
@@ -330,7 +330,7 @@ class TestRefused:
         ],
     )
     def test_the_old_ones_stay(self, world: World, content: str, facts: list[str]) -> None:
-        """What can't be used changes nothing and is logged with the place; once it is mended, it applies."""
+        """A bad file changes nothing and is logged with the place; once corrected, it applies."""
 
         async def test() -> None:
             async with world.watching():
@@ -346,7 +346,7 @@ class TestRefused:
         assert [fact for fact in facts if fact.format(world.file) not in error] == []
 
     def test_a_hang_up_without_the_file(self, world: World) -> None:
-        """Who asks for settings that are not there is told."""
+        """SIGHUP without the file is answered, and the file applies when it is back."""
 
         async def test() -> None:
             async with world.watching():

@@ -1,4 +1,4 @@
-"""What a call of the kubelet costs in what can be counted, which no busy machine changes."""
+"""Counts of what a call of the kubelet costs, which no busy machine changes."""
 
 from __future__ import annotations
 

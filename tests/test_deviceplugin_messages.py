@@ -1,4 +1,4 @@
-"""What ListAndWatch sends, how large that is, and what Allocate answers."""
+"""Messages of ListAndWatch and their size, and answers of Allocate."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class TestCheckSize:
 
 
 class TestContent:
-    """What the kubelet can see of a list: more of the same is no news to it."""
+    """`content` differs only where the kubelet sees a difference."""
 
     HEALTHY = offer()
     DOWN = offer(health=Health.UNHEALTHY, reason="one reason")

@@ -1,4 +1,4 @@
-"""Which of the free shares a container should get."""
+"""The free shares that a container should get."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gpus(shares: int = 12, **allocated: int | None) -> dict[str, UnitLoad]:
 
 @attrs.frozen
 class Request:
-    """What a kubelet asks, and what is known then."""
+    """A request of the kubelet, and the figures at that time."""
 
     available: Sequence[str]
     must_include: Sequence[str]

@@ -1,4 +1,4 @@
-"""Which resources are registered, and when, in one process on a virtual clock."""
+"""Registration of resources, in one process on a virtual clock."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class TestGetPreferredAllocation:
 
 
 def allocate(plugin: DevicePlugin | AlphaDevicePlugin, *containers: Sequence[str]) -> list[dict[str, str]]:
-    """What each container gets in its environment."""
+    """Return the environment of each container."""
     if isinstance(plugin, AlphaDevicePlugin):
         (ids,) = containers
         return [dict(plugin.Allocate(v1alpha_pb2.AllocateRequest(devicesIDs=ids)).envs)]

@@ -175,7 +175,7 @@ class TestSaveChanges:
     def saved(
         self, path: Path, monkeypatch: pytest.MonkeyPatch, *outcomes: OSError | None
     ) -> list[tuple[Path, str, FaultRecord]]:
-        """What is saved where the record changes during each save but the last, and the saves end like that."""
+        """Return what is saved if the record changes during each save but the last. `outcomes` are the saves'."""
         monitor = Monitor(NodeState(Policy("example.com/gpu", 1), 5), XidPolicy(), RECORD, Counter())
         saved: list[tuple[Path, str, FaultRecord]] = []
 

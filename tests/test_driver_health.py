@@ -1,4 +1,4 @@
-"""What is known against a GPU, and which evidence clears it. Times are seconds after the first fault."""
+"""Faults of a GPU, and the evidence that clears them. Times are seconds after the first fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which version of NVIDIA's module the kernel has loaded."""
+"""The version of NVIDIA's module in the kernel."""
 
 from __future__ import annotations
 

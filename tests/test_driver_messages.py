@@ -1,4 +1,4 @@
-"""What the driver's process and its parent say to each other, as lines."""
+"""Messages between the driver's process and its parent, as lines."""
 
 from __future__ import annotations
 

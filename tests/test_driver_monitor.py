@@ -294,7 +294,7 @@ class TestEvents:
 
 
 class TestEvidence:
-    """What the monitor takes for evidence that faults are over; what that clears is health's to say."""
+    """Evidence that the monitor passes on; health decides what it clears."""
 
     @pytest.mark.parametrize(
         ("steps", "faulty"),

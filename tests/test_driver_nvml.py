@@ -61,7 +61,7 @@ def python(program: str, *arguments: Path, **environment: str) -> subprocess.Com
 
 
 def found(root: Path) -> Path:
-    """Which library is opened. It is unloaded when this returns: its path is the loader's key to what is loaded."""
+    """Return the library that is opened. It is unloaded then: the loader goes by its path."""
     with open_library(root) as library:
         return library.path
 

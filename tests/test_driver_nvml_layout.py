@@ -51,7 +51,7 @@ def structure(name: str) -> Iterator[str]:
 
 
 def facts() -> Iterator[str]:
-    """What has to hold after NVIDIA's header: its structures, its constants, and the sizes of its texts."""
+    """Assertions to compile after NVIDIA's header: structures, constants, and sizes of texts."""
     for name in STRUCTURES:
         yield from structure(name)
     yield "sizeof(nvmlReturn_t) == sizeof(int)"  # the C ABI passes an enumeration as one

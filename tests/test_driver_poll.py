@@ -255,7 +255,7 @@ class TestSkip:
 
 class TestCallStarted:
     def started(self, node: Node, **options: Any) -> list[tuple[str, list[str]]]:  # noqa: ANN401  # as poll() has them
-        """Which GPU the calls were said to be about, and the calls that followed."""
+        """Return the announced GPUs, and the calls that followed each."""
         started: list[tuple[str, int]] = []
         read(node, call_started=lambda uuid: started.append((uuid, len(node.driver.call_log()))), **options)
         calls = node.driver.call_log()

@@ -55,7 +55,7 @@ TIMEOUT = 30.0
 
 @attrs.define
 class Run:
-    """What one run of a fake worker came to. `outcome` is None if it was canceled."""
+    """The result of one run of a fake worker. `outcome` is None if it was canceled."""
 
     worker: FakeWorker
     outcome: Outcome | None

@@ -1,4 +1,4 @@
-"""What each XID means, and its class."""
+"""Meaning and class of each XID."""
 
 from __future__ import annotations
 

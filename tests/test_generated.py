@@ -1,4 +1,4 @@
-"""What is generated is what the definitions say."""
+"""Generated files match their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the image is made of, as far as it can be told without building it."""
+"""Contents of the image, without building it."""
 
 from __future__ import annotations
 

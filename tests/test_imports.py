@@ -1,4 +1,4 @@
-"""What the daemon and its driver's process may load: each module is paid for on every node, in memory and at a start.
+"""Imports of the daemon and its driver's process: every node pays for each, in memory and at a start.
 
 A module that is missed here was loaded only since; one that is named in vain has gone. Both are to be put right here.
 """
@@ -94,7 +94,7 @@ def test_what_is_forbidden_exists(module: str) -> None:
 @pytest.mark.soak
 class TestRunning:
     def daemon(self, node: Node, *flags: str | float, scrape: bool = False) -> set[str]:
-        """What it has loaded when it ends, after everything has been used."""
+        """Return its modules at the end, after everything was used."""
         command = (sys.executable, "-c", LOADED.format(module="sgpu.__main__"))
         with FakeKubelet(node.plugins) as kubelet, node.daemon(*flags, command=command) as daemon:
             share = next(iter(kubelet.wait_devices(100)))
@@ -111,7 +111,7 @@ class TestRunning:
         check(self.daemon(node), DAEMON, {*HEAVY, *WEB, "yaml"}, 425)
 
     def test_scraped(self, node: Node) -> None:
-        """What makes metrics comes with the first scrape."""
+        """The metrics library is loaded at the first scrape."""
         address = ("-metrics-address", "127.0.0.1:0")
         check(self.daemon(node, *address), SERVED, {*HEAVY, *METRICS, "yaml"}, 445)
         check(self.daemon(node, *address, scrape=True), SCRAPED, {*HEAVY, "yaml"}, 500)

@@ -1,4 +1,4 @@
-"""Which file a path leads to, and files and directories that only their owner can open."""
+"""Identity of files, and files and directories that only their owner can open."""
 
 from __future__ import annotations
 

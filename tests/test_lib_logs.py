@@ -131,7 +131,7 @@ class TestConfigure:
 
 
 def test_printable() -> None:
-    """What is quoted in a line has neither line breaks nor bytes that are not UTF-8."""
+    """A quoted text has neither line breaks nor bytes that are not UTF-8."""
     assert printable("é a\r\n\udcff") == r"é a\r\n\udcff"
 
 

@@ -1,4 +1,4 @@
-"""What k8s/ has, Kubernetes takes: of 1.9, where the plugin API is as old, and of today. And it fits the daemon."""
+"""Kubernetes 1.9 (where its plugin API suffices) and today's accept what is in k8s/, and it fits the daemon."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def old_definitions() -> Mapping[str, Any]:
 
 
 def problems_in_old(thing: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[str]:
-    """What Kubernetes 1.9 does not take of an object, a line each."""
+    """Return what Kubernetes 1.9 refuses in an object, a line each."""
     import jsonschema  # here and below, because it is only where `tox -e 3.13-all` is
 
     package = {"v1": "core.v1", "apps/v1": "apps.v1"}[thing["apiVersion"]]
@@ -134,7 +134,7 @@ class TestRendered:
     @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
     @pytest.mark.parametrize("directory", KUSTOMIZATIONS, ids=lambda path: str(path.relative_to(K8S)))
     def test_kubectl_makes_the_same_of_it(self, directory: Path) -> None:
-        """What the other tests look at is what kubectl would apply."""
+        """Our kustomize gives what kubectl would apply."""
         rendered = kustomize.render(directory)
         if rendered.remote:
             pytest.skip(f"needs {rendered.remote[0]}")

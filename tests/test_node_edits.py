@@ -1,4 +1,4 @@
-"""What a container gets for the shares it was given."""
+"""Edits to a container for its shares."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIMULATED = Offer(units(Gpu("GPU-s", "simulated GPU 0", "0:0:0.0", (), simulated
 
 
 def environment(*allocated: Offer, options: AllocationOptions = PLAIN) -> dict[str, str]:
-    """What the container gets beside what tells NVIDIA's runtime to do nothing."""
+    """Return the container's environment, without the variable for NVIDIA's runtime."""
     edits = container_edits(allocated, options)
     return {name: value for name, value in edits.environment.items() if name not in IGNORED_BY_NVIDIA_RUNTIME}
 

@@ -1,4 +1,4 @@
-"""What is offered of each unit, as GPUs, rules, held shares and pressure have it."""
+"""Offers of each unit, from GPUs, rules, held shares and pressure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which units are too full to take on more containers."""
+"""Units that are too full for more containers."""
 
 from __future__ import annotations
 

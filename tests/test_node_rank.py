@@ -1,4 +1,4 @@
-"""Which unit comes first when a container asks for a share."""
+"""Ranking of units for a container that asks for a share."""
 
 from __future__ import annotations
 

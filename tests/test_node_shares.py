@@ -66,7 +66,7 @@ def test_round_trip(uuid: str, number: int) -> None:
 @settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text(text: str) -> None:
-    """What parses prints as it was: no two ids name the same share."""
+    """An id that parses prints unchanged: no two ids name the same share."""
     share = Share.parse(text)
     assert share is None or str(share) == text
 

@@ -169,7 +169,7 @@ class TestRefused:
         ],
     )
     def test_first(self, rules: Policy, error: type[Exception]) -> None:
-        """What can't be offered from the beginning is for the operator to put right."""
+        """A list that is too long at the start is an error."""
         node = NodeState(rules, 5, check)
         with pytest.raises(error):
             node.set_gpus((A, B))
@@ -427,7 +427,7 @@ class TestAllocate:
         assert node.usage.allocated(0) == frozenset()
 
     def test_follows_the_offers(self, node: NodeState) -> None:
-        """What can be had is what is offered now: a recovered GPU, a retained share, no GPU that is gone."""
+        """Only current offers can be allocated: a recovered GPU, a retained share, no GPU that is gone."""
         node.set_gpus((sick(A), B))
         node.set_gpus((A, B))
         hold(node, shared="a9")

@@ -1,4 +1,4 @@
-"""What is known of how the GPUs are used, and what a choice goes by."""
+"""The view of how GPUs are used, and the figures for a choice."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class TestLoads:
 
 
 def use(name: str, shares: int, memory: int | None, utilization: int | None, processes: int) -> ContainerUse:
-    """What `namespace/pod/container` has and uses; empty: processes of no pod."""
+    """Return the shares and use of `namespace/pod/container`; empty: processes of no pod."""
     namespace, pod, container = (name or "//").split("/")
     return ContainerUse(namespace, pod, container, shares, memory, utilization, processes)
 

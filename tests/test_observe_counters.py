@@ -1,4 +1,4 @@
-"""What the daemon counts."""
+"""Counters of the daemon's work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is scraped, read back by the parsers of both formats."""
+"""Scrapes, read back by the parsers of both formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which resources are registered with the kubelet."""
+"""Registrations with the kubelet."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def kubelet(monkeypatch: pytest.MonkeyPatch) -> FakeKubelet:
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """What the loop has logged, at any level."""
+    """Return what the loop has logged, at any level."""
     with caplog.at_level(logging.DEBUG, "sgpu"):
         yield lambda: [record.getMessage() for record in caplog.records if record.name == watch.logger.name]
 

@@ -86,7 +86,7 @@ def virtual(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
 
 
 def logged(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
-    """What was logged, all of it at that level."""
+    """Return the log, all of it at that level."""
     assert {record.levelno for record in caplog.records} <= {level}
     return [record.getMessage() for record in caplog.records]
 
@@ -515,7 +515,7 @@ class TestPeers:
 
 
 class TestEnded:
-    """What is reported of each call, for metrics."""
+    """Reports of each call, for metrics."""
 
     @pytest.mark.parametrize(
         ("method", "reported"),

@@ -72,7 +72,7 @@ WHOLE: Final = HELLO + settings() + request(1, ECHO, text("hallo").SerializeToSt
 
 @attrs.frozen
 class Abuse:
-    """What a peer sends on a connection of its own, what it then waits for, and what the log names."""
+    """A peer's bytes on its own connection, the answer it waits for, and the words in the log."""
 
     name: str
     sends: bytes | Callable[[random.Random], bytes]
@@ -252,7 +252,7 @@ def _few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @attrs.frozen
 class Holdings:
-    """What a process has of the things that leak."""
+    """Resources of a process that may leak."""
 
     tasks: int
     descriptors: int
@@ -272,7 +272,7 @@ class Holdings:
 
 
 async def settled(tasks: int) -> Holdings:
-    """What the process has, once the server has seen the end of each connection."""
+    """Return the process's resources, once the server has seen the end of each connection."""
     with trio.move_on_after(TIMEOUT):
         while trio.lowlevel.current_statistics().tasks_living > tasks:
             await trio.testing.wait_all_tasks_blocked(0.001)

@@ -82,7 +82,7 @@ REASONS: Final = (AWAY, LOST, HANGS, CRASHES, *ACTIONS.values(), ROWS, *RESET_XI
 
 @attrs.define
 class Model:
-    """What the daemon should know of one GPU. `stub` is the GPU as it is; `seen` what the last answered poll showed."""
+    """The daemon's expected view of one GPU. `stub` is the GPU as it is; `seen` what the last answered poll showed."""
 
     stub: StubGpu
     present: bool = True
@@ -189,7 +189,7 @@ class Soak:
         return self.chance.choice(fitting) if fitting else None
 
     def is_quiet(self) -> bool:
-        """Whether every GPU answers: then another process takes over at most once more, and from then on none."""
+        """Return whether every GPU answers: then at most one more process takes over."""
         return all(model.answers for model in self.models)
 
     def reset_xid(self) -> bool:

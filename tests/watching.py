@@ -1,4 +1,4 @@
-"""Which GPUs are unhealthy in the kubelet's lists, and waits for that to change.
+"""Follows the unhealthy GPUs in the kubelet's lists, and waits for changes.
 
 A list in which one GPU has healthy and unhealthy shares, a list that repeats the one before, and a registration that
 was lost are failures wherever they happen: `watched` looks for them at the end of each test.
@@ -34,7 +34,7 @@ def down_in(healths: Mapping[str, str]) -> frozenset[str]:
 
 
 def history(kubelet: FakeKubelet) -> list[frozenset[str]]:
-    """Which GPUs were down, list by list."""
+    """Return the GPUs that were down, list by list."""
     return [
         down_in({device.ID: device.health for device in listed.response.devices}) for listed in kubelet.lists[RESOURCE]
     ]
@@ -106,7 +106,7 @@ def wait_polls(node: Node, number: int = 2) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs. One that only waits to be reaped does not."""
+    """Return whether a process runs. One that only waits to be reaped does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -43,7 +43,7 @@ TIMEOUT: Final = 180
 
 
 def kubectl(*arguments: str | Path, given: str | None = None) -> str:
-    """What kubectl answers. Raises AssertionError with what it says where it fails."""
+    """Return kubectl's output. Raises AssertionError with its error."""
     # A session of its own: Ctrl-C is for us, and must not end the kubectl that cleans up.
     done = subprocess.run(
         ["kubectl", *map(str, arguments)],
@@ -72,7 +72,7 @@ def wait_until(what: str, condition: Callable[[], bool]) -> None:
 
 
 def state() -> str:
-    """What there is to know when something is not as it should be."""
+    """Return the cluster's state, for a failed test."""
     commands = ("get pods -A -o wide", "-n kube-system describe pods -l app=sgpu", "-n kube-system logs -l app=sgpu")
     runs = [subprocess.run(["kubectl", *line.split()], capture_output=True, text=True) for line in commands]
     return "\n".join(f"{run.stdout}{run.stderr}" for run in runs)
@@ -90,7 +90,7 @@ def plugin_pods() -> list[Mapping[str, Any]]:
 
 
 def is_offered() -> bool:
-    """Whether every node that runs the plugin has its shares, all of them."""
+    """Return whether every node that runs the plugin has all of its shares."""
     nodes = {pod["spec"].get("nodeName") for pod in plugin_pods()}
     there = allocatable()
     return bool(nodes) and all(there.get(node) == SHARES for node in nodes)
@@ -133,7 +133,7 @@ class Cluster:
         return str(status["containerID"]), int(status["restartCount"])
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the pod printed."""
+        """Return the pod's log."""
         self.running(name)
         wait_until(f"{name} has printed", lambda: "SGPU_SHARES=" in kubectl("-n", self.namespace, "logs", name))
         lines = kubectl("-n", self.namespace, "logs", name).splitlines()

@@ -46,7 +46,7 @@ ACTIONS: Final = ("help", "h", "version", "print-config")
 
 
 class UsageError(Exception):
-    """What the user gave can't be used. One line: the setting, where it came from, what it takes."""
+    """A setting has an invalid value. One line: the setting, where it came from, what it takes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

@@ -30,7 +30,7 @@ _BOOLEANS: Final = {"true": True, "t": True, "1": True, "false": False, "f": Fal
 
 @attrs.frozen
 class Kind:
-    """What a setting takes. `check` says whether a value of the right type is in range."""
+    """A type of value. `takes` describes it; `check` says whether a value of the right type is in range."""
 
     takes: str
     type: type

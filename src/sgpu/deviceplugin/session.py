@@ -91,7 +91,7 @@ async def stay_registered(
 
 
 class Session:
-    """What sessions of one resource have in common."""
+    """State that the sessions of one resource share."""
 
     def __init__(
         self, context: PluginContext, registrations: Registrations, counters: Counters, watchdog: Watchdog

@@ -36,7 +36,7 @@ _ASKS: Final = "the driver asks to"
 
 
 class Clearance(enum.Enum):
-    """What clears an event-reported fault."""
+    """The condition that clears an event-reported fault."""
 
     QUARANTINE = "quarantine"
     RESET = "reset"
@@ -74,7 +74,7 @@ class Condition:
 
 @attrs.frozen
 class FaultRecord:
-    """What outlives the daemon: the faults that only evidence clears, by UUID, and the driver they happened under."""
+    """State that outlives the daemon: faults that only evidence clears, by UUID, and the driver version of then."""
 
     driver_version: str = ""
     faults: Mapping[str, tuple[Fault, ...]] = attrs.Factory(dict)

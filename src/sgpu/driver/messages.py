@@ -1,4 +1,4 @@
-"""What the driver's process and its parent say to each other: values, and how they are written on a line."""
+"""Messages between the driver's process and its parent: values, and their form as lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECOVERY_XID: Final = 154
 
 @attrs.frozen
 class WorkerConfig:
-    """What the driver's process gets when it starts: where to look, and the seconds between polls.
+    """Configuration of the driver's process: where to look, and the seconds between polls.
 
     `suspects` are the UUIDs of GPUs to leave alone. `known` has the UUIDs in the driver's order, as the process before
     saw them: so the first call about a GPU, which is by index, has a name. `once`: end after one answer. `look_only`:

@@ -1,4 +1,4 @@
-"""Which of the driver's numbers can be true: a figure is right or unknown, and everything else reads behind this. Pure.
+"""Replaces impossible numbers of the driver by None, so that a figure is right or unknown for all readers. Pure.
 
 Drivers fill answers with zeros, with all bits set, or with leftovers of other structures, and report success.
 """

@@ -40,7 +40,7 @@ class NoDeviceNodeError(Exception):
 
 @attrs.frozen
 class Places:
-    """Where to look: the libraries, the device nodes, and what the kernel says of PCI devices."""
+    """Directories to look in: libraries, device nodes, and the kernel's PCI devices."""
 
     host_path: Path
     dev_directory: Path

@@ -27,7 +27,7 @@ EXIT_TIMEOUT: Final = 1.0
 
 @attrs.frozen
 class Outcome:
-    """How a process ended. `problem` is empty if it ended by itself.
+    """The end of a process. `problem` is empty if it ended by itself.
 
     `in_call` is the UUID that its last call was about, empty for the driver as a whole, None when it was in no call.
     """

@@ -44,7 +44,7 @@ async def supervise(
 
 
 class _Supervisor:
-    """What is known from one worker to the next."""
+    """State that is kept from one worker to the next."""
 
     def __init__(
         self,

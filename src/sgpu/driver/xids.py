@@ -14,7 +14,7 @@ import attrs
 
 
 class XidClass(enum.Enum):
-    """What an XID says about the GPU."""
+    """The class of an XID: what it means for the GPU."""
 
     #: The application's fault, or a mere notice: the GPU is as good as before. Ignored.
     APPLICATION = "application"

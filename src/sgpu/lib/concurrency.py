@@ -1,4 +1,4 @@
-"""What trio leaves to do by hand: wake all who wait for a change, take the first result, find an error in a group."""
+"""Helpers that trio lacks: wake all who wait for a change, take the first result, find an error in a group."""
 
 from __future__ import annotations
 

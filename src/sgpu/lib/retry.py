@@ -1,4 +1,4 @@
-"""How long to wait before trying again. Imports nothing of sgpu."""
+"""Delays between attempts. Imports nothing of sgpu."""
 
 from __future__ import annotations
 

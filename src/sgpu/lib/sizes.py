@@ -1,4 +1,4 @@
-"""How much memory is, in the units of NVIDIA's tools and of Kubernetes. Imports nothing of sgpu."""
+"""Formats amounts of memory in the units of NVIDIA's tools and of Kubernetes. Imports nothing of sgpu."""
 
 from __future__ import annotations
 

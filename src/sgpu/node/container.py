@@ -1,4 +1,4 @@
-"""Which container of which pod. A value."""
+"""A container of a pod. A value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container that gets shares needs: environment, device nodes and mounts, whichever API hands them over.
+"""Edits to a container that gets shares: environment, device nodes and mounts, for any API.
 
 Pure: knows neither trio, nor purerpc, nor NVML.
 """
@@ -43,7 +43,7 @@ class NotDistinctError(AllocationError):
 
 @attrs.frozen
 class HostPaths:
-    """Where the libraries and the device nodes are on the host, and where the libraries appear in a container."""
+    """Directories of the libraries and device nodes on the host, and of the libraries in a container."""
 
     libraries: str
     libraries_in_container: str
@@ -52,7 +52,7 @@ class HostPaths:
 
 @attrs.frozen
 class AllocationOptions:
-    """What the operator decided about what a container gets."""
+    """The operator's settings for what a container gets."""
 
     paths: HostPaths
     framework_hints: bool = True

@@ -1,4 +1,4 @@
-"""What the driver reports of how a unit is used, at one moment. Values only: the driver's process imports this, too."""
+"""The driver's figures of a unit's use at one moment. Values only: the driver's process imports this, too."""
 
 from __future__ import annotations
 

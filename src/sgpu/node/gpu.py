@@ -1,4 +1,4 @@
-"""A GPU, which is healthy or not as a whole, and a unit: what can be shared of it. Values only."""
+"""A GPU, which is healthy or not as a whole, and a unit, the part of it that can be shared. Values only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Gpu:
 
 @attrs.frozen
 class Unit:
-    """What can be shared of a GPU: today all of it. Its health is the GPU's."""
+    """A part of a GPU that can be shared: today all of it. Its health is the GPU's."""
 
     gpu: Gpu
     uuid: str

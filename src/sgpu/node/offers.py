@@ -17,7 +17,7 @@ Offers = Mapping[str, tuple["Offer", ...]]
 
 @attrs.frozen
 class Offer:
-    """What is offered of one unit: `shares` of it, numbered from 0.
+    """The shares that are offered of one unit: `shares` of them, numbered from 0.
 
     `retained` are the numbers of further shares that containers still have from when there were more. `withheld` are
     the numbers of free shares that are listed as unhealthy, because the unit's memory is full.

@@ -1,4 +1,4 @@
-"""Which unit comes first when a container asks for a share: by placement, live memory and utilization.
+"""Ranks units for a container that asks for a share: by placement, live memory and utilization.
 
 Pure: knows neither trio, nor purerpc, nor NVML.
 """
@@ -19,7 +19,7 @@ class Placement(enum.Enum):
 
 
 class MultiShare(enum.Enum):
-    """Which units several shares of one container should come from. STRICT_DISTINCT differs only in Allocate."""
+    """The units that several shares of one container should come from. STRICT_DISTINCT differs only in Allocate."""
 
     DISTINCT = "distinct"
     SAME = "same"
@@ -28,7 +28,7 @@ class MultiShare(enum.Enum):
 
 @attrs.frozen
 class UnitLoad:
-    """How one unit is used when a container asks for shares.
+    """The use of one unit when a container asks for shares.
 
     `allocated`: how many of its `shares` containers have; None: unknown, then those that are not free count.
     `free_memory`: bytes, as last sampled, less what the shares handed out moments ago will still take.

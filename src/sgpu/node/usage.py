@@ -1,4 +1,4 @@
-"""How the GPUs are used, as last seen: which container has which share, memory and utilization, by GPU and container.
+"""The latest view of how GPUs are used: which container has which share, memory and utilization, by GPU and container.
 
 Changing state, but nothing waits for it: it is read when a choice is to be made. Times are passed in, in monotonic
 seconds. Knows neither trio, nor gRPC, nor NVML.
@@ -26,7 +26,7 @@ STALE_AFTER: Final = 3
 
 @attrs.frozen
 class ContainerUse:
-    """What one container has and uses of one GPU: bytes, percent. None: unknown.
+    """One container's shares and use of one GPU: bytes, percent. None: unknown.
 
     Processes that belong to no pod are together under empty names. `shares` is 0 for a container that uses the GPU
     without having been given a share of it.
@@ -42,7 +42,7 @@ class ContainerUse:
 
 
 class Usage:
-    """What is known. `holders` is None as long as the kubelet does not say which container has which share."""
+    """The latest figures and holders. `holders` is None while the kubelet does not list them."""
 
     def __init__(self, interval: float) -> None:
         self.holders: Mapping[Share, Container] | None = None

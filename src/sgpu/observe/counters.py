@@ -1,4 +1,4 @@
-"""What the daemon has done, counted: its parts count, metrics read.
+"""Counters of the daemon's work: its parts count, metrics read.
 
 Plain values, for one thread: give another thread a `copy`. Imports nothing of sgpu.
 """
@@ -19,7 +19,7 @@ BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.
 
 @attrs.define(eq=False)
 class Durations:
-    """How many calls took how long: `counts` has one for each of BUCKETS, and last those that took longer."""
+    """A histogram of durations: `counts` has one for each of BUCKETS, and last those that took longer."""
 
     counts: list[int] = attrs.field(factory=lambda: [0] * (len(BUCKETS) + 1))
     total: float = 0.0

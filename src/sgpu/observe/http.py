@@ -37,7 +37,7 @@ TEXT: Final = "text/plain; charset=utf-8"
 
 @attrs.frozen
 class Request:
-    """What was asked for. Names of headers are in lower case; several of one name are joined by commas."""
+    """An HTTP request. Names of headers are in lower case; several of one name are joined by commas."""
 
     path: str
     headers: Mapping[str, str]
@@ -45,7 +45,7 @@ class Request:
 
 @attrs.frozen
 class Response:
-    """What is answered."""
+    """An HTTP response."""
 
     status: int
     body: bytes

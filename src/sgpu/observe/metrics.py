@@ -39,7 +39,7 @@ Samples = Iterable[tuple[Labels, float | None]]
 
 @attrs.frozen
 class Page:
-    """What a scrape gets: the text, its content type, and its encoding (empty: none)."""
+    """The response to a scrape: the text, its content type, and its encoding (empty: none)."""
 
     text: bytes
     content_type: str

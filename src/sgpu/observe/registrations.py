@@ -1,4 +1,4 @@
-"""Which resources are registered with the kubelet, and the streams that it has open: for metrics, probes and status.
+"""The resources that are registered with the kubelet, and its open streams: for metrics, probes and status.
 
 Plain values, for one thread.
 """

@@ -1,4 +1,4 @@
-"""What the daemon knows at one moment, as values: what metrics, probes and `status` show.
+"""The daemon's state at one moment, as values, for metrics, probes and `status`.
 
 Times are seconds since the epoch, memory is in bytes, utilization in percent. None: unknown.
 """

@@ -29,7 +29,7 @@ _START_FIELD: Final = 19
 
 @attrs.frozen
 class Stat:
-    """What /proc/<pid>/stat has: the name, cut to 15 characters, and clock ticks from the boot to the start."""
+    """Fields of /proc/<pid>/stat: the name, cut to 15 characters, and clock ticks from the boot to the start."""
 
     name: str
     start: int
@@ -46,7 +46,7 @@ class UnattributableError(Exception):
 
 @attrs.frozen
 class Places:
-    """Where to look: the kernel's /proc, and the kubelet's links to logs."""
+    """Directories to look in: the kernel's /proc, and the kubelet's links to logs."""
 
     proc: Path
     container_logs: Path

@@ -33,7 +33,7 @@ TOLERATED: Final = 3
 
 @attrs.frozen
 class WatchOptions:
-    """Where to look and how often (seconds). `watermark`: part of a GPU's memory; 0: never withhold."""
+    """Places to look, and the seconds between looks. `watermark`: part of a GPU's memory; 0: never withhold."""
 
     socket: Path
     interval: float

@@ -20,7 +20,7 @@ Meaning = TypeVar("Meaning")
 
 
 class _Memory(Generic[Key, Meaning]):
-    """What blocks mean while a table of headers is what it is."""
+    """The meaning of header blocks, for one state of hpack's table."""
 
     def __init__(self, table: Any) -> None:  # noqa: ANN401  # hpack is not typed
         self._table = table

@@ -1,4 +1,4 @@
-"""Which handler answers which method, from purerpc's generated servicers."""
+"""Maps methods to their handlers, from purerpc's generated servicers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgpu.rpc.protocol import RpcError
 
 @attrs.frozen
 class Route:
-    """What answers one method: `handler(message)` gives the answer, or a coroutine where that takes waiting; if
+    """The handler of one method: `handler(message)` gives the answer, or a coroutine if it has to wait; if
     `streams`, an asynchronous generator.
     """
 

@@ -36,7 +36,7 @@ class AddressInUseError(Exception):
 
 @attrs.frozen
 class Identity:
-    """Which file a path names: a file that replaces it has another identity, as long as the old one is held open."""
+    """Identity of the file at a path. A file that replaces it has another, as long as the old one is held open."""
 
     device: int
     inode: int

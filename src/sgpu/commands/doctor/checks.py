@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @attrs.define
 class Facts:
-    """What checks look at, and what they found out for those that come after them."""
+    """Inputs of the checks, and results that later checks need."""
 
     loaded: Loaded
     host: Host

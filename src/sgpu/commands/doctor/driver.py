@@ -40,7 +40,7 @@ _ADVICE: Final = {
 
 @attrs.frozen
 class Answer:
-    """What NVML said: a report, or why there is none. `in_call` is the GPU that the last call was about."""
+    """NVML's answer: a report, or why there is none. `in_call` is the GPU of the last call."""
 
     report: Report | None = None
     not_ready: str = ""

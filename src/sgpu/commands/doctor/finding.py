@@ -1,4 +1,4 @@
-"""What a check found, as a value: one line for a person, one object for a machine. Imports nothing of sgpu."""
+"""The result of a check, as a value: one line for a person, one object for a machine. Imports nothing of sgpu."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import attrs
 
 
 class Level(enum.Enum):
-    """How bad it is. `skip` is no result: what was to be checked depends on something that failed before."""
+    """Severity. `skip` is no result: the check depends on another that failed."""
 
     OK = "ok"
     WARN = "warn"

@@ -63,7 +63,7 @@ async def check_kubelet(directory: Path) -> Finding:
 
 @attrs.frozen
 class Daemon:
-    """Who answers on sgpu's own socket of a resource."""
+    """The daemon that answers on sgpu's socket of a resource, if any."""
 
     resource: str
     finding: Finding

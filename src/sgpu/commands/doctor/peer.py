@@ -19,7 +19,7 @@ TIMEOUT: Final = 3.0
 
 @attrs.frozen
 class Peer:
-    """What became of the call. `code` is the answer's, None where none came; `pid` is 0 where it is not visible.
+    """The result of a call. `code` is None without an answer; `pid` is 0 if it is not visible.
 
     `absent`: there is no such socket; `refused`: nobody listens on it any more.
     """

@@ -1,4 +1,4 @@
-"""What the daemon's own container has: memory, and sight of the host's processes. Knows no GPU and no kubelet."""
+"""Checks of the daemon's container: its memory limit and view of processes. Knows no GPU and no kubelet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a host are its NVIDIA driver's: libraries and tools of one version. Reads only."""
+"""Finds the files of a host's NVIDIA driver: libraries and tools of one version. Reads only."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ FINE, BAD, NOTE, DIM = "green", "bold red", "yellow", "dim"
 
 @attrs.frozen
 class View:
-    """How it is to be shown: columns there are (None: as many as it takes, so that names are never split); only
+    """Options of the view: columns there are (None: as many as it takes, so that names are never split); only
     characters of ASCII; seconds after which figures are old.
     """
 
@@ -162,7 +162,7 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
 
 
 def _moment(moment: float, now: float) -> str:
-    """When that was, with the date unless it is today's."""
+    """Return the time, with the date unless it is today's."""
     then, today = time.gmtime(moment), time.gmtime(now)
     return time.strftime("%H:%M:%SZ" if then[:3] == today[:3] else "%Y-%m-%d %H:%MZ", then)
 

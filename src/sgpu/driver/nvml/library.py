@@ -218,7 +218,7 @@ class Library:
 
 @attrs.frozen
 class EventSet:
-    """What a GPU is registered with in order to hear of its events."""
+    """A set of events, for which GPUs are registered."""
 
     library: Library
     pointer: object = attrs.field(repr=False)

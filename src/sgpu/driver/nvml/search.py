@@ -1,4 +1,4 @@
-"""Where libnvidia-ml may lie under a directory, and opening the first one that loads."""
+"""Finds libnvidia-ml under a directory, and opens the first one that loads."""
 
 import os
 from collections.abc import Iterator
