@@ -22,6 +22,7 @@ import pytest
 from driver_layout import LAYOUTS, MULTIARCH, DriverFiles, load_module, make_cache, multiarch
 
 from sgpu.commands.stage import StageError, sets, stage, stage_once
+from sgpu.commands.stage.driver import find
 from sgpu.commands.stage.host import Host
 
 OLD, NEW = "535.261.03", "550.90"
@@ -578,6 +579,16 @@ def test_library_without_a_version(place: Place) -> None:
     (directory / "libnvidia-link.so.4").symlink_to("libnvidia-nvvm70.so.4")
     assert "5 libraries" in place.stage()
     assert (place.path / "lib64/libnvidia-nvvm70.so.4").is_file()
+
+
+def test_old_copy_by_soname(place: Place) -> None:
+    """A file by whose name a library of the driver is loaded is another's: it is not staged."""
+    directory = place.root / driver_layout.MULTIARCH
+    (directory / "libcuda.so.1").unlink(missing_ok=True)
+    shutil.copy(directory / f"libnvidia-nvvm.so.{OLD}", directory / "libcuda.so.1")
+    assert "4 libraries" in place.stage()
+    assert os.readlink(place.path / "lib64/libcuda.so.1") == f"libcuda.so.{OLD}"
+    assert sets.is_current(place.path, find(place.root))
 
 
 def test_odd_files(place: Place, new: DriverFiles) -> None:

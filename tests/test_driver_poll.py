@@ -359,6 +359,14 @@ def test_one_uuid_twice(node: Node) -> None:
     assert StubGpu().uuid in problem
 
 
+def test_order_has_changed(node: Node) -> None:
+    """A GPU that had another place is no second one, also where the one at its old place does not answer."""
+    first, second = node.driver.gpus(2)
+    node.driver.fail("nvmlDeviceGetHandleByIndex_v2", 999, first)
+    report = read(node, known=(second.uuid, first.uuid))
+    assert [gpu.uuid for gpu in report.gpus] == [second.uuid]
+
+
 def test_a_clock_at_the_epoch(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a node that has not set it yet."""
     monkeypatch.setattr(time, "time", lambda: 30.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,9 @@ def test_without_a_name(node: FakeNode) -> None:
     (node.logs / "trainer.log").unlink()
     (node.logs / "odd.log").touch()
     ((_, container),) = node.found()[RESOURCE].items()
-    assert UID in container.pod
+    assert str(container) == f"uid {UID}"
+    shutil.rmtree(node.logs)  # not mounted
+    assert node.found() == {RESOURCE: {Share("GPU-a", 1): container}}
 
 
 def test_other_resources(node: FakeNode) -> None:

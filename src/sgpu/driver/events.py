@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from sgpu.driver.messages import DriverEvent, EventKind, Message
-from sgpu.driver.nvml import EventSet, EventType, Handle, Library, NvmlError
+from sgpu.driver.nvml import NO_ANSWER, EventSet, EventType, Handle, Library, NvmlError
 
 #: Longest wait for events, in seconds: the library can't be closed before it ends.
 EVENT_WAIT: Final = 0.5
@@ -39,21 +39,26 @@ class EventListener(threading.Thread):
         self._emit = emit
         self._wake = wake
         self._registered: set[str] = set()
-        self._received: set[str] = set()  # of those, the GPUs that have events
+        self._eventless: set[str] = set()
         self._started_once = False
         self._ending = threading.Event()
 
     def register(self, uuid: str, handle: Handle) -> None:
         """Listen to this GPU from now on, if it has events: that it has none, or refuses, is no fault."""
         if uuid not in self._registered:
-            with suppress(NvmlError):
-                if self._events.register(handle, sum(EVENTS)):
-                    self._received.add(uuid)
+            try:
+                supported = bool(self._events.register(handle, sum(EVENTS)))
                 self._registered.add(uuid)
+            except NvmlError as error:  # the next poll tries again
+                supported = error.code not in NO_ANSWER
+            if not supported:
+                self._eventless.add(uuid)
+            else:
+                self._eventless.discard(uuid)
 
-    def listens_to(self, uuid: str) -> bool:
-        """Return whether events of this GPU are received."""
-        return uuid in self._received
+    def supports(self, uuid: str) -> bool:
+        """Return False for a GPU that has no events, by the driver's answer."""
+        return uuid not in self._eventless
 
     def listen(self) -> None:
         """Start emitting, if that was not done: what happened since the registration comes first."""
@@ -84,12 +89,15 @@ class EventListener(threading.Thread):
 
 
 class NoEvents:
-    """Stands in where the driver knows no events: that is no fault, polls do without."""
+    """Stands in where the driver gives no event set: that is no fault, polls do without."""
 
     failed = False
 
-    def listens_to(self, uuid: str) -> bool:
-        return False
+    def __init__(self, supported: bool) -> None:
+        self._supported = supported
+
+    def supports(self, uuid: str) -> bool:
+        return self._supported
 
     def register(self, uuid: str, handle: Handle) -> None:
         pass
@@ -107,8 +115,8 @@ def event_listener(
     with ExitStack() as stack:
         try:
             events = stack.enter_context(library.event_set())
-        except NvmlError:
-            yield NoEvents()
+        except NvmlError as error:
+            yield NoEvents(supported=error.code not in NO_ANSWER)
             return
         listener = EventListener(events, emit, wake)
         stack.callback(listener.end)

@@ -62,7 +62,7 @@ class Report:
 
     `skipped` are the UUIDs of those that are there and were left alone, because a call about them did not return;
     `nodeless` of those that the driver answers for and that have no device node. `order` has all UUIDs in the
-    driver's order, empty where it is unknown. `eventless` are the UUIDs of GPUs whose events are not received.
+    driver's order, empty where it is unknown. `eventless` are the UUIDs of GPUs without events.
     """
 
     gpus: tuple[GpuReport, ...]

@@ -69,6 +69,7 @@ def poll(
     shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
     gpus, problems, skipped, nodeless = [], [], [], []
     order: list[str] = []
+    answered: dict[str, int] = {}
     call_started("")
     count = library.count()
     for index in range(count):
@@ -81,9 +82,10 @@ def poll(
             if uuid in skip:
                 skipped.append(uuid)
                 continue
-            if uuid in order:
-                problems.append(f"GPU {index} is left out: it has the UUID {uuid} of GPU {order.index(uuid)}")
+            if uuid in answered:
+                problems.append(f"GPU {index} is left out: it has the UUID {uuid} of GPU {answered[uuid]}")
                 continue
+            answered[uuid] = index
             call_started(uuid)
             found(uuid, handle)
             gpu = _gpu(library, handle, uuid, places, shared_nodes)

@@ -125,7 +125,7 @@ class Worker:
                 if not (report.gpus or report.skipped):
                     raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
                 listener.listen()
-                silent = tuple(gpu.uuid for gpu in report.gpus if not listener.listens_to(gpu.uuid))
+                silent = tuple(gpu.uuid for gpu in report.gpus if not listener.supports(gpu.uuid))
                 self._emit(attrs.evolve(report, eventless=silent))
                 yield
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:

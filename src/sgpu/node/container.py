@@ -16,7 +16,7 @@ class Container:
     container: str
 
     def __str__(self) -> str:
-        return f"{self.namespace}/{self.pod}"
+        return f"{self.namespace}/{self.pod}" if self.namespace else self.pod
 
 
 #: Stands for all processes that belong to no pod.

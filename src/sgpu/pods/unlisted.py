@@ -50,7 +50,7 @@ class Unlisted:
         if not missing:
             return {}
         living = _living(self._places.proc, {_plain(entry.pod_uid) for entry, _ in missing})
-        names = _names(self._places.container_logs)
+        names = _names(self._places.container_logs) if living else {}
         found: dict[str, dict[Share, Container]] = {}
         for entry, share in missing:
             if _plain(entry.pod_uid) in living:
@@ -99,8 +99,12 @@ def _living(proc: Path, uids: Collection[str]) -> set[str]:
 
 def _names(container_logs: Path) -> dict[str, tuple[str, str]]:
     """Return namespace and name by pod uid, from the links' targets: `…/<namespace>_<pod>_<uid>/<container>/0.log`."""
-    names = {}
-    for link in os.listdir(container_logs):
+    names: dict[str, tuple[str, str]] = {}
+    try:
+        links = os.listdir(container_logs)
+    except OSError:  # not mounted: the pods are known by their uids
+        return names
+    for link in links:
         try:
             namespace, pod, uid = PurePosixPath(os.readlink(container_logs / link)).parts[-3].split("_")
         except (OSError, IndexError, ValueError):  # no link, or none of the kubelet's

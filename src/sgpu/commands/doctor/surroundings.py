@@ -96,10 +96,16 @@ def _limit(group: Path) -> int | None:
 
 
 def _used(group: Path) -> int | None:
+    """Return the memory that the kernel can't simply take back: without the cache of files that are not in use."""
+    cache = 0
+    for line in read_text(group / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "total_inactive_file" or (name == "inactive_file" and not cache):  # the total of v1 includes it
+            cache = int(value)
     for name in ("memory.current", "memory.usage_in_bytes"):
         text = read_text(group / name).strip()
         if text.isdecimal():
-            return int(text)
+            return int(text) - cache
     return None
 
 

@@ -171,11 +171,12 @@ def _installed(host: Host, loaded: str) -> Iterator[tuple[str, PurePosixPath]]:
 def _libraries(host: Host, version: str, directory: PurePosixPath, graphics: bool, odd: list[str]) -> Iterator[File]:
     """Yield the libraries of one version, wherever the loader or a distribution has them; the first of each name.
 
-    Those beside the management library count, too, if their names have only a soname's number. What is no library is
-    added to `odd`.
+    Those beside the management library count, too, if their names have only a soname's number, unless a library of
+    this version is loaded by that name: then they are copies of another. What is no library is added to `odd`.
     """
     known = [resolved.parent for _, path in host.loader_cache() if (resolved := host.resolve(path))]
-    seen = set()
+    seen: set[str] = set()
+    sonames: set[str] = set()
     for place in dict.fromkeys((directory, *known, *DIRECTORIES)):
         if OWN_DIRECTORY in place.parts:
             continue
@@ -183,14 +184,23 @@ def _libraries(host: Host, version: str, directory: PurePosixPath, graphics: boo
             if name in seen or (_GRAPHICS.match(name) and not graphics):
                 continue
             match = _LIBRARY.fullmatch(name)
-            unversioned = place == directory and _UNVERSIONED.fullmatch(name) and host.is_file(place / name)
-            if not unversioned and (not match or match[1] != version):
-                continue
-            if host.is_empty(place / name):
-                odd.append(str(place / name))
-            elif library := _file(host, place / name):
+            if match and match[1] == version and (library := _library(host, place / name, odd)):
                 seen.add(name)
+                sonames.add(library.soname)
                 yield library
+    for name in host.names(directory):
+        if name in sonames or not _UNVERSIONED.fullmatch(name) or (_GRAPHICS.match(name) and not graphics):
+            continue
+        if host.is_file(directory / name) and (library := _library(host, directory / name, odd)):
+            yield library
+
+
+def _library(host: Host, path: PurePosixPath, odd: list[str]) -> File | None:
+    """Return the library that a path leads to, if it is for this machine. An empty one is added to `odd`."""
+    if host.is_empty(path):
+        odd.append(str(path))
+        return None
+    return _file(host, path)
 
 
 def _tools(host: Host, libraries: PurePosixPath, odd: list[str]) -> Iterator[File]:
