@@ -62,12 +62,13 @@ def checks(loaded: Loaded) -> list[Check]:
             Check("rules per GPU", _rules, ("driver",)),
         ]
     )
-    of_processes = (  # no process uses simulated GPUs
+    of_containers = (  # simulated GPUs have no processes and no device nodes
         []
         if loaded.settings.simulate
         else [
             Check("host's processes", _blocking(lambda facts: [surroundings.check_processes(_proc(facts))])),
             Check("container logs", _blocking(lambda facts: [surroundings.check_container_logs(_logs(facts))])),
+            Check("stored answers", _stored_answers, ("driver", "PodResources")),
         ]
     )
     return [
@@ -77,12 +78,11 @@ def checks(loaded: Loaded) -> list[Check]:
         *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
         Check("other plugins", _others),
         Check("PodResources", _pod_resources),
-        Check("stored answers", _stored_answers, ("driver", "PodResources")),
         Check("metrics and probes", _served, tuple(daemons)),
         Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("settings", _blocking(lambda facts: configured.check_settings(facts.loaded, facts.host))),
         Check("memory limit", _blocking(lambda facts: [surroundings.check_memory(facts.host)])),
-        *of_processes,
+        *of_containers,
     ]
 
 
