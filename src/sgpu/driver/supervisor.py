@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 #: Seconds between starts of a worker that fails each time, growing.
 FIRST_RESTART: Final = 0.1
 LAST_RESTART: Final = 5.0
+#: Seconds that a killed process gets to die: it takes milliseconds, unless it is stuck in the kernel.
+KILL_TIMEOUT: Final = 0.2
 #: Processes that are stuck in the kernel. If the driver hangs as a whole, one more would only be stuck too.
 MOST_LEFT_BEHIND: Final = 4
 #: Single polls at the same time, stuck ones among them: each process takes some 11 MB.
@@ -81,6 +83,7 @@ class _Supervisor:
             with trio.CancelScope() as self._running:
                 outcome = await run_worker(self._current(), self._deadline, left_behind, self._handle)
             if not outcome.problem:
+                await _wait_for_last(left_behind)  # the others die while the next one is delayed
                 continue
             if self._answered:
                 problem.clear()
@@ -159,6 +162,13 @@ class _Supervisor:
 
 def _problems(report: Report) -> frozenset[object]:
     return frozenset((*report.problems, *((gpu.uuid, gpu.error) for gpu in report.gpus if gpu.error)))
+
+
+async def _wait_for_last(left_behind: list[trio.Process]) -> None:
+    """Wait for the process that was just killed: else it stays a zombie until the next one ends."""
+    with trio.move_on_after(KILL_TIMEOUT):
+        for process in left_behind[-1:]:
+            await process.wait()
 
 
 def _reap(left_behind: list[trio.Process]) -> None:
