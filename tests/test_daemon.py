@@ -288,7 +288,12 @@ class TestRegistration:
         with FakeKubelet(node.plugins) as kubelet, node.daemon(*FACTOR) as daemon:
             kubelet.wait_devices(10)
             kubelet.stop()
-            shutil.rmtree(node.plugins)
+
+            def removed() -> bool:  # the daemon may make its socket anew meanwhile
+                shutil.rmtree(node.plugins, ignore_errors=True)
+                return not node.plugins.exists()
+
+            wait_until(removed, "removed")
             wait_until(
                 lambda: count(daemon, str(node.plugins)) > count(daemon, f"{node.plugins}/"), "its absence noticed"
             )
