@@ -207,6 +207,7 @@ def test_well(node: Node, host: Host) -> None:
     given = (f"-{name}={value}" for name, value in same.items())
     with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods), node.daemon(*given) as daemon:
         share_ids = list(kubelet.wait_devices(100))
+        daemon.wait_log("registered")  # the kubelet lists them before it answers the registration
         record = node.plugins / "kubelet_internal_checkpoint"
         record.write_text(json.dumps({"Data": {"RegisteredDevices": {RESOURCE: share_ids}}}))
         (host.proc / str(daemon.pid)).symlink_to(f"/proc/{daemon.pid}")
