@@ -29,6 +29,7 @@ OTHER = {
     "placement": "pack",
     "multi-share": "strict-distinct",
     "memory-watermark": "0.8",
+    "memory-limits": "fair",
     "sample-interval": "2.5",
     "pod-resources-socket": "/run/pods.sock",
     "framework-hints": "false",
@@ -339,15 +340,19 @@ gpus:
     shares: 40
 
   - {pci-bus-id: 0000:05:00.0, exclude: true}
+  - {name: L4, memory-limits: burst=1.5}
+  - {name: L40S, memory-limits: off}
 """
         policy = load_file(config, content).policy
         rules = (
             Rule("", uuid="GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d", shares=1, resource="example.com/whole-gpu"),
             Rule("", name="*A100*", shares=40),
             Rule("", pci_bus_id="0000:05:00.0", exclude=True),
+            Rule("", name="L4", limit_factor=1.5),
+            Rule("", name="L40S", limit_factor=0),
         )
         assert policy == Policy("deepomatic.com/shared-gpu", 7, rules)
-        assert [rule.place for rule in policy.rules] == [f"{config}:{line}" for line in (3, 6, 9)]
+        assert [rule.place for rule in policy.rules] == [f"{config}:{line}" for line in (3, 6, 9, 10, 11)]
         assert load_file(config, "gpus: []").policy == load({}, {}).policy
         flags = {"resource-name": "example.com/gpu", "gpu-duplication-factor": "7"}
         assert load(flags, {}).policy == Policy("example.com/gpu", 7)
@@ -392,6 +397,7 @@ gpus:
             pytest.param("{name: T4, shares: 0}", ("shares", " 0 "), id="no shares"),
             pytest.param("{name: T4, shares: '1'}", ("shares", "'1'"), id="quoted number"),
             pytest.param("{name: T4, resource: gpu}", ("resource", "'gpu'"), id="bad resource name"),
+            pytest.param("{name: T4, memory-limits: some}", ("memory-limits", "some"), id="no limits"),
             pytest.param("{name: T4, exclude: 1}", ("exclude", " 1 "), id="number for a boolean"),
         ],
     )

@@ -39,6 +39,7 @@ EXPECTED = {
     "placement": Expected("spread", ("spread", "pack"), ("binpack",)),
     "multi-share": Expected("distinct", ("distinct", "same", "strict-distinct"), ("strict",)),
     "memory-watermark": Expected(0.95, ("0", "1"), ("95",)),
+    "memory-limits": Expected("off", ("fair", "burst=1.5"), ("on", "burst")),
     "sample-interval": Expected(5.0, *INTERVAL),
     "pod-resources-socket": Expected("/var/lib/kubelet/pod-resources/kubelet.sock", *PATHS),
     "framework-hints": Expected(True, *BOOLEANS),

@@ -8,6 +8,7 @@ from sgpu.config.values import (
     ADDRESS,
     BOOLEAN,
     FILE,
+    MEMORY_LIMITS,
     NUMBERS,
     PATH,
     RESOURCE,
@@ -17,6 +18,7 @@ from sgpu.config.values import (
     fraction,
     integer,
     is_extended_resource,
+    parse_limits,
     seconds,
     split_address,
 )
@@ -32,6 +34,7 @@ KINDS = {
     "path": PATH,
     "file": FILE,
     "numbers": NUMBERS,
+    "limits": MEMORY_LIMITS,
     "address": ADDRESS,
     "resource": RESOURCE,
 }
@@ -45,6 +48,7 @@ TEXTS: dict[str, dict[str, object]] = {
     "path": {"/": "/", "/a b": "/a b"},
     "file": {"": "", "relative": "relative"},
     "numbers": {"": "", "13": "13", "79, 13": "79, 13", "999999999": "999999999"},
+    "limits": {"off": "off", "fair": "fair", "burst=1": "burst=1", "burst=2.5": "burst=2.5"},
     "address": {"": "", ":2112": ":2112"},
     "resource": {"a.b/c": "a.b/c"},
 }
@@ -57,6 +61,7 @@ REFUSED_TEXTS = {
     "path": ("", "a/b", "~/x", "/a\0b"),
     "file": ("/", "\0"),
     "numbers": ("0", "-1", "13;31", "13,", "1.5", "1234567890"),
+    "limits": ("", "on", "fair=2", "burst", "burst=", "burst=0.9", "burst=1001", "burst=x", "burst=-1"),
     "address": ("2112",),
     "resource": ("cpu",),
 }
@@ -69,6 +74,7 @@ FILED: dict[str, list[tuple[object, object]]] = {
     "choice": [("red", "red")],
     "path": [("/a", "/a")],
     "numbers": [("13,31", "13,31"), (79, "79")],
+    "limits": [("fair", "fair"), (False, "off")],
 }
 REFUSED_FILED: dict[str, list[object]] = {
     "integer": [True, "5", 5.0, None, 11],
@@ -78,6 +84,7 @@ REFUSED_FILED: dict[str, list[object]] = {
     "choice": [{}, True],
     "path": [1, ["/a"], "a"],
     "numbers": [True, -1, 1.5, None],
+    "limits": [True, 0, 1.5, None],
 }
 
 
@@ -132,6 +139,12 @@ def test_another_type_in_yaml_is_refused(kind: Kind, value: object) -> None:
 def test_a_kind_names_all_that_it_takes(kind: Kind, facts: tuple[str, ...]) -> None:
     """Show both ends of a range, and every word."""
     assert all(fact in kind.takes for fact in facts)
+
+
+@pytest.mark.parametrize(("text", "factor"), [("off", 0), ("fair", 1), ("burst=2.5", 2.5)])
+def test_limits_are_a_factor(text: str, factor: float) -> None:
+    """Limits are so many times the fair part of the memory."""
+    assert parse_limits(text) == factor
 
 
 @pytest.mark.parametrize(

@@ -142,15 +142,19 @@ class TestGpus:
             pci_bus_id="00000000:3B:00.0",
             device_nodes=("nvidia0", "nvidiactl"),
             memory_bytes=1000,
+            memory_total=1000,
             numa_node=1,
             health=Health.HEALTHY,
             reason="",
         )
         assert two.node.gpus[0] == gpu
         changed = two.node.changed.next
-        two.report(attrs.evolve(FIRST, figures=Figures(memory_total=2000), device_nodes=("nvidia7",)), SECOND)
+        two.report(
+            attrs.evolve(FIRST, figures=Figures(memory_total=2000, memory_reserved=50), device_nodes=("nvidia7",)),
+            SECOND,
+        )
         assert changed.is_set()
-        assert two.node.gpus[0] == attrs.evolve(gpu, memory_bytes=2000, device_nodes=("nvidia7",))
+        assert two.node.gpus[0] == attrs.evolve(gpu, memory_bytes=1950, memory_total=2000, device_nodes=("nvidia7",))
 
     def test_order(self, two: Watched) -> None:
         """Keep the GPUs in the order in which they were first seen."""

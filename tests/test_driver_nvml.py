@@ -195,8 +195,9 @@ class TestVariants:
         with open_library(tmp_path) as library, library.event_set() as event_set:
             assert (library.count(), event_set.wait(SHORT)) == (1, None)
             assert library.pci_bus_id(library.handle(0)) == "00000001:AF:1F.0"
-            used = 5 * GIB if absent else 4 * GIB  # older ones count what the driver reserves
-            assert library.memory(library.handle(0)) == Memory(total=15 * GIB, used=used, free=10 * GIB)
+            # Older ones count what the driver reserves.
+            used, reserved = (5 * GIB, None) if absent else (4 * GIB, GIB)
+            assert library.memory(library.handle(0)) == Memory(15 * GIB, used, 10 * GIB, reserved)
         for function, variant in has.items():
             assert driver.calls(function) == driver.calls(variant) > 0
 
@@ -291,7 +292,7 @@ class TestFacts:
             "nvmlDeviceGetName": "NVIDIA H200",
             "nvmlDeviceGetMinorNumber": 7,
             "nvmlDeviceGetPciInfo": "0000C0DE:AF:1F.0",
-            "nvmlDeviceGetMemoryInfo": Memory(total=141 * GIB, used=5 * GIB, free=135 * GIB),
+            "nvmlDeviceGetMemoryInfo": Memory(total=141 * GIB, used=5 * GIB, free=135 * GIB, reserved=GIB),
             "nvmlDeviceGetUtilizationRates": 37,
             "nvmlDeviceGetFieldValues": 2,
             "nvmlDeviceGetRemappedRows": RemappedRows(pending=False, failed=True),

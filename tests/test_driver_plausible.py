@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sgpu.driver.plausible import MOST_MEMORY, free_memory, percent, process_memory, total_memory
+from sgpu.driver.plausible import MOST_MEMORY, free_memory, percent, process_memory, reserved_memory, total_memory
 
 pytestmark = pytest.mark.pure
 
@@ -36,6 +36,14 @@ def test_total_memory(total: int, known: int | None) -> None:
 def test_free_memory(free: int, used: int, total: int | None, known: int | None) -> None:
     """It fits into the total."""
     assert free_memory(free, used, total) == known
+
+
+@pytest.mark.parametrize(
+    ("reserved", "total", "known"), [(3, 10, 3), (10, 10, None), (None, 10, None), (3, None, None)]
+)
+def test_reserved_memory(reserved: int | None, total: int | None, known: int | None) -> None:
+    """Less than the total."""
+    assert reserved_memory(reserved, total) == known
 
 
 @pytest.mark.parametrize(("value", "known"), [(-1, None), (0, 0), (100, 100), (101, None), (4294967295, None)])

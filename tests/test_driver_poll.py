@@ -61,7 +61,9 @@ def test_facts(node: Node) -> None:
                 pci_bus_id=first.bus_id,
                 device_nodes=("nvidia5", *shared),
                 numa_node=1,
-                figures=Figures(1024 * MIB, 900 * MIB, 37, (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30))),
+                figures=Figures(
+                    1024 * MIB, 900 * MIB, 37, (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30)), 24 * MIB
+                ),
                 recovery_action=2,
                 rows_pending=True,
                 rows_failed=False,
@@ -74,7 +76,7 @@ def test_facts(node: Node) -> None:
                 name="Tesla T4",
                 pci_bus_id=second.bus_id,
                 device_nodes=("nvidia1", *shared),
-                figures=Figures(second.total, second.total - second.reserved, 100, ()),
+                figures=Figures(second.total, second.total - second.reserved, 100, (), second.reserved),
                 recovery_action=0,
                 rows_pending=False,
                 rows_failed=True,
@@ -119,7 +121,7 @@ class TestQuestions:
     @pytest.mark.parametrize(
         ("function", "unknown"),
         {
-            "nvmlDeviceGetMemoryInfo": {"memory_total", "memory_free"},
+            "nvmlDeviceGetMemoryInfo": {"memory_total", "memory_free", "memory_reserved"},
             "nvmlDeviceGetUtilizationRates": {"utilization"},
         }.items(),
     )

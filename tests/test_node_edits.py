@@ -68,6 +68,8 @@ class TestContainerEdits:
             "SGPU_SHARES": "3",
             "SGPU_GPU_UUIDS": "GPU-b,GPU-a",
             "SGPU_MEMORY_BYTES": "450",
+            "SGPU_MEMORY_BYTES_0": "300",
+            "SGPU_MEMORY_BYTES_1": "150",
         }
         assert nodes(B, A, B) == ["nvidia0", *COMMON, "nvidia3"]
 

@@ -25,7 +25,7 @@ ALL = (A, B, C)
 
 def assigned(*rules: Rule) -> list[tuple[str, str, int]]:
     """Resource, letter of the GPU, and shares of each unit that is offered."""
-    return [(resource, each.uuid[-1], shares) for resource, each, shares in assign(Policy(SHARED, 10, rules), ALL)]
+    return [(resource, each.uuid[-1], terms.shares) for resource, each, terms in assign(Policy(SHARED, 10, rules), ALL)]
 
 
 class TestMatches:

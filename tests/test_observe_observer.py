@@ -34,7 +34,7 @@ WEB = Container("team", "web", "main")
 
 
 def gpu(letter: str, **changes: Any) -> Gpu:  # noqa: ANN401
-    made = Gpu(f"GPU-{letter}", "Tesla T4", "00000000:3B:00.0", device_nodes=(), memory_bytes=16 * GIB)
+    made = Gpu(f"GPU-{letter}", "Tesla T4", "00000000:3B:00.0", device_nodes=(), memory_total=16 * GIB)
     return attrs.evolve(made, **changes)
 
 

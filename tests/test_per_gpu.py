@@ -97,8 +97,8 @@ def test_one_shared_one_whole_one_left_out(node: Node, kubelet: FakeKubelet, dae
 
     (shared,) = kubelet.allocate([f"{T4.uuid}::3"], resource=RESOURCE).container_responses
     (whole,) = kubelet.allocate([f"{A100.uuid}::0"], resource=WHOLE).container_responses
-    assert shared.envs["SGPU_MEMORY_BYTES"] == str(T4.total // SHARES)
-    assert whole.envs["SGPU_MEMORY_BYTES"] == str(A100.total)
+    assert shared.envs["SGPU_MEMORY_BYTES"] == str((T4.total - T4.reserved) // SHARES)
+    assert whole.envs["SGPU_MEMORY_BYTES"] == str(A100.total - A100.reserved)
     for resource, gpu in ((RESOURCE, A100), (RESOURCE, OTHER), (WHOLE, T4), (WHOLE, OTHER)):
         with pytest.raises(grpc.RpcError) as refusal:
             kubelet.allocate([f"{gpu.uuid}::0"], resource=resource)

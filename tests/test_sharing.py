@@ -96,7 +96,8 @@ def test_pack_follows_the_pods(
 def test_what_a_container_gets(node: Node, kubelet: FakeKubelet, gpus: tuple[StubGpu, StubGpu]) -> None:
     """-multi-share strict-distinct refuses two shares of one GPU. -framework-hints false leaves the hints out."""
     first, second = gpus
-    node.driver.change(second, total=80 * GIB)
+    second = node.driver.change(second, total=80 * GIB)
+    parts = [(gpu.total - gpu.reserved) // SHARES for gpu in (first, second)]
     with node.daemon(*FLAGS, "-multi-share", "strict-distinct", "-framework-hints=false") as daemon:
         kubelet.wait_devices(2 * SHARES)
         with pytest.raises(grpc.RpcError) as refusal:
@@ -109,7 +110,9 @@ def test_what_a_container_gets(node: Node, kubelet: FakeKubelet, gpus: tuple[Stu
         "SGPU_SHARES": "2",
         "SGPU_GPU_UUIDS": f"{first.uuid},{second.uuid}",
         "NVIDIA_VISIBLE_DEVICES": "void",
-        "SGPU_MEMORY_BYTES": str((15 + 80) * GIB // SHARES),
+        "SGPU_MEMORY_BYTES": str(sum(parts)),
+        "SGPU_MEMORY_BYTES_0": str(parts[0]),
+        "SGPU_MEMORY_BYTES_1": str(parts[1]),
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from sgpu.config.settings import SETTINGS, Settings, endpoint
-from sgpu.config.values import BOOLEAN, NUMBERS, RESOURCE, SHARES, Kind
+from sgpu.config.values import BOOLEAN, MEMORY_LIMITS, NUMBERS, RESOURCE, SHARES, Kind, parse_limits
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 from sgpu.lib.logs import printable
@@ -30,8 +30,11 @@ RULE_KINDS: Final = {
     "name": Kind("a pattern of product names, as in *A100*", str, bool),
     "shares": SHARES,
     "resource": RESOURCE,
+    "memory-limits": MEMORY_LIMITS,
     "exclude": BOOLEAN,
 }
+#: What an entry may say of the GPUs that it selects, apart from excluding them.
+TERMS: Final = ("shares", "resource", "memory-limits")
 #: From which likeness on a variable counts as a misspelt setting. Kubernetes' own variables for a Service named sgpu
 #: (SGPU_PORT_80_TCP_ADDR) are below it.
 _NEAR: Final = 0.85
@@ -146,7 +149,8 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
             take(name, _from_text(name, text, "command line"), "command line")
     warnings = (*_merge_intervals(values, origins), *_unknown_variables(environment))
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
-    policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules)
+    factor = parse_limits(settings.memory_limits)
+    policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules, factor)
     warnings = (*warnings, *_foreign_resources(policy))
     _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
     for rule in rules:
@@ -226,16 +230,18 @@ def _rule(fields: object, place: str) -> Rule:
             raise UsageError(f"gpus: unknown key {name!r} ({place}); an entry takes {', '.join(RULE_KINDS)}")
         kind = RULE_KINDS[name]
         try:
-            values[name.replace("-", "_")] = kind.from_file(value)
+            values[name] = kind.from_file(value)
         except ValueError:
             raise UsageError(f"gpus: {name}: {_quote(value)} ({place}) is not {kind.takes}") from None
     if sum(name in fields for name in SELECTORS) != 1:
         raise UsageError(f"gpus: an entry ({place}) takes exactly one of {', '.join(SELECTORS)}")
-    if not values.keys() & {"shares", "resource"} and not values.get("exclude"):
-        raise UsageError(f"gpus: an entry ({place}) says nothing: it takes shares, resource or exclude too")
+    if not values.keys() & set(TERMS) and not values.get("exclude"):
+        raise UsageError(f"gpus: an entry ({place}) says nothing: it takes {', '.join(TERMS)} or exclude too")
     if values.get("exclude") and len(values) > 2:  # the selector and exclude
-        raise UsageError(f"gpus: an entry ({place}) that excludes takes neither shares nor resource")
-    return Rule(place=place, **values)
+        raise UsageError(f"gpus: an entry ({place}) that excludes takes none of {', '.join(TERMS)}")
+    limits = values.pop("memory-limits", None)
+    factor = None if limits is None else parse_limits(limits)
+    return Rule(place=place, limit_factor=factor, **{name.replace("-", "_"): value for name, value in values.items()})
 
 
 def _from_text(name: str, text: str, origin: str) -> object:

@@ -10,6 +10,7 @@ from sgpu.config.values import (
     ADDRESS,
     BOOLEAN,
     FILE,
+    MEMORY_LIMITS,
     NUMBERS,
     PATH,
     RESOURCE,
@@ -62,6 +63,11 @@ class Settings:
     )
     memory_watermark: float = setting(
         0.95, fraction(), "part of a GPU's memory above which its free shares are withheld; 0: never"
+    )
+    memory_limits: str = setting(
+        "off",
+        MEMORY_LIMITS,
+        "memory that a container may use, enforced by the driver (R615 or later): its fair part, or N times that",
     )
     sample_interval: float = setting(
         5.0, seconds(0.1, 3600), "seconds between polls of the driver and looks at pods: health, memory, utilization"

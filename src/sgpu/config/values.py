@@ -20,6 +20,9 @@ _NAME_LENGTH: Final = 63
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
 _DECIMAL: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+#: Parts of the memory that limits can be named by.
+_LIMITS: Final = {"off": 0.0, "fair": 1.0}
+MOST_BURST: Final = 1000
 _ADDRESS: Final = re.compile(
     r"(\[(?P<v6>[0-9a-fA-F:.]+(%[\w.-]+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
 )
@@ -54,6 +57,8 @@ class Kind:
         """Return the value of a key in the file, which has a type already. Raises ValueError."""
         if type(value) is self.also:
             value = self.type(value)
+        if value is False and self.type is str and self.check("off"):  # YAML reads the word so
+            value = "off"
         if type(value) is not self.type or not self.check(value):
             raise ValueError(value)
         return value
@@ -94,6 +99,25 @@ def fraction() -> Kind:
     return Kind("a number from 0 to 1", float, lambda value: 0 <= value <= 1, "PART", int)
 
 
+def parse_limits(text: str) -> float:
+    """Return how many times its fair part of the memory a container may use; 0 for `off`. Raises ValueError."""
+    named = _LIMITS.get(text)
+    if named is not None:
+        return named
+    word, _, factor = text.partition("=")
+    if word != "burst" or not _DECIMAL.fullmatch(factor) or not 1 <= float(factor) <= MOST_BURST:
+        raise ValueError(text)
+    return float(factor)
+
+
+def _are_limits(text: str) -> bool:
+    try:
+        parse_limits(text)
+    except ValueError:
+        return False
+    return True
+
+
 def split_address(text: str) -> tuple[str, int] | None:
     """Host (empty: all interfaces) and port (0: any free one) of an address; None if it is none."""
     found = _ADDRESS.fullmatch(text)
@@ -106,6 +130,9 @@ def _are_numbers(text: str) -> bool:
     return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
 
 
+MEMORY_LIMITS: Final = Kind(
+    f"off, fair, or burst=N with a number from 1 to {MOST_BURST}", str, _are_limits, "off|fair|burst=N"
+)
 BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
 PATH: Final = Kind(
     "an absolute path", str, lambda value: PurePosixPath(value).is_absolute() and "\0" not in value, "PATH"

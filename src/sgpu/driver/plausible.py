@@ -23,6 +23,13 @@ def free_memory(free: int, used: int, total: int | None) -> int | None:
     return free
 
 
+def reserved_memory(reserved: int | None, total: int | None) -> int | None:
+    """Return the bytes that the driver keeps for itself, or None if that is all there is or more."""
+    if reserved is None or total is None or reserved >= total:
+        return None
+    return reserved
+
+
 def percent(value: int) -> int | None:
     """Return a percentage, or None if it is none."""
     return value if 0 <= value <= 100 else None

@@ -171,6 +171,7 @@ def _figures(library: Library, handle: Handle) -> Figures:
         memory_total=total,
         memory_free=plausible.free_memory(memory.free, memory.used, total) if memory else None,
         utilization=None if busy is None else plausible.percent(busy),
+        memory_reserved=plausible.reserved_memory(memory.reserved, total) if memory else None,
     )
 
 

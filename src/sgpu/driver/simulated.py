@@ -37,6 +37,7 @@ def simulated_gpus(count: int, now: float = 0.0) -> tuple[Gpu, ...]:
             pci_bus_id=f"00000000:{index:02X}:00.0",
             device_nodes=(),
             memory_bytes=_MEMORY,
+            memory_total=_MEMORY,
             since=now,
             simulated=True,
         )

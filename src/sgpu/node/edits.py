@@ -12,6 +12,7 @@ from typing import Final
 
 import attrs
 
+from sgpu.node.limits import allowed_memory
 from sgpu.node.offers import Offer
 from sgpu.node.rank import MultiShare, Placement
 
@@ -20,6 +21,9 @@ FRAMEWORK_HINTS: Final = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # https://www.tensorflow.org/guide/gpu#limiting_gpu_memory_growth
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 }
+#: Bytes of memory that a container may use. With several GPUs there is one more for each, numbered in the order of
+#: SGPU_GPU_UUIDS.
+MEMORY_VARIABLE: Final = "SGPU_MEMORY_BYTES"
 #: Tells NVIDIA's container runtime to do nothing. Where that is the node's default, an image that says `all` would get
 #: every GPU of the node; the kubelet's variables override the image's.
 IGNORED_BY_NVIDIA_RUNTIME: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}
@@ -105,7 +109,7 @@ def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> C
             "SGPU_SHARES": str(len(allocated)),
             "SGPU_GPU_UUIDS": ",".join(offers),
             **IGNORED_BY_NVIDIA_RUNTIME,
-            **_fair_part(offers, counts),
+            **_allowed_memory(offers, counts),
             **({"SGPU_SIMULATED": "1"} if simulated else {}),
             **(FRAMEWORK_HINTS if options.framework_hints and not simulated else {}),
         },
@@ -114,9 +118,14 @@ def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> C
     )
 
 
-def _fair_part(offers: Mapping[str, Offer], counts: Mapping[str, int]) -> Mapping[str, str]:
-    """Return the memory that the shares stand for, where the driver says how much there is."""
-    if any(offer.unit.memory_bytes is None for offer in offers.values()):
+def _allowed_memory(offers: Mapping[str, Offer], counts: Mapping[str, int]) -> Mapping[str, str]:
+    """Return the memory that the container may use: in all, and of each GPU where it has several.
+
+    Nothing where the driver does not say how much there is.
+    """
+    parts = [allowed_memory(offer, counts[uuid]) for uuid, offer in offers.items()]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return {}
-    part = sum((offer.unit.memory_bytes or 0) * counts[uuid] // offer.shares for uuid, offer in offers.items())
-    return {"SGPU_MEMORY_BYTES": str(part)}
+    each = {f"{MEMORY_VARIABLE}_{number}": str(part) for number, part in enumerate(known)}
+    return {MEMORY_VARIABLE: str(sum(known)), **(each if len(known) > 1 else {})}

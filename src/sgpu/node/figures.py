@@ -18,10 +18,17 @@ class ProcessUse:
 class Figures:
     """Memory in bytes, utilization in percent of the last sample period, and the processes. None: unknown.
 
-    Process ids are those that libnvidia-ml's own process sees.
+    `memory_reserved` is the driver's own, which no program can use. Process ids are those that libnvidia-ml's own
+    process sees.
     """
 
     memory_total: int | None = None
     memory_free: int | None = None
     utilization: int | None = None
     processes: tuple[ProcessUse, ...] | None = None
+    memory_reserved: int | None = None
+
+    @property
+    def memory_usable(self) -> int | None:
+        """Return the memory that programs can use: what CUDA reports as the total."""
+        return None if self.memory_total is None else self.memory_total - (self.memory_reserved or 0)

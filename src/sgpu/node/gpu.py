@@ -18,8 +18,9 @@ class Health(enum.Enum):
 class Gpu:
     """A physical GPU.
 
-    `device_nodes` are the nodes that a container needs to use it, relative to /dev. `memory_bytes` and `numa_node` are
-    None where the driver or the kernel does not say. `reason` says why it is unhealthy. `since` is when its health last
+    `device_nodes` are the nodes that a container needs to use it, relative to /dev. `memory_total` is the card's
+    memory and `memory_bytes` what programs can use of it: without the driver's own part. These and `numa_node` are None
+    where the driver or the kernel does not say. `reason` says why it is unhealthy. `since` is when its health last
     changed, in seconds since the epoch.
     """
 
@@ -28,6 +29,7 @@ class Gpu:
     pci_bus_id: str
     device_nodes: tuple[str, ...]
     memory_bytes: int | None = None
+    memory_total: int | None = None
     numa_node: int | None = None
     health: Health = Health.HEALTHY
     reason: str = ""

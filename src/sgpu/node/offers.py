@@ -20,13 +20,15 @@ class Offer:
     """The shares that are offered of one unit: `shares` of them, numbered from 0.
 
     `retained` are the numbers of further shares that containers still have from when there were more. `withheld` are
-    the numbers of free shares that are listed as unhealthy, because the unit's memory is full.
+    the numbers of free shares that are listed as unhealthy, because the unit's memory is full. `limit_factor` is how
+    many times its fair part of the memory a container may use, at most all; 0: there is no limit.
     """
 
     unit: Unit
     shares: int
     retained: tuple[int, ...] = ()
     withheld: frozenset[int] = frozenset()
+    limit_factor: float = 0.0
 
     def share_ids(self) -> list[str]:
         """Return the ids of all shares, in order."""
@@ -64,8 +66,8 @@ def offers(
     free shares are withheld, and `allocated` all shares that are not free. Raises PolicyConflictError.
     """
     made: dict[str, list[Offer]] = {resource: [] for resource in policy.resources()}
-    for resource, unit, shares in assign(policy, [unit for gpu in gpus for unit in units(gpu)]):
-        made[resource].append(Offer(unit, shares))
+    for resource, unit, terms in assign(policy, [unit for gpu in gpus for unit in units(gpu)]):
+        made[resource].append(Offer(unit, terms.shares, limit_factor=terms.limit_factor))
     return {
         resource: tuple(
             offer.withhold(allocated) if offer.unit.uuid in pressed else offer

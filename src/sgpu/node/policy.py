@@ -30,8 +30,8 @@ class PolicyConflictError(OffersRefusedError):
 class Rule:
     """One entry of the file: it selects GPUs by one of `uuid`, `pci_bus_id` and `name`, and says how to offer them.
 
-    `name` is a shell pattern (`*A100*`) and ignores case. `place` is where the entry stands in the file. Where `shares`
-    or `resource` is None, the policy's own value applies.
+    `name` is a shell pattern (`*A100*`) and ignores case. `place` is where the entry stands in the file. Where
+    `shares`, `resource` or `limit_factor` is None, the policy's own value applies.
     """
 
     place: str = attrs.field(eq=False)  # a comment above it makes no other rule of it
@@ -41,6 +41,7 @@ class Rule:
     shares: int | None = None
     resource: str | None = None
     exclude: bool = False
+    limit_factor: float | None = None
 
     def matches(self, unit: Unit) -> bool:
         """Return whether the rule applies to this unit."""
@@ -61,11 +62,15 @@ class Rule:
 
 @attrs.frozen
 class Policy:
-    """Offer every GPU as `shares` of `resource`, unless a rule says otherwise."""
+    """Offer every GPU as `shares` of `resource`, unless a rule says otherwise.
+
+    `limit_factor` is how many times its fair part of the memory a container may use; 0: there is no limit.
+    """
 
     resource: str
     shares: int
     rules: tuple[Rule, ...] = ()
+    limit_factor: float = 0.0
 
     def resources(self) -> tuple[str, ...]:
         """Return the names of all resources, each once, the default first."""
@@ -77,8 +82,16 @@ class Policy:
         return [rule for rule in self.rules if not any(rule.matches(unit) for unit in candidates)]
 
 
-def assign(policy: Policy, candidates: Iterable[Unit]) -> Iterator[tuple[str, Unit, int]]:
-    """Yield each unit that the policy offers, with its resource and its number of shares.
+@attrs.frozen
+class Terms:
+    """How a unit is offered: as how many shares, and with what limit, as in Policy."""
+
+    shares: int
+    limit_factor: float
+
+
+def assign(policy: Policy, candidates: Iterable[Unit]) -> Iterator[tuple[str, Unit, Terms]]:
+    """Yield each unit that the policy offers, with its resource and the terms.
 
     Raises PolicyConflictError.
     """
@@ -87,7 +100,14 @@ def assign(policy: Policy, candidates: Iterable[Unit]) -> Iterator[tuple[str, Un
         if rule and rule.exclude:
             continue
         resource = (rule.resource if rule else None) or policy.resource
-        yield resource, unit, policy.shares if rule is None or rule.shares is None else rule.shares
+        yield (
+            resource,
+            unit,
+            Terms(
+                policy.shares if rule is None or rule.shares is None else rule.shares,
+                policy.limit_factor if rule is None or rule.limit_factor is None else rule.limit_factor,
+            ),
+        )
 
 
 def _rule(policy: Policy, unit: Unit) -> Rule | None:

@@ -69,7 +69,7 @@ class Observer:
     def _gpu(self, gpu: Gpu, resource: str, offer: Offer | None, load: UnitLoad | None, now: float) -> GpuSnapshot:
         usage = self.node.usage
         figures = usage.fresh(now).get(gpu.uuid)
-        total = figures.memory_total if figures else gpu.memory_bytes
+        total = figures.memory_total if figures else gpu.memory_total
         free = figures.memory_free if figures else None
         uses = usage.uses(gpu.uuid)
         if usage.processes_known and figures is None:

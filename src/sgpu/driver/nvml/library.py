@@ -32,11 +32,14 @@ class NvmlError(Exception):
 
 @attrs.frozen
 class Memory:
-    """Bytes of a GPU's frame buffer. With NVML's v2, `used` leaves out what the driver reserves."""
+    """Bytes of a GPU's frame buffer. `used` leaves out what the driver reserves; from a driver without NVML's v2 it has
+    that, and `reserved` is None.
+    """
 
     total: int
     used: int
     free: int
+    reserved: int | None = None
 
 
 @attrs.frozen
@@ -143,9 +146,11 @@ class Library:
         except NvmlError as error:  # drivers lack it, or have it and fail in it
             if error.code in constants.GPU_LOST:
                 raise
-            memory = ffi.new("nvmlMemory_t *")
-            self.call("nvmlDeviceGetMemoryInfo", handle, memory)
-        return Memory(total=memory.total, used=memory.used, free=memory.free)
+        else:
+            return Memory(memory.total, memory.used, memory.free, memory.reserved)
+        memory = ffi.new("nvmlMemory_t *")
+        self.call("nvmlDeviceGetMemoryInfo", handle, memory)
+        return Memory(memory.total, memory.used, memory.free)
 
     def utilization(self, handle: Handle) -> int:
         """Return the percent of the last sample period (up to a second) in which the GPU was busy."""
