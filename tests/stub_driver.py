@@ -82,11 +82,15 @@ class StubState:
     process_surplus: int = 0
     #: Whether samples from before the time that is asked for are returned as well.
     stale_samples: bool = False
+    #: What keeps memory limits: `dmem`, `misc`, `lies` (sets none, and reports success), or `none`, as before R615.
+    limits: str = "none"
+    #: Bytes of each GPU that the processes of a cgroup use, by the name of its directory.
+    limit_used: Mapping[str, int] = attrs.Factory(dict)
 
     def lines(self) -> list[str]:
         """The state file's lines, which nvml_stub.c describes."""
         pairs: dict[str, object] = {"driver_version": self.driver_version, "gpus": len(self.gpus)}
-        pairs.update(process_surplus=self.process_surplus, stale_samples=int(self.stale_samples))
+        pairs.update(process_surplus=self.process_surplus, stale_samples=int(self.stale_samples), limits=self.limits)
         for index, gpu in enumerate(self.gpus):
             pairs[f"gpu.{index}"] = gpu.uuid
             facts = attrs.asdict(gpu, filter=attrs.filters.exclude("number", "uuid"))
@@ -94,6 +98,7 @@ class StubState:
             for key, fact in facts.items():
                 if isinstance(fact, tuple):
                     pairs.update({f"{gpu.uuid}.{key}.{n}": " ".join(map(str, entry)) for n, entry in enumerate(fact)})
+            pairs.update({f"{gpu.uuid}.limit_used.{name}": used for name, used in self.limit_used.items()})
         pairs.update({f"call.{call}": answer for call, answer in self.calls.items()})
         pairs["events"] = len(self.events)
         for serial, event in enumerate(self.events, start=1):

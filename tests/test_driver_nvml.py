@@ -24,6 +24,7 @@ from sgpu.driver.nvml import (
     Library,
     LibraryNotFoundError,
     Memory,
+    MemoryLimit,
     NvmlError,
     RemappedRows,
     open_library,
@@ -421,3 +422,41 @@ def test_stub(driver: StubDriver, call: Callable[[StubDriver], object]) -> None:
     """Refuse to steer a function that the header does not declare, lest a test pass for nothing."""
     with pytest.raises(ValueError, match="nvmlDeviceGetCuont"):
         call(driver)
+
+
+class TestMemoryLimits:
+    @pytest.mark.parametrize("backend", ["dmem", "misc"])
+    def test_set_and_read_back(self, tmp_path: Path, backend: str) -> None:
+        """Set a limit, read it back with what is used, replace it, and remove it: then there is none."""
+        driver, cgroup = StubDriver(tmp_path), tmp_path / "pod1"
+        gpu, _ = driver.gpus(2)
+        driver.set(limits=backend, limit_used={"pod1": 5})
+        cgroup.mkdir()
+        with open_library(tmp_path) as library:
+            first, second = map(library.handle, range(2))
+            assert library.memory_limit(first, str(cgroup)) is None
+            for limit in (GIB, 2 * GIB):
+                library.set_memory_limit(first, str(cgroup), limit)
+                assert library.memory_limit(first, str(cgroup)) == MemoryLimit(hard=limit, used=5)
+            assert library.memory_limit(second, str(cgroup)) is None
+            library.set_memory_limit(first, str(cgroup), None)
+            assert library.memory_limit(first, str(cgroup)) is None
+            with pytest.raises(NvmlError) as caught:
+                library.set_memory_limit(first, str(cgroup), gpu.total + 1)
+        assert caught.value.code == Code.INVALID_ARGUMENT
+
+    def test_removed_cgroup(self, tmp_path: Path) -> None:
+        """A limit goes with its cgroup, and a new one of that name has none."""
+        driver, cgroup = StubDriver(tmp_path), tmp_path / "pod1"
+        driver.gpus(1)
+        driver.set(limits="misc")
+        cgroup.mkdir()
+        with open_library(tmp_path) as library:
+            handle = library.handle(0)
+            library.set_memory_limit(handle, str(cgroup), GIB)
+            cgroup.rmdir()
+            with pytest.raises(NvmlError) as caught:
+                library.memory_limit(handle, str(cgroup))
+            cgroup.mkdir()
+            assert library.memory_limit(handle, str(cgroup)) is None
+        assert caught.value.code == Code.OPERATING_SYSTEM

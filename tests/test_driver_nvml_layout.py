@@ -14,12 +14,12 @@ from stub_driver import FUNCTIONS, HEADER
 from sgpu.driver.health import FABRIC_COMPLETE, FABRIC_NOT_READY
 from sgpu.driver.nvml import Code, EventType
 from sgpu.driver.nvml._bindings import ffi
-from sgpu.driver.nvml.constants import FIELD_RECOVERY_ACTION, TEXT_SIZE, VARIANTS
+from sgpu.driver.nvml.constants import FIELD_RECOVERY_ACTION, NO_LIMIT, TEXT_SIZE, VARIANTS
 from sgpu.driver.nvml.processes import COMPUTE, LAYOUTS, NOT_AVAILABLE, OTHERS
 
 pytestmark = pytest.mark.static
 
-PACKAGE = "nvidia-nvml-dev-cu12"
+PACKAGE = "nvidia-nvml-dev"
 DECLARATIONS = HEADER.read_text()
 STRUCTURES = [name for name in ffi.list_types()[0] if ffi.typeof(name).kind in ("struct", "union")]
 #: NVIDIA's names of the event types, which follow no rule.
@@ -47,7 +47,8 @@ def structure(name: str) -> Iterator[str]:
         yield f"offsetof({name}, {field_name}) == {field.offset}"
         yield f"sizeof({there}) == {ffi.sizeof(field.type)}"
         if field.type.cname != "int":  # which may be an enumeration there
-            yield f"__builtin_types_compatible_p(__typeof__({there}), __typeof__({field.type.cname}))"
+            kind = field.type.cname.replace("char *", "const char *")  # cffi's name leaves that word out
+            yield f"__builtin_types_compatible_p(__typeof__({there}), __typeof__({kind}))"
 
 
 def facts() -> Iterator[str]:
@@ -63,6 +64,7 @@ def facts() -> Iterator[str]:
         yield f"NVML_{text}_BUFFER_SIZE <= {TEXT_SIZE}"
     for name in ("nvmlMemory_v2", "nvmlGpuFabricInfo_v2"):  # a structure's version, as the binding makes it
         yield f"{name} == {ffi.sizeof(f'{name}_t') | 2 << 24}"
+    yield f"NVML_DEVICE_MEMORY_LIMIT_MAX == {NO_LIMIT}ULL"
     yield f"NVML_FI_DEV_GET_GPU_RECOVERY_ACTION == {FIELD_RECOVERY_ACTION}"
     yield f"(unsigned long long)NVML_VALUE_NOT_AVAILABLE == {NOT_AVAILABLE}ULL"
     for state, value in zip(
@@ -89,8 +91,10 @@ def test_layout() -> None:
     for function in FUNCTIONS:
         declaration = re.search(rf"^.*\b{function}\(.*\);", DECLARATIONS, re.MULTILINE)
         assert declaration
-        # NVIDIA declares it, and to declare it again as it is here is no conflict.
-        lines += [f"void *declared_{function} = (void *){function};", declaration[0]]
+        # NVIDIA declares it, and to declare it again as it is here is no conflict. This one takes every version of its
+        # structure, and NVIDIA's name for it is that of the newest.
+        again = declaration[0].replace("FabricInfo_v2_t *", "FabricInfoV_t *")
+        lines += [f"void *declared_{function} = (void *){function};", again]
     command = ["cc", "-fsyntax-only", "-Werror", "-xc", "-"]
     done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

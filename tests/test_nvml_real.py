@@ -15,7 +15,7 @@ from sgpu.driver.nvml._bindings import ffi
 #: There when the kernel's part of the driver is loaded.
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 #: Functions that are younger than driver 535, which Debian 12 has.
-YOUNGER = frozenset({"nvmlDeviceGetGpuFabricInfoV"})
+YOUNGER = frozenset({"nvmlDeviceGetGpuFabricInfoV", "nvmlDeviceGetMemoryLimits_v1", "nvmlDeviceSetMemoryLimits_v1"})
 
 without_gpu = pytest.mark.skipif(KERNEL_DRIVER.exists(), reason="this machine has an NVIDIA driver")
 with_gpu = pytest.mark.skipif(not KERNEL_DRIVER.exists(), reason=f"needs an NVIDIA driver ({KERNEL_DRIVER})")

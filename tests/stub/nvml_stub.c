@@ -10,6 +10,8 @@
  *     process_surplus=8                  bytes by which the _v3 functions make an entry of such a list longer (negative: shorter)
  *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
  *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
+ *     limits=dmem                        who keeps memory limits: dmem, misc, or lies, which says that it does and does not
+ *     UUID.limit_used.NAME=4096          bytes that the processes in the cgroup directory of that name use
  *     events=1                           how many there have been; event.1=UUID TYPE DATA says which
  *
  * A file `calls` beside the library, where there is one, gets a line for each call: the function, and the GPU's UUID.
@@ -38,10 +40,12 @@ enum {
     UNINITIALIZED = 1,
     INVALID_ARGUMENT = 2,
     NOT_SUPPORTED = 3,
+    NO_PERMISSION = 4,
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     TIMEOUT = 10,
     GPU_IS_LOST = 15,
+    OPERATING_SYSTEM = 17,
     ARGUMENT_VERSION_MISMATCH = 25,
 };
 
@@ -421,6 +425,70 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
     memory->total = fact_number(device, "total");
     memory->used = fact_number(device, "used") + fact_number(device, "reserved");
     memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+/* ---- memory limits: a file beside the library for each GPU and cgroup, as the kernel keeps them until it is removed ---- */
+
+static const unsigned long long NO_LIMIT = ~0ULL;
+
+/* The path of the file; false where there is no such directory. A new directory may have the inode of an old one. */
+static bool limit_file(char path[PATH_MAX], nvmlDevice_t device, const char *directory)
+{
+    struct statx found;
+    if (statx(AT_FDCWD, directory, 0, STATX_INO | STATX_BTIME, &found) != 0 || !S_ISDIR(found.stx_mode))
+        return false;
+    char name[2 * VALUE];
+    snprintf(name, sizeof name, "limit.%s.%x.%llx.%llx.%x", device->uuid, found.stx_dev_minor,
+             (unsigned long long)found.stx_ino, (unsigned long long)found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
+    beside(path, name);
+    return true;
+}
+
+nvmlReturn_t nvmlDeviceSetMemoryLimits_v1(nvmlDevice_t device, nvmlSetMemoryLimits_v1_t *limits)
+{
+    ENTER_GPU(device);
+    char path[PATH_MAX], backend[VALUE] = "none";
+    look(backend, "limits");
+    if (strcmp(backend, "none") == 0)
+        return NOT_SUPPORTED;
+    if (!limit_file(path, device, limits->nameSpace))
+        return OPERATING_SYSTEM;
+    unsigned long long hard = limits->hardLimit;
+    if (limits->softLimit > hard || (hard != NO_LIMIT && hard > fact_number(device, "total")))
+        return INVALID_ARGUMENT;
+    if (strcmp(backend, "lies") == 0)
+        return SUCCESS;
+    if (hard == NO_LIMIT) {
+        unlink(path);
+        return SUCCESS;
+    }
+    FILE *file = fopen(path, "w");
+    if (!file)
+        return NO_PERMISSION;
+    fprintf(file, "%llu", hard);
+    fclose(file);
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryLimits_v1(nvmlDevice_t device, nvmlGetMemoryLimits_v1_t *limits)
+{
+    ENTER_GPU(device);
+    char path[PATH_MAX], backend[VALUE] = "none", used[VALUE] = "0";
+    look(backend, "limits");
+    if (strcmp(backend, "none") == 0)
+        return NOT_SUPPORTED;
+    if (!limit_file(path, device, limits->nameSpace))
+        return OPERATING_SYSTEM;
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return strcmp(backend, "misc") == 0 ? NOT_SUPPORTED : NOT_FOUND;
+    limits->softLimit = 0;
+    if (fscanf(file, "%llu", &limits->hardLimit) != 1)
+        limits->hardLimit = NO_LIMIT;
+    fclose(file);
+    look(used, "%s.limit_used.%s", device->uuid, strrchr(limits->nameSpace, '/') + 1);
+    limits->currentUsed = strtoull(used, NULL, 0);
     return SUCCESS;
 }
 

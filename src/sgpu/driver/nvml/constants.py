@@ -27,6 +27,7 @@ class Code:
     FUNCTION_NOT_FOUND: Final = 13
     GPU_IS_LOST: Final = 15
     RESET_REQUIRED: Final = 16
+    OPERATING_SYSTEM: Final = 17
     LIB_RM_VERSION_MISMATCH: Final = 18
     NO_DATA: Final = 21
     ARGUMENT_VERSION_MISMATCH: Final = 25
@@ -63,6 +64,8 @@ class EventType:
 #: `NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`.
 FIELD_RECOVERY_ACTION: Final = 230
 
+#: `NVML_DEVICE_MEMORY_LIMIT_MAX`: a hard limit that is none.
+NO_LIMIT: Final = (1 << 64) - 1
 
 #: NVML_DEVICE_NAME_V2_BUFFER_SIZE, the largest text any of the functions above fills (bytes).
 TEXT_SIZE: Final = 96

@@ -71,6 +71,14 @@ class Event:
     data: int
 
 
+@attrs.frozen
+class MemoryLimit:
+    """A cgroup's hard limit on a GPU's memory, and what its processes use, in bytes."""
+
+    hard: int
+    used: int
+
+
 @contextmanager
 def open_library(
     host_path: Path, failed: Callable[[str, int], None] = lambda function, code: None
@@ -151,6 +159,31 @@ class Library:
         memory = ffi.new("nvmlMemory_t *")
         self.call("nvmlDeviceGetMemoryInfo", handle, memory)
         return Memory(memory.total, memory.used, memory.free)
+
+    def memory_limit(self, handle: Handle, cgroup: str) -> MemoryLimit | None:
+        """Return the limit of a cgroup directory; None where it has none (R615 and later)."""
+        name = ffi.new("char[]", cgroup.encode(errors="surrogateescape"))
+        limits = ffi.new("nvmlGetMemoryLimits_v1_t *", {"nameSpace": name})
+        try:
+            self.call("nvmlDeviceGetMemoryLimits_v1", handle, limits)
+        except NvmlError as error:
+            # With the misc backend NOT_SUPPORTED means this as well as "can't": only a limit that was set tells.
+            if error.code in (Code.NOT_FOUND, Code.NOT_SUPPORTED):
+                return None
+            raise
+        if limits.hardLimit == constants.NO_LIMIT:
+            return None
+        return MemoryLimit(hard=int(limits.hardLimit), used=int(limits.currentUsed))
+
+    def set_memory_limit(self, handle: Handle, cgroup: str, limit: int | None) -> None:
+        """Set the hard limit of a cgroup directory to so many bytes, or remove it (None). Needs root and R615.
+
+        There is no soft limit: only an MPS v3 server acts on one, and it outlives the cgroup in its ancestors.
+        """
+        name = ffi.new("char[]", cgroup.encode(errors="surrogateescape"))
+        hard = constants.NO_LIMIT if limit is None else limit
+        limits = ffi.new("nvmlSetMemoryLimits_v1_t *", {"nameSpace": name, "softLimit": 0, "hardLimit": hard})
+        self.call("nvmlDeviceSetMemoryLimits_v1", handle, limits)
 
     def utilization(self, handle: Handle) -> int:
         """Return the percent of the last sample period (up to a second) in which the GPU was busy."""
