@@ -40,6 +40,7 @@ class FakeWorker:
         self.stuck = False
         self.scope = trio.CancelScope()
         self._output, self.stdout = trio.testing.memory_stream_one_way_pair()
+        self.stdin, self.input = trio.testing.memory_stream_one_way_pair()
         self._died = trio.Event()
 
     async def emit(self, *messages: Message | bytes) -> None:

@@ -30,6 +30,8 @@ OTHER = {
     "multi-share": "strict-distinct",
     "memory-watermark": "0.8",
     "memory-limits": "fair",
+    "memory-limits-failure": "closed",
+    "cgroup-directory": "/cgroup",
     "sample-interval": "2.5",
     "pod-resources-socket": "/run/pods.sock",
     "framework-hints": "false",

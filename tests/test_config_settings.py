@@ -40,6 +40,8 @@ EXPECTED = {
     "multi-share": Expected("distinct", ("distinct", "same", "strict-distinct"), ("strict",)),
     "memory-watermark": Expected(0.95, ("0", "1"), ("95",)),
     "memory-limits": Expected("off", ("fair", "burst=1.5"), ("on", "burst")),
+    "memory-limits-failure": Expected("open", ("open", "closed"), ("fail",)),
+    "cgroup-directory": Expected("/sys/fs/cgroup", *PATHS),
     "sample-interval": Expected(5.0, *INTERVAL),
     "pod-resources-socket": Expected("/var/lib/kubelet/pod-resources/kubelet.sock", *PATHS),
     "framework-hints": Expected(True, *BOOLEANS),

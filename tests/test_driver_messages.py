@@ -17,20 +17,25 @@ from sgpu.driver.messages import (
     EventKind,
     Failure,
     GpuReport,
+    LimitReport,
+    LimitStarted,
     Message,
     NotReady,
     Report,
     WorkerConfig,
     decode,
     decode_config,
+    decode_limits,
     encode,
     encode_config,
+    encode_limits,
 )
+from sgpu.node.cgroup_limit import LimitAnswer, LimitState, WantedLimit
 from sgpu.node.figures import Figures, ProcessUse
 
 pytestmark = pytest.mark.pure
 
-MESSAGES = (Report, NotReady, DriverEvent, CallStarted, Failure)
+MESSAGES = (Report, NotReady, DriverEvent, CallStarted, Failure, LimitStarted, LimitReport)
 #: Any character that Python has, those without UTF-8 too: names of files have such.
 TEXTS = st.text(st.characters(), max_size=20)
 NUMBERS = st.integers(0, 2**64 - 1)
@@ -58,6 +63,9 @@ OF: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     float: st.floats(0.1, 3600),
     EventKind: st.sampled_from(EventKind),
+    LimitState: st.sampled_from(LimitState),
+    WantedLimit: built(WantedLimit),
+    tuple[LimitAnswer, ...]: some(built(LimitAnswer)),
     Figures: built(Figures),
     int | None: st.none() | NUMBERS,
     bool | None: st.none() | st.booleans(),
@@ -86,6 +94,14 @@ def test_config(config: WorkerConfig) -> None:
     assert text.isascii()
     assert text.isprintable()
     assert decode_config(text) == config
+
+
+@given(st.lists(built(WantedLimit), max_size=3).map(tuple))
+def test_limits(table: tuple[WantedLimit, ...]) -> None:
+    """Encode a table of limits as one line."""
+    line = encode_limits(table)
+    assert line.count(b"\n") == 1
+    assert decode_limits(line) == table
 
 
 NOTHING = encode(Report((), (), (), "", ""))

@@ -38,6 +38,8 @@ from sgpu.driver.messages import (
     DriverEvent,
     EventKind,
     Failure,
+    LimitReport,
+    LimitStarted,
     Message,
     NotReady,
     Report,
@@ -45,7 +47,7 @@ from sgpu.driver.messages import (
     decode_config,
     encode,
 )
-from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Outcome, run_worker
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, no_input, run_worker
 
 GPU_CALL = CallStarted("GPU-a")
 EVENT = DriverEvent("GPU-b", EventKind.XID, 79)
@@ -64,7 +66,12 @@ class Run:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, behavior: Behavior, *, deadline: float = DEADLINE, cancel_after: float = 3600
+    monkeypatch: pytest.MonkeyPatch,
+    behavior: Behavior,
+    *,
+    deadline: float = DEADLINE,
+    cancel_after: float = 3600,
+    feed: Feed = no_input,
 ) -> Run:
     """Run a worker that behaves so, and see that it is killed in the end, its pipe closed, and the caller has it."""
 
@@ -77,7 +84,7 @@ def run(
             workers.install(nursery, monkeypatch)
             began = trio.current_time()
             with trio.move_on_after(cancel_after):
-                outcome = await run_worker(CONFIG, deadline, left_behind, messages.append)
+                outcome = await run_worker(CONFIG, deadline, left_behind, messages.append, feed)
             seconds = trio.current_time() - began
             nursery.cancel_scope.cancel()
         assert left_behind == workers.all
@@ -86,6 +93,44 @@ def run(
         return Run(worker, outcome, seconds, messages)
 
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+class TestInput:
+    def test_fed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is fed reaches the process until it is gone, which is no error; then feeding ends."""
+        received: list[bytes] = []
+
+        async def reads(worker: FakeWorker) -> None:
+            received.append(await worker.input.receive_some(100))
+            await worker.input.aclose()
+            await worker.emit(report("GPU-a"))
+            worker.die(0)
+            await worker.close()
+
+        async def feed(stream: trio.abc.SendStream) -> None:
+            await stream.send_all(b"table")
+            while True:
+                await stream.send_all(b"another")
+                await trio.sleep(1)
+
+        ran = run(monkeypatch, reads, feed=feed)
+        assert (ran.outcome, received) == (Outcome(), [b"table"])
+
+    @pytest.mark.parametrize(
+        ("messages", "in_call", "seconds"),
+        [
+            pytest.param([LimitStarted("GPU-b")], "GPU-b", DEADLINE, id="hangs"),
+            pytest.param([LimitStarted("GPU-b"), report("GPU-a")], "GPU-b", DEADLINE, id="hangs beside a poll"),
+            pytest.param([LimitStarted("GPU-b"), LimitReport(())], None, INTERVAL + DEADLINE, id="returned"),
+        ],
+    )
+    def test_limits_hang(
+        self, monkeypatch: pytest.MonkeyPatch, messages: list[Message], in_call: str | None, seconds: float
+    ) -> None:
+        """A call about limits has a deadline of its own, whatever else the process says."""
+        ran = run(monkeypatch, emits(report("GPU-a"), *messages))
+        assert ran.outcome
+        assert (ran.outcome.in_call, ran.seconds) == (in_call, seconds)
 
 
 class TestMessages:
@@ -121,11 +166,11 @@ class TestMessages:
         assert (ran.outcome.in_call, ran.seconds) == ("GPU-a", 0.0)
 
     def test_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Start the worker module with this Python, its configuration, no input, and a session of its own."""
+        """Start the worker module with this Python, its configuration, pipes, and a session of its own."""
         worker = run(monkeypatch, exits(0)).worker
         assert worker.command[:-1] == [sys.executable, "-P", "-m", "sgpu.driver.worker"]
         assert decode_config(worker.command[-1]) == CONFIG
-        assert worker.options == {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "start_new_session": True}
+        assert worker.options == {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
 
 
 class TestHang:

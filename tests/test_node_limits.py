@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from sgpu.node.cgroup_limit import Target
 from sgpu.node.container import Container
 from sgpu.node.gpu import Gpu, units
-from sgpu.node.limits import allowed_by_container, allowed_memory
+from sgpu.node.limits import PodCgroups, WantedLimits, allowed_by_container, allowed_memory, wanted_limits
 from sgpu.node.offers import Offer
 from sgpu.node.shares import Share
 
@@ -44,3 +45,51 @@ def test_by_container() -> None:
     gone = {Share("GPU-x", 0): MAIN, Share("GPU-c", 0): MAIN}
     allowed = allowed_by_container([offer("a"), offer("b", 80), offer("c", None)], holders | gone)
     assert allowed == {"GPU-a": {MAIN: 250, OTHER: 125}, "GPU-b": {MAIN: 10}}
+
+
+class TestWantedLimits:
+    A, B = offer("a"), offer("b", factor=0)
+    MIB = 1 << 20
+
+    @staticmethod
+    def wanted(
+        *offers: Offer, shares: dict[str, list[Share]], names: dict[str, Container], containers: tuple[str, ...]
+    ) -> WantedLimits:
+        pod = PodCgroups("1", "/pod1", {name: f"/pod1/{name}" for name in containers})
+        return wanted_limits(offers, [pod, PodCgroups("2", "/pod2", {"x": "/pod2/x"})], {"1": shares}, names)
+
+    def test_pod_and_containers(self) -> None:
+        """A pod may use what its containers may together, each container its own part; one that is unknown the most."""
+        card = offer("a", memory=8 * 100 * self.MIB)
+        made = self.wanted(
+            card,
+            self.B,
+            shares={"main": [Share("GPU-a", 0), Share("GPU-a", 1)], "sidecar": [Share("GPU-a", 1), Share("GPU-b", 0)]},
+            names={"m": MAIN, "s": OTHER, "x": MAIN},
+            containers=("m", "s", "pause"),
+        )
+        sizes = {"/pod1": 200, "/pod1/m": 200, "/pod1/s": 100, "/pod1/pause": 200}
+        assert made.hard == {Target("GPU-a", cgroup): size * self.MIB for cgroup, size in sizes.items()}
+        assert made.containers == {Target("GPU-a", "/pod1/m"): MAIN, Target("GPU-a", "/pod1/s"): OTHER}
+        assert made.pods == dict.fromkeys([Share("GPU-a", 0), Share("GPU-a", 1), Share("GPU-b", 0)], "/pod1")
+
+    @pytest.mark.parametrize(
+        ("card", "size"),
+        [
+            pytest.param(offer(memory=8 * 1024 * 1024 * 3 // 2), 1, id="whole MiB"),
+            pytest.param(offer(memory=8), 1, id="at least one"),
+            pytest.param(offer(memory=None), None, id="unknown"),
+        ],
+    )
+    def test_size(self, card: Offer, size: int | None) -> None:
+        """Limits are whole MiB, never none; where the memory is unknown there is no limit."""
+        made = self.wanted(card, shares={"main": [Share("GPU-a", 0)]}, names={}, containers=())
+        assert made.hard == ({} if size is None else {Target("GPU-a", "/pod1"): size * self.MIB})
+
+    def test_other_container(self) -> None:
+        """A container of a pod that is known and has no share may use as much as any, should it get at the GPU."""
+        shares = {"main": [Share("GPU-a", 0)]}
+        third = Container("team", "trainer", "third")
+        made = self.wanted(offer(memory=8 * self.MIB), shares=shares, names={"t": third}, containers=("t",))
+        assert made.hard == dict.fromkeys([Target("GPU-a", "/pod1"), Target("GPU-a", "/pod1/t")], self.MIB)
+        assert not made.containers

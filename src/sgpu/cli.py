@@ -90,6 +90,13 @@ _STAGE_OPTIONS: Final = {
     "interval": Option(seconds(0, 86400), 0.0, "seconds between looks; 0: look once"),
 }
 
+
+def _limits(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.commands.limits import limits
+
+    return OK if limits(loaded, clear=options["clear"]) else FAILED
+
+
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
     "demo": Command("show sgpu working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
@@ -99,6 +106,11 @@ COMMANDS: Final = {
         {"o": Option(choice("text", "json"), "text", "how the findings are printed")},
     ),
     "status": Command("show the GPUs of this node and the pods that use them", _status, _STATUS_OPTIONS),
+    "limits": Command(
+        "show the memory limits that sgpu has set on this node",
+        _limits,
+        {"clear": Option(BOOLEAN, False, "remove them: for a node that sgpu is removed from")},
+    ),
     "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }
 

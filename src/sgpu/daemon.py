@@ -21,7 +21,7 @@ from sgpu.config.settings import Settings
 from sgpu.config.watch import watch_settings
 from sgpu.deviceplugin import registrar
 from sgpu.deviceplugin.messages import check_size
-from sgpu.driver import fault_file
+from sgpu.driver import fault_file, limit_file
 from sgpu.driver.health import FaultRecord
 from sgpu.driver.messages import WorkerConfig
 from sgpu.driver.monitor import Monitor
@@ -33,6 +33,7 @@ from sgpu.observe.counters import Counters
 from sgpu.observe.observer import Observer
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.watchdog import Watchdog, exit_when_stuck
+from sgpu.pods.limiter import LimitOptions, limit_containers
 from sgpu.pods.processes import Places
 from sgpu.pods.watch import WatchOptions, watch_pods
 
@@ -60,8 +61,9 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
             nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults)
         else:
             monitor = Monitor(node, loaded.xids, await _load_faults(settings), counters.nvml_errors)
-            nursery.start_soon(_watch_driver, settings, monitor, watchdog)
+            nursery.start_soon(_watch_driver, settings, monitor, node, watchdog)
         nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"))
+        nursery.start_soon(limit_containers, _limit_options(settings), node)
         nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
         # Front-ends
         nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog)
@@ -94,17 +96,21 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
         signal.signal(number, handler)
 
 
-async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog) -> None:
+async def _watch_driver(settings: Settings, monitor: Monitor, node: NodeState, watchdog: Watchdog) -> None:
     config = WorkerConfig(
         host_path=settings.host_path,
         dev_directory=settings.dev_directory,
         sysfs_directory=settings.sysfs_directory,
         interval=settings.sample_interval,
     )
+    boot_id = fault_file.read_boot_id()
+    file = Path(settings.state_file).with_name(limit_file.NAME) if settings.state_file else None
+    sender = limit_file.LimitSender(node.enforcement, file, boot_id)
+    await sender.load()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(supervise, config, monitor, settings.driver_timeout, partial(watchdog.arm, "driver"))
+        expect = partial(watchdog.arm, "driver")
+        nursery.start_soon(supervise, config, monitor, settings.driver_timeout, expect, sender.feed)
         if settings.state_file:
-            boot_id = fault_file.read_boot_id()
             nursery.start_soon(fault_file.save_changes, Path(settings.state_file), boot_id, monitor)
 
 
@@ -121,6 +127,15 @@ def _watch_options(settings: Settings) -> WatchOptions:
         settings.memory_watermark,
         Places(Path(settings.proc_directory), Path(settings.container_log_directory)),
         Path(settings.plugin_directory),
+    )
+
+
+def _limit_options(settings: Settings) -> LimitOptions:
+    return LimitOptions(
+        Path(settings.cgroup_directory),
+        Path(settings.plugin_directory),
+        Path(settings.container_log_directory),
+        settings.sample_interval,
     )
 
 

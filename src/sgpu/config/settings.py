@@ -69,6 +69,12 @@ class Settings:
         MEMORY_LIMITS,
         "memory that a container may use, enforced by the driver (R615 or later): its fair part, or N times that",
     )
+    memory_limits_failure: str = setting(
+        "open",
+        choice("open", "closed"),
+        "whether a container starts (open) or fails (closed) where its memory limit can't be enforced",
+    )
+    cgroup_directory: str = setting("/sys/fs/cgroup", PATH, "the host's cgroup v2 tree, for memory limits")
     sample_interval: float = setting(
         5.0, seconds(0.1, 3600), "seconds between polls of the driver and looks at pods: health, memory, utilization"
     )

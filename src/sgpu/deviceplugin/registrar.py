@@ -74,4 +74,5 @@ def _options(settings: Settings) -> AllocationOptions:
         framework_hints=settings.framework_hints,
         placement=Placement(settings.placement),
         multi_share=MultiShare(settings.multi_share),
+        limits_fail_open=settings.memory_limits_failure == "open",
     )

@@ -16,6 +16,7 @@ from purerpc import StatusCode
 from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
 from sgpu.deviceplugin import messages
 from sgpu.deviceplugin.preferred import preferred
+from sgpu.deviceplugin.prestart import wait_limited
 from sgpu.lib.concurrency import Broadcast, race
 from sgpu.node.edits import AllocationError, AllocationOptions, ContainerEdits, UnknownShareError
 from sgpu.node.offers import Offer
@@ -82,7 +83,7 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     def GetDevicePluginOptions(  # type: ignore[override]  # purerpc's base waits
         self, _: v1beta1_pb2.Empty
     ) -> v1beta1_pb2.DevicePluginOptions:
-        return options()
+        return options(self._context)
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1beta1_pb2.Empty
@@ -118,9 +119,12 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
             response.container_responses.append(v1beta1_pb2.ContainerAllocateResponse(**fields))
         return response
 
-    def PreStartContainer(  # type: ignore[override]  # purerpc's base waits
-        self, _: v1beta1_pb2.PreStartContainerRequest
+    async def PreStartContainer(
+        self, request: v1beta1_pb2.PreStartContainerRequest
     ) -> v1beta1_pb2.PreStartContainerResponse:
+        context = self._context
+        ids, fail_open = request.devices_ids, context.options.limits_fail_open
+        await wait_limited(context.node, context.resource, ids, fail_open=fail_open)
         return v1beta1_pb2.PreStartContainerResponse()
 
 
@@ -145,9 +149,19 @@ class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
         return v1alpha_pb2.AllocateResponse(**messages.allocate_fields(v1alpha_pb2, edits))
 
 
-def options() -> v1beta1_pb2.DevicePluginOptions:
-    """Return what the kubelet should call. Old kubelets read it in the registration, new ones ask for it."""
-    return v1beta1_pb2.DevicePluginOptions(get_preferred_allocation_available=True)
+def has_limits(context: PluginContext) -> bool:
+    """Return whether some share of the resource has a memory limit."""
+    return any(offer.limit_factor for offer in context.node.offered(context.resource))
+
+
+def options(context: PluginContext) -> v1beta1_pb2.DevicePluginOptions:
+    """Return what the kubelet should call. Old kubelets read it in the registration, new ones ask for it.
+
+    PreStartContainer has a price: while sgpu is away, containers with shares wait for it to start.
+    """
+    return v1beta1_pb2.DevicePluginOptions(
+        get_preferred_allocation_available=True, pre_start_required=has_limits(context)
+    )
 
 
 def plugin_routes(context: PluginContext, streams: Streams) -> Mapping[str, Route]:

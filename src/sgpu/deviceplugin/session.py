@@ -14,8 +14,8 @@ from sgpu import rpc
 from sgpu.config.settings import endpoint
 from sgpu.deviceplugin import registration
 from sgpu.deviceplugin.registration import RegistrationFailedError
-from sgpu.deviceplugin.servicer import PluginContext, Streams, options, plugin_routes
-from sgpu.lib.concurrency import race
+from sgpu.deviceplugin.servicer import PluginContext, Streams, has_limits, options, plugin_routes
+from sgpu.lib.concurrency import race, wait_until
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import Directory, open_directory
 from sgpu.lib.listeners import serve
@@ -143,6 +143,7 @@ class Session:
             self.expect_attempt()
             with registration.pinned(path) as pin:
                 kubelet = content_identity(path)
+                limited = has_limits(self._context)
                 attempt = partial(self._register, path)
                 # Where there was none, whoever answers now is the new one.
                 registered = await (race(attempt, partial(_overtaken, directory, pin)) if pin else attempt())
@@ -150,7 +151,9 @@ class Session:
                 if registered:
                     self._watchdog.disarm(loop_name(self._resource))
                     return await race(
-                        partial(_wait_kubelet_replaced, directory, pin), partial(_wait_no_stream, streams)
+                        partial(_wait_kubelet_replaced, directory, pin),
+                        partial(_wait_no_stream, streams),
+                        partial(_wait_limits_switched, self._context, limited=limited),
                     )
                 with trio.move_on_after(next(delays)) as scope:
                     await directory.wait_until(lambda: rpc.identity(path) != pin)
@@ -159,8 +162,9 @@ class Session:
                     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
     async def _register(self, kubelet_socket: Path) -> bool:
+        offered = options(self._context)
         try:
-            version = await registration.register(kubelet_socket, endpoint(self._resource), self._resource, options())
+            version = await registration.register(kubelet_socket, endpoint(self._resource), self._resource, offered)
         except RegistrationFailedError as error:
             self._problem.report(f"{self._resource} is not registered: {error}")
             return False
@@ -186,6 +190,12 @@ async def _wait_kubelet_replaced(directory: Directory, registered: rpc.Identity 
     path = directory.path / registration.SOCKET
     await directory.wait_until(lambda: rpc.identity(path) not in (None, registered))
     return "the kubelet restarted"
+
+
+async def _wait_limits_switched(context: PluginContext, *, limited: bool) -> str:
+    """Wait until the kubelet should call PreStartContainer and does not, or the other way round."""
+    await wait_until(lambda: has_limits(context) != limited, context.node.changed)
+    return f"memory limits were switched {'off' if limited else 'on'}"
 
 
 async def _wait_no_stream(streams: Streams) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Iterable
 from typing import Any, Final
 
 import attrs
 
+from sgpu.node.cgroup_limit import LimitAnswer, LimitState, WantedLimit
 from sgpu.node.figures import Figures, ProcessUse
 
 #: The XID of a changed recovery action.
@@ -123,9 +125,25 @@ class Failure:
     code: int
 
 
-Message = Report | NotReady | DriverEvent | CallStarted | Failure
+@attrs.frozen
+class LimitStarted:
+    """A call about a memory limit of this GPU begins that may never return. It runs beside the polls."""
 
-_KINDS = {kind.__name__: kind for kind in (Report, NotReady, DriverEvent, CallStarted, Failure)}
+    uuid: str
+
+
+@attrs.frozen
+class LimitReport:
+    """What became of all the limits that the process was last told of."""
+
+    answers: tuple[LimitAnswer, ...]
+
+
+Message = Report | NotReady | DriverEvent | CallStarted | Failure | LimitStarted | LimitReport
+
+_KINDS = {
+    kind.__name__: kind for kind in (Report, NotReady, DriverEvent, CallStarted, Failure, LimitStarted, LimitReport)
+}
 
 
 def encode_config(config: WorkerConfig) -> str:
@@ -137,6 +155,16 @@ def decode_config(text: str) -> WorkerConfig:
     """Return what `encode_config` was given."""
     fields = json.loads(text)
     return WorkerConfig(**{**fields, "suspects": tuple(fields["suspects"]), "known": tuple(fields["known"])})
+
+
+def encode_limits(table: Iterable[WantedLimit]) -> bytes:
+    """Return the limits as one line for the process' standard input."""
+    return json.dumps([attrs.astuple(wanted) for wanted in table]).encode() + b"\n"
+
+
+def decode_limits(line: bytes) -> tuple[WantedLimit, ...]:
+    """Return what `encode_limits` was given. The parent is trusted: it started the process."""
+    return tuple(WantedLimit(*fields) for fields in json.loads(line))
 
 
 def encode(message: Message) -> bytes:
@@ -154,11 +182,17 @@ def decode(line: bytes) -> Message:
             fields["gpus"] = tuple(map(_gpu, fields["gpus"]))
             for name in ("problems", "skipped", "nodeless", "order", "eventless"):
                 fields[name] = tuple(fields[name])
+        if kind is LimitReport:
+            fields["answers"] = tuple(map(_answer, fields["answers"]))
         if kind is DriverEvent:
             fields["kind"] = EventKind(fields["kind"])
         return kind(**fields)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a message of the driver's process: {line[:100]!r}") from error
+
+
+def _answer(fields: dict[str, Any]) -> LimitAnswer:
+    return LimitAnswer(**{**fields, "wanted": WantedLimit(**fields["wanted"]), "state": LimitState(fields["state"])})
 
 
 def _gpu(fields: dict[str, Any]) -> GpuReport:

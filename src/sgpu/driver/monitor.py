@@ -16,7 +16,7 @@ import trio
 
 from sgpu.driver import health
 from sgpu.driver.health import Clearance, Condition, Fault, FaultRecord
-from sgpu.driver.messages import DriverEvent, EventKind, Failure, GpuReport, NotReady, Report
+from sgpu.driver.messages import DriverEvent, EventKind, Failure, GpuReport, LimitReport, NotReady, Report
 from sgpu.driver.xids import XidClass, XidPolicy, describe
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
@@ -133,6 +133,10 @@ class Monitor:
     def call_failed(self, failure: Failure) -> None:
         """Count a call of libnvidia-ml that failed."""
         self._errors[failure.function, str(failure.code)] += 1
+
+    def limits(self, report: LimitReport) -> None:
+        """Take what became of memory limits."""
+        self._node.set_limits(report.answers)
 
     def _fault(self, event: DriverEvent) -> Fault | None:
         if event.asks_for_poll:

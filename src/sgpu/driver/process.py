@@ -8,14 +8,24 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
 import attrs
 import trio
 
-from sgpu.driver.messages import CallStarted, DriverEvent, Failure, Message, WorkerConfig, decode, encode_config
+from sgpu.driver.messages import (
+    CallStarted,
+    DriverEvent,
+    Failure,
+    LimitReport,
+    LimitStarted,
+    Message,
+    WorkerConfig,
+    decode,
+    encode_config,
+)
 
 #: Bytes taken off the pipe at a time.
 RECEIVE_BYTES: Final = 64 * 1024
@@ -23,6 +33,14 @@ RECEIVE_BYTES: Final = 64 * 1024
 START_TIMEOUT: Final = 10.0
 #: Seconds that a process which closed its pipe may take to be gone.
 EXIT_TIMEOUT: Final = 1.0
+
+
+Feed = Callable[[trio.abc.SendStream], Awaitable[None]]
+
+
+async def no_input(stream: trio.abc.SendStream) -> None:
+    """Write nothing to a worker."""
+    await stream.aclose()
 
 
 @attrs.frozen
@@ -37,18 +55,33 @@ class Outcome:
 
 
 async def run_worker(
-    config: WorkerConfig, deadline: float, left_behind: list[trio.Process], handle: Callable[[Message], None]
+    config: WorkerConfig,
+    deadline: float,
+    left_behind: list[trio.Process],
+    handle: Callable[[Message], None],
+    feed: Feed = no_input,
 ) -> Outcome:
     """Run a worker and handle its messages, until it ends or a call does not return.
 
-    `deadline`: seconds after which a call of the driver counts as one that does not return. In the end the process
-    is killed; it is appended to `left_behind`, because one that is stuck in the kernel does not even die then.
+    `deadline`: seconds after which a call of the driver counts as one that does not return. `feed` writes to its
+    standard input until it is cancelled. In the end the process is killed; it is appended to `left_behind`, because one
+    that is stuck in the kernel does not even die then. Raises, in a group, what `handle` and `feed` raise.
     """
     try:
-        async with _running(config, left_behind) as process:
-            return await _Reader(config.interval, deadline, handle).read(process)
+        process = await _start(config)
     except OSError as error:  # for want of processes or memory
         return Outcome(f"the driver's process can't be started: {error}", "")
+    async with _killed_at_the_end(process, left_behind), trio.open_nursery() as nursery:
+        assert process.stdin is not None
+        nursery.start_soon(_feed, feed, process.stdin)
+        outcome = await _Reader(config.interval, deadline, handle).read(process)
+        nursery.cancel_scope.cancel()
+    return outcome
+
+
+async def _feed(feed: Feed, stream: trio.abc.SendStream) -> None:
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has ended, which its output says, too
+        await feed(stream)
 
 
 class _Reader:
@@ -60,6 +93,8 @@ class _Reader:
         self._handle = handle
         self._started = False
         self._in_call: str | None = None
+        self._limits_of: str | None = None  # the GPU that a call about limits is about
+        self._limits_due = float("inf")
 
     async def read(self, process: trio.Process) -> Outcome:
         """Read until the process ends or is silent for too long."""
@@ -67,7 +102,7 @@ class _Reader:
         due = trio.current_time() + max(self._patience, START_TIMEOUT)
         async with aclosing(_lines(process.stdout)) as lines:
             while True:
-                with trio.move_on_at(due):
+                with trio.move_on_at(min(due, self._limits_due)):
                     line = await anext(lines, None)
                     if line is None:
                         return await self._ended(process)
@@ -76,12 +111,21 @@ class _Reader:
                     except ValueError as error:
                         return Outcome(str(error), self._in_call)
                     self._started = True
-                    if not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
+                    if isinstance(message, (LimitStarted, LimitReport)):
+                        self._take_limits(message)
+                    elif not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
                         self._in_call = message.uuid if isinstance(message, CallStarted) else None
                         due = trio.current_time() + self._patience
                     self._handle(message)
                     continue
-                return Outcome(f"the driver has not answered for {self._deadline:g} s", self._in_call)
+                in_call = self._in_call if self._limits_due > due else self._limits_of
+                return Outcome(f"the driver has not answered for {self._deadline:g} s", in_call)
+
+    def _take_limits(self, message: LimitStarted | LimitReport) -> None:
+        """Note whether a call about limits goes on: it is made beside the others, and has a deadline of its own."""
+        begins = isinstance(message, LimitStarted)
+        self._limits_of = message.uuid if isinstance(message, LimitStarted) else None
+        self._limits_due = trio.current_time() + self._deadline if begins else float("inf")
 
     @property
     def _patience(self) -> float:
@@ -105,24 +149,28 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
             yield line
 
 
-@asynccontextmanager
-async def _running(config: WorkerConfig, left_behind: list[trio.Process]) -> AsyncIterator[trio.Process]:
-    """Run a worker. At the end it is killed, and nobody waits for it."""
+async def _start(config: WorkerConfig) -> trio.Process:
+    """Start a worker. Raises OSError."""
     # -P: `-m` alone would import from the working directory, which may be anybody's.
     command = [sys.executable, "-P", "-m", "sgpu.driver.worker", encode_config(config)]
     # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
-    process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    return await trio.lowlevel.open_process(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
+
+
+@asynccontextmanager
+async def _killed_at_the_end(process: trio.Process, left_behind: list[trio.Process]) -> AsyncIterator[None]:
+    """Kill the process at the end; nobody waits for it."""
     try:
-        yield process
+        yield
     finally:
         process.kill()
         left_behind.append(process)
         with trio.move_on_after(EXIT_TIMEOUT) as scope:
             scope.shield = True
-            if process.stdout:
-                await process.stdout.aclose()
+            for stream in filter(None, (process.stdin, process.stdout)):
+                await stream.aclose()
 
 
 def _exit_status(code: int | None) -> str:

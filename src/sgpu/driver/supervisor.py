@@ -13,9 +13,9 @@ from typing import Final
 import attrs
 import trio
 
-from sgpu.driver.messages import DriverEvent, Failure, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.messages import DriverEvent, Failure, LimitReport, Message, NotReady, Report, WorkerConfig
 from sgpu.driver.monitor import Monitor
-from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Outcome, run_worker
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, no_input, run_worker
 from sgpu.lib.logs import OnChange
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,20 @@ MOST_TRIALS: Final = 4
 
 
 async def supervise(
-    config: WorkerConfig, monitor: Monitor, deadline: float, expect: Callable[[float], None] = lambda seconds: None
+    config: WorkerConfig,
+    monitor: Monitor,
+    deadline: float,
+    expect: Callable[[float], None] = lambda seconds: None,
+    feed: Feed = no_input,
 ) -> None:
     """Keep a worker running, and hand its messages to the monitor.
 
     `deadline`: seconds after which a call of the driver counts as one that does not return. `expect` is called each
-    time with the seconds until it is called again at the latest. Raises, in a group, what the monitor raises.
+    time with the seconds until it is called again at the latest. `feed` writes to the worker. Raises, in a group, what
+    the monitor raises.
     """
     async with trio.open_nursery() as nursery:
-        supervisor = _Supervisor(config, monitor, deadline, expect, nursery)
+        supervisor = _Supervisor(config, monitor, deadline, expect, feed, nursery)
         nursery.start_soon(supervisor.retry_faulty)
         await supervisor.keep_running()
 
@@ -54,12 +59,14 @@ class _Supervisor:
         monitor: Monitor,
         deadline: float,
         expect: Callable[[float], None],
+        feed: Feed,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._monitor = monitor
         self._deadline = deadline
         self._expect = expect
+        self._feed = feed
         # Between two messages, or between the last one and the start of another worker.
         self._longest_silence = max(START_TIMEOUT, config.interval + deadline) + EXIT_TIMEOUT + LAST_RESTART
         self._nursery = nursery
@@ -81,7 +88,7 @@ class _Supervisor:
             self._answered = False
             outcome = Outcome()
             with trio.CancelScope() as self._running:
-                outcome = await run_worker(self._current(), self._deadline, left_behind, self._handle)
+                outcome = await run_worker(self._current(), self._deadline, left_behind, self._handle, self._feed)
             if not outcome.problem:
                 await _wait_for_last(left_behind)  # the others die while the next one is delayed
                 continue
@@ -158,6 +165,8 @@ class _Supervisor:
             self._monitor.event(message)
         elif isinstance(message, Failure):
             self._monitor.call_failed(message)
+        elif isinstance(message, LimitReport):
+            self._monitor.limits(message)
 
 
 def _problems(report: Report) -> frozenset[object]:

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -19,19 +20,33 @@ import attrs
 
 from sgpu.driver import nvml
 from sgpu.driver.events import EventListener, NoEvents, event_listener
-from sgpu.driver.messages import CallStarted, Failure, Message, NotReady, Report, WorkerConfig, decode_config, encode
-from sgpu.driver.nvml import Code, Library, NvmlError
+from sgpu.driver.limits import LimitSetter, limit_setter
+from sgpu.driver.messages import (
+    CallStarted,
+    Failure,
+    Message,
+    NotReady,
+    Report,
+    WorkerConfig,
+    decode_config,
+    decode_limits,
+    encode,
+)
+from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
 from sgpu.driver.poll import NotReadyError, Places, poll
 from sgpu.driver.uvm import UvmNodes
 from sgpu.lib.files import content_identity
 from sgpu.lib.retry import growing_delays
+from sgpu.node.cgroup_limit import WantedLimit
 
 #: Seconds between attempts to reach a driver that is not there, growing.
 FIRST_RETRY: Final = 0.02
 LAST_RETRY: Final = 5.0
 #: Seconds at a time to wait for the next poll: it takes up to that long to notice that the parent was killed.
 LONGEST_WAIT: Final = 1.0
+#: Bytes of input that are read at a time.
+INPUT_BYTES: Final = 64 * 1024
 #: What `nvmlInit` answers while the kernel's driver is being unloaded or loaded.
 NOT_LOADED: Final = frozenset({Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH})
 #: Where the kernel's driver lists its GPUs, which NVML does only when it is initialized.
@@ -58,6 +73,15 @@ class Worker:
         self._parent = os.getppid()
         self._wake = threading.Event()
         self._events_reopened_at = float("-inf")
+        self._limits: tuple[WantedLimit, ...] = ()
+        self._setter: LimitSetter | None = None
+
+    def read_limits(self, lines: Iterable[bytes]) -> None:
+        """Take the limits that the parent writes, a table a line, until it hangs up."""
+        for line in lines:
+            self._limits = decode_limits(line)
+            if setter := self._setter:
+                setter.want(self._limits)
 
     def run(self) -> None:
         """Poll and emit until the library was replaced: then the parent starts another process.
@@ -109,7 +133,12 @@ class Worker:
     def _polls(self, library: Library) -> Iterator[None]:
         """Poll and listen to events until the library has to be opened again. Yields after each poll."""
         surroundings = self._surroundings()
-        with event_listener(library, self._emit, self._wake) as listener:
+        with event_listener(library, self._emit, self._wake) as listener, self._open_setter(library) as setter:
+
+            def found(uuid: str, handle: Handle) -> None:
+                listener.register(uuid, handle)
+                setter.register(uuid, handle)
+
             while True:
                 report = poll(
                     library,
@@ -118,7 +147,7 @@ class Worker:
                     known=self._known,
                     skip=self._config.suspects,
                     call_started=self._call_started,
-                    found=listener.register,
+                    found=found,
                     ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,
                 )
                 self._known = report.order
@@ -127,9 +156,20 @@ class Worker:
                 listener.listen()
                 silent = tuple(gpu.uuid for gpu in report.gpus if not listener.supports(gpu.uuid))
                 self._emit(attrs.evolve(report, eventless=silent))
+                setter.check()
                 yield
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
                     return
+
+    @contextmanager
+    def _open_setter(self, library: Library) -> Iterator[LimitSetter]:
+        with limit_setter(library, self._emit) as setter:
+            self._setter = setter
+            setter.want(self._limits)
+            try:
+                yield setter
+            finally:
+                self._setter = None
 
     def _wait(self, listener: EventListener | NoEvents) -> bool:
         """Wait until the next poll is due. Returns False where listening needs a new event set."""
@@ -160,6 +200,14 @@ class Worker:
         return tuple(map(content_identity, candidates(self._places.host_path)))
 
 
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Yield lines until the other end hangs up. No file of Python's: its lock would be held while the process ends."""
+    buffer = b""
+    while data := os.read(descriptor, INPUT_BYTES):
+        *lines, buffer = (buffer + data).split(b"\n")
+        yield from lines
+
+
 def _names(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)
@@ -170,7 +218,9 @@ def _names(directory: Path) -> list[str]:
 def main() -> None:
     """Run with the configuration on the command line until the parent is gone."""
     try:
-        Worker(decode_config(sys.argv[1])).run()
+        worker = Worker(decode_config(sys.argv[1]))
+        threading.Thread(target=worker.read_limits, args=(_lines(0),), name="input", daemon=True).start()
+        worker.run()
     except BrokenPipeError:
         os._exit(0)  # the parent is gone; nobody is left to flush for
 

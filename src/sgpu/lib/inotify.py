@@ -60,7 +60,7 @@ class Directory:
                 self._inotify.add_watch(self.path, _CHANGES)
                 self._watched = True
             except OSError as error:
-                _report_limit(self.path, error)
+                report_limit(self.path, error)
         if not self._watched and not self.path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self.path))
 
@@ -85,7 +85,7 @@ def open_directory(path: Path) -> Iterator[Directory]:
     try:
         inotify = inotify_simple.INotify(nonblocking=True)
     except OSError as error:
-        _report_limit(path, error)
+        report_limit(path, error)
         directory = Directory(path, None)
         directory.renew()
         yield directory
@@ -96,7 +96,7 @@ def open_directory(path: Path) -> Iterator[Directory]:
         yield directory
 
 
-def _report_limit(path: Path, error: OSError) -> None:
+def report_limit(path: Path, error: OSError) -> None:
     """Log which limit of the kernel is reached. Raises any other error."""
     if error.errno not in _LIMITS:
         raise error

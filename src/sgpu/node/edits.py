@@ -62,6 +62,7 @@ class AllocationOptions:
     framework_hints: bool = True
     placement: Placement = Placement.SPREAD
     multi_share: MultiShare = MultiShare.DISTINCT
+    limits_fail_open: bool = True
 
 
 @attrs.frozen

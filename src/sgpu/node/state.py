@@ -7,7 +7,7 @@ at once; nothing here waits. Knows neither NVML nor gRPC.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import attrs
 import trio
@@ -15,6 +15,7 @@ import trio
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
 from sgpu.node import pressure
+from sgpu.node.cgroup_limit import LimitAnswer
 from sgpu.node.container import NO_POD, Container
 from sgpu.node.edits import (
     AllocationOptions,
@@ -23,6 +24,7 @@ from sgpu.node.edits import (
     UnknownShareError,
     container_edits,
 )
+from sgpu.node.enforcement import Enforcement
 from sgpu.node.gpu import Gpu, Health, units
 from sgpu.node.offers import Offer, Offers, offers
 from sgpu.node.policy import OffersRefusedError, Policy
@@ -56,6 +58,7 @@ class NodeState:
         self.gpus: tuple[Gpu, ...] = ()
         self.offers: Offers = {}
         self.usage = Usage(interval)
+        self.enforcement = Enforcement()
         self._check = check
         self._clock = clock
         self._held: Mapping[str, Set[Share]] = {}
@@ -64,6 +67,7 @@ class NodeState:
         self._by_unit: Mapping[str, Mapping[str, Offer]] = {}  # the offers, by resource and UUID
         self._refused = OnChange(logger, logging.ERROR)
         self._unmatched = OnChange(logger, logging.WARNING)
+        self._unenforced = OnChange(logger, logging.WARNING)
 
     # Inputs
 
@@ -99,6 +103,13 @@ class NodeState:
         if holders is not None:
             self._held = {resource: each.keys() for resource, each in holders.items()}
         self._refresh_offers()
+
+    def set_limits(self, answers: Iterable[LimitAnswer]) -> None:
+        """Take what the driver says of memory limits, and log why some are not enforced."""
+        self.enforcement.answer(answers)
+        self.usage.set_limits(self.enforcement.by_container())
+        reasons = (f"{count} x {reason}" for reason, count in self.enforcement.problems().items())
+        self._unenforced.update("; ".join(reasons))
 
     def update_pressure(self, watermark: float) -> tuple[Set[str], Set[str]]:
         """Withhold the free shares of units whose memory is above the watermark, and no others.

@@ -13,6 +13,7 @@ from typing import Final
 
 import attrs
 
+from sgpu.node.cgroup_limit import ContainerLimit, LimitState
 from sgpu.node.container import NO_CONTAINER, Container
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.grants import Grants
@@ -29,7 +30,8 @@ class ContainerUse:
     """One container's shares and use of one GPU: bytes, percent. None: unknown.
 
     Processes that belong to no pod are together under empty names. `shares` is 0 for a container that uses the GPU
-    without having been given a share of it.
+    without having been given a share of it. `memory_limit` is in bytes, None where there is none; `limit_state` says
+    whether it is enforced (a LimitState), and `limit_reason` why not.
     """
 
     namespace: str
@@ -39,6 +41,9 @@ class ContainerUse:
     memory_used: int | None = None
     utilization: int | None = None
     processes: int = 0
+    memory_limit: int | None = None
+    limit_state: str = ""
+    limit_reason: str = ""
 
 
 class Usage:
@@ -58,6 +63,7 @@ class Usage:
         self._processes: Mapping[str, Mapping[Container, list[ProcessUse]]] = {}  # of the GPUs that report theirs
         self._incomplete: Set[str] = frozenset()  # GPUs with a process of some pod, it is unknown which
         self._interval = interval
+        self._limits: Mapping[str, Mapping[Container, ContainerLimit]] = {}
         self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since shares or processes last changed
 
     def set_figures(self, figures: Mapping[str, Figures], now: float) -> None:
@@ -104,6 +110,12 @@ class Usage:
             uuid for uuid, known in figures.items() if any(process.pid in unknown for process in known.processes or ())
         }
 
+    def set_limits(self, limits: Mapping[str, Mapping[Container, ContainerLimit]]) -> None:
+        """Take the memory limits of containers, by UUID."""
+        if limits != self._limits:
+            self._limits = limits
+            self._uses = {}
+
     def allocated(self, now: float) -> frozenset[Share] | None:
         """Return all shares that a container has or was given moments ago; None if that is unknown."""
         return None if self.holders is None else frozenset(self.holders) | self.grants.shares(now)
@@ -135,11 +147,17 @@ class Usage:
             return self._uses[uuid]
         shares: Mapping[Container, int] = self._shares.get(uuid, Counter())
         processes = self._processes.get(uuid)
+        limits = self._limits.get(uuid, {})
         containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))
         # Where a process may be any pod's, that none of a container is known does not mean that it uses nothing.
         none_known: list[ProcessUse] | None = None if processes is None or uuid in self._incomplete else []
         self._uses[uuid] = tuple(
-            _use(container, shares.get(container, 0), (processes or {}).get(container, none_known))
+            _use(
+                container,
+                shares.get(container, 0),
+                (processes or {}).get(container, none_known),
+                limits.get(container),
+            )
             for container in containers
         )
         return self._uses[uuid]
@@ -166,11 +184,15 @@ def _by_owner(
     return found
 
 
-def _use(container: Container, shares: int, processes: Collection[ProcessUse] | None) -> ContainerUse:
+def _use(
+    container: Container, shares: int, processes: Collection[ProcessUse] | None, limit: ContainerLimit | None
+) -> ContainerUse:
     memory = utilization = None
     if processes is not None:
         memory = _sum(process.memory for process in processes)
         utilization = _sum(process.utilization for process in processes)
+    if limit and limit.state is LimitState.ENFORCED and limit.used is not None:
+        memory = limit.used  # as the driver counts it for the limit; that needs no process ids
     return ContainerUse(
         namespace=container.namespace,
         pod=container.pod,
@@ -179,6 +201,9 @@ def _use(container: Container, shares: int, processes: Collection[ProcessUse] | 
         memory_used=memory,
         utilization=None if utilization is None else min(utilization, 100),  # each is rounded by itself
         processes=len(processes or ()),
+        memory_limit=limit.hard if limit else None,
+        limit_state=limit.state.value if limit else "",
+        limit_reason=limit.reason if limit else "",
     )
 
 

@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from sgpu.node.cgroup_limit import LimitState
 from sgpu.observe.counters import BUCKETS, Counters
 from sgpu.observe.snapshot import Snapshot
 
@@ -125,6 +126,21 @@ def _of_containers(snapshot: Snapshot) -> Iterator[Metric]:
         "Memory of a GPU that a container's processes use; those of no pod are together under empty names.",
         CONTAINER,
         ((names, use.memory_used) for names, use in uses),
+    )
+    yield _gauge(
+        "sgpu_container_memory_limit_bytes",
+        "Memory of a GPU that a container may use, where there are limits.",
+        CONTAINER,
+        ((names, use.memory_limit) for names, use in uses),
+    )
+    yield _gauge(
+        "sgpu_container_memory_limit_enforced",
+        "Whether the driver reads that limit back (1), or it is only wanted (0).",
+        CONTAINER,
+        (
+            (names, None if use.memory_limit is None else use.limit_state == LimitState.ENFORCED.value)
+            for names, use in uses
+        ),
     )
     yield _gauge(
         "sgpu_container_utilization_ratio",

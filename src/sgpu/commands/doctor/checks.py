@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
-from sgpu.commands.doctor import configured, driver, kubelet, libraries, nodes, served, surroundings
+from sgpu.commands.doctor import configured, driver, kubelet, libraries, limits, nodes, served, surroundings
 from sgpu.commands.doctor.driver import Answer
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip
 from sgpu.commands.doctor.host import Host
@@ -69,6 +69,7 @@ def checks(loaded: Loaded) -> list[Check]:
             Check("host's processes", _blocking(lambda facts: [surroundings.check_processes(_proc(facts))])),
             Check("container logs", _blocking(lambda facts: [surroundings.check_container_logs(_logs(facts))])),
             Check("stored answers", _stored_answers, ("driver", "PodResources")),
+            Check(limits.SUBJECT, _limits, ("driver",)),
         ]
     )
     return [
@@ -234,6 +235,10 @@ async def _stored_answers(facts: Facts) -> Iterable[Finding]:
     unlisted = Unlisted(_plugins(facts), Places(_proc(facts), _logs(facts)))
     gpus = configured.gpus(report.gpus)
     return [await kubelet.check_stored_answers(settings, facts.loaded.policy.resources(), unlisted, gpus)]
+
+
+async def _limits(facts: Facts) -> Iterable[Finding]:
+    return await _look(lambda: list(limits.check_limits(facts.loaded, facts.answer.report)))
 
 
 async def _served(facts: Facts) -> Iterable[Finding]:

@@ -6,6 +6,7 @@ Knows neither where the snapshot is from nor what it is printed on.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB, MIB
+from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
@@ -73,6 +75,10 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
         )
     if snapshot.processes_problem:
         yield f"GPU memory and utilization by pod are unknown: {printable(snapshot.processes_problem)}"
+    uses = [use for gpu in snapshot.gpus for use in gpu.containers if use.memory_limit is not None]
+    reasons = Counter(use.limit_reason for use in uses if use.limit_state != LimitState.ENFORCED.value)
+    for reason, count in reasons.items():
+        yield f"memory limits marked ! are not enforced ({count}): {printable(reason)}"
 
 
 def ago(seconds: float) -> str:
@@ -118,7 +124,7 @@ def _table(snapshot: Snapshot, now: float, view: View) -> Table:
         for use in _by_memory(gpu.containers):
             table.add_row(
                 Padding(_user(use), (0, 0, 0, INDENT)),
-                _size(use.memory_used),
+                _memory_of(use),
                 _percent(use.utilization),
                 Text(f"{use.shares:>{digits}}" if use.pod else "", style="" if use.shares else NOTE),
             )
@@ -139,7 +145,7 @@ def _stack(snapshot: Snapshot, now: float, view: View, width: int) -> Iterator[R
         yield Text("shares  ").append_text(Text(", ").join(shares))
         for use in _by_memory(gpu.containers):
             yield Padding(_user(use), (0, 0, 0, INDENT))
-            figures = Text(f"{_size(use.memory_used)}, {_percent(use.utilization)}")
+            figures = _memory_of(use).append(f", {_percent(use.utilization)}", style="")
             if use.pod:
                 label = f"{use.shares} share{'s' * (use.shares != 1)}"
                 figures.append(", ").append(label, style="" if use.shares else NOTE)
@@ -206,6 +212,15 @@ def _bar(gpu: GpuSnapshot, width: int, view: View) -> Text:
     full, empty = "#." if view.ascii_only else "█░"
     bar = Text(full * filled, style=NOTE if gpu.withheld else FINE)
     return bar.append(empty * (width - filled), style=DIM)
+
+
+def _memory_of(use: ContainerUse) -> Text:
+    """Return what a container uses and its limit, marked where that is not enforced."""
+    if use.memory_limit is None:
+        return Text(_size(use.memory_used))
+    enforced = use.limit_state == LimitState.ENFORCED.value
+    text = Text(f"{_size(use.memory_used)} / {_size(use.memory_limit)}")
+    return text if enforced else text.append(" !", style=BAD)
 
 
 def _size(size: int | None) -> str:

@@ -1,0 +1,161 @@
+"""Sets memory limits of cgroups and reads them back, on a thread of its own: also while a poll goes on.
+
+Runs in the driver's process. Knows neither trio nor whose the cgroups are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import attrs
+
+from sgpu.driver.messages import LimitReport, LimitStarted, Message
+from sgpu.driver.nvml import Code, Handle, Library, MemoryLimit, NvmlError
+from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
+
+#: Bytes by which what is read back may differ: a driver rounds to its pages.
+ROUNDING: Final = 2 * 1024 * 1024
+#: Seconds that a call may take while the library is to be closed.
+END_TIMEOUT: Final = 5.0
+#: What the library or the GPU answers where a driver has no limits at all.
+UNSUPPORTED: Final = {
+    Code.FUNCTION_NOT_FOUND: "this driver has no memory limits; they need driver R615 or later",
+    Code.NOT_SUPPORTED: "the driver does not support memory limits of this GPU; they need cgroup v2, and no MIG",
+    Code.NO_PERMISSION: "sgpu may not set memory limits; it has to be root, in a privileged container",
+}
+
+
+class LimitSetter(threading.Thread):
+    """Works on the table that it was given last: once when it is given, and each time `check` is called."""
+
+    def __init__(self, library: Library, emit: Callable[[Message], None]) -> None:
+        super().__init__(name="limits", daemon=True)
+        self._library = library
+        self._emit = emit
+        self._handles: dict[str, Handle] = {}
+        self._table: tuple[WantedLimit, ...] = ()
+        self._set: set[Target] = set()  # by this thread
+        self._due = threading.Event()
+        self._ending = False
+
+    def register(self, uuid: str, handle: Handle) -> None:
+        """Take the handle of a GPU."""
+        self._handles[uuid] = handle
+
+    def want(self, table: tuple[WantedLimit, ...]) -> None:
+        """Take another table, and work on it at once, if the driver was polled before."""
+        self._table = table
+        if self._handles:
+            self.check()
+
+    def check(self) -> None:
+        """Read all limits back again, and set those that are not as wanted: a driver that was reloaded has none."""
+        if self._table:
+            self._due.set()
+            if not self.ident:  # not started yet: mostly there are no limits
+                self.start()
+
+    def end(self) -> None:
+        """Stop. If a call does not return, the process ends: the library can't be closed then."""
+        if not self.ident:
+            return
+        self._ending = True
+        self._due.set()
+        self.join(END_TIMEOUT)
+        if self.is_alive():
+            os._exit(0)
+
+    def run(self) -> None:
+        while True:
+            self._due.wait()
+            self._due.clear()
+            if self._ending:
+                return
+            try:
+                self._emit(LimitReport(tuple(self._work(self._table))))
+            except OSError:  # the parent is gone; the main thread finds out, too
+                return
+
+    def _work(self, table: tuple[WantedLimit, ...]) -> Iterator[LimitAnswer]:
+        last = None
+        for wanted in sorted(table, key=lambda wanted: wanted.uuid):
+            if wanted.uuid != last:
+                last = wanted.uuid
+                self._emit(LimitStarted(wanted.uuid))
+            yield self._answer(wanted)
+
+    def _answer(self, wanted: WantedLimit) -> LimitAnswer:
+        handle = self._handles.get(wanted.uuid)
+        if handle is None:
+            return LimitAnswer(wanted, LimitState.PENDING, reason="the driver does not list the GPU")
+        try:
+            return self._enforce(wanted, handle)
+        except NvmlError as error:
+            if not os.path.isdir(wanted.cgroup):  # its container has ended
+                return LimitAnswer(wanted, LimitState.REMOVED)
+            reason = UNSUPPORTED.get(error.code, str(error))
+            if error.code == Code.NOT_FOUND:
+                reason += _missing_controller(wanted.cgroup)
+            return LimitAnswer(wanted, LimitState.REFUSED, reason=reason)
+
+    def _enforce(self, wanted: WantedLimit, handle: Handle) -> LimitAnswer:
+        found = self._library.memory_limit(handle, wanted.cgroup)
+        if not _fits(found, wanted.hard):
+            if found and not wanted.ours and wanted.target not in self._set:
+                return LimitAnswer(
+                    wanted, LimitState.FOREIGN, found.hard, found.used, "the cgroup has a limit that sgpu did not set"
+                )
+            self._set.add(wanted.target)
+            self._library.set_memory_limit(handle, wanted.cgroup, wanted.hard)
+            found = self._library.memory_limit(handle, wanted.cgroup)
+        if _fits(found, wanted.hard):
+            state = LimitState.REMOVED if wanted.hard is None else LimitState.ENFORCED
+            return LimitAnswer(wanted, state, *(attrs.astuple(found) if found else ()))
+        read = f"{found.hard} bytes" if found else "no limit"
+        return LimitAnswer(
+            wanted,
+            LimitState.REFUSED,
+            None,
+            found.used if found else None,
+            f"the driver took the limit and reads back {read}",
+        )
+
+
+def _fits(found: MemoryLimit | None, hard: int | None) -> bool:
+    if found is None or hard is None:
+        return found is None and hard is None
+    return abs(found.hard - hard) < ROUNDING
+
+
+def _missing_controller(cgroup: str) -> str:
+    """Return what to add to an error where the kernel has the dmem controller and this cgroup does not."""
+    directory = cgroup
+    while directory not in ("/", ""):
+        directory = os.path.dirname(directory)
+        try:
+            with open(f"{directory}/cgroup.controllers") as file:
+                controllers = file.read().split()
+            with open(f"{directory}/cgroup.subtree_control") as file:
+                enabled = file.read().split()
+        except OSError:
+            return ""
+        if "dmem" in controllers and "dmem" not in enabled:
+            return (
+                f"; {directory}/cgroup.subtree_control lacks dmem: add +dmem there, as runc does and crun does not, "
+                f"or boot with cgroup_disable=dmem"
+            )
+    return ""
+
+
+@contextmanager
+def limit_setter(library: Library, emit: Callable[[Message], None]) -> Iterator[LimitSetter]:
+    """Open a setter for this library; it is stopped at the end."""
+    setter = LimitSetter(library, emit)
+    try:
+        yield setter
+    finally:
+        setter.end()

@@ -1,0 +1,147 @@
+"""Keeps the limits that are wanted up to date, as pods and their containers come and go.
+
+Knows neither NVML nor gRPC: what is wanted goes to `node.enforcement`, from where the driver's side takes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import attrs
+import trio
+
+from sgpu.lib.concurrency import race
+from sgpu.lib.files import content_identity
+from sgpu.lib.logs import OnChange
+from sgpu.node.cgroup_limit import Target
+from sgpu.node.container import Container
+from sgpu.node.limits import PodCgroups, WantedLimits, wanted_limits
+from sgpu.node.offers import Offer
+from sgpu.node.shares import Share
+from sgpu.node.state import NodeState
+from sgpu.pods.cgroup_tree import CgroupTree, open_tree
+from sgpu.pods.cgroups import plain_uid
+from sgpu.pods.checkpoint import FILE, Checkpoint, read_checkpoint
+from sgpu.pods.container import Containers, read_links
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class LimitOptions:
+    """Directories to look in: cgroups, the kubelet's checkpoint, and its links to logs; and seconds between looks that
+    nothing asks for.
+    """
+
+    cgroups: Path
+    plugins: Path
+    container_logs: Path
+    interval: float
+
+
+async def limit_containers(options: LimitOptions, node: NodeState) -> NoReturn:
+    """Say which cgroups should be limited to what, for as long as some offer has limits, and then that none should."""
+    while True:
+        changed = node.changed.next
+        if not _limited(node):
+            node.enforcement.want(WantedLimits())
+            await changed.wait()
+            continue
+        with open_tree(options.cgroups) as tree:
+            tree.watch_beside((options.plugins, options.container_logs))
+            await trio.to_thread.run_sync(tree.scan)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tree.watch)
+                await _Limiter(options, node, tree).follow()
+                nursery.cancel_scope.cancel()
+
+
+def _limited(node: NodeState) -> list[Offer]:
+    return [offer for each in node.offers.values() for offer in each if offer.limit_factor]
+
+
+def _gone(targets: Iterable[Target]) -> list[Target]:
+    return [target for target in targets if not os.path.isdir(target.cgroup)]
+
+
+class _Limiter:
+    """What was read, until it changes."""
+
+    def __init__(self, options: LimitOptions, node: NodeState, tree: CgroupTree) -> None:
+        self._options = options
+        self._node = node
+        self._tree = tree
+        self._seen: tuple[int, ...] | None = None
+        self._checkpoint = Checkpoint({}, ())
+        self._containers = Containers({}, {})
+        self._problem = OnChange(logger, logging.WARNING)
+
+    async def follow(self) -> None:
+        """Update what is wanted after each change, until no offer has limits any more."""
+        enforcement = self._node.enforcement
+        while offers := _limited(self._node):
+            # Taken before anything is read: what changes meanwhile is looked at in the next turn.
+            events = (self._tree.changed.next, self._node.changed.next, enforcement.look.next)
+            self._problem.update(await self._read())
+            pods = self._tree.pods()
+            enforcement.want(wanted_limits(offers, pods, self._shares(), self._names(pods)))
+            await self._forget_gone(pods)
+            with trio.move_on_after(self._options.interval) as waited:
+                await race(*(event.wait for event in events))
+            if waited.cancelled_caught and not self._tree.follows():
+                await trio.to_thread.run_sync(self._tree.scan)
+
+    async def _forget_gone(self, pods: Iterable[PodCgroups]) -> None:
+        """Forget the limits of cgroups that were removed."""
+        known = {directory for pod in pods for directory in (pod.directory, *pod.containers.values())}
+        unseen = [target for target in self._node.enforcement.recorded() if target.cgroup not in known]
+        if unseen:
+            self._node.enforcement.forget(await trio.to_thread.run_sync(_gone, unseen))
+
+    async def _read(self) -> str:
+        """Read what changed. Returns what is missing for limits, and what to do."""
+        options = self._options
+        if not (options.cgroups / "cgroup.controllers").exists():
+            return (
+                f"memory limits need cgroup v2, and {options.cgroups} has none: mount the host's /sys/fs/cgroup there, "
+                f"or set -cgroup-directory"
+            )
+        if not self._tree.has_kubelet():
+            return (
+                f"no memory limits: the kubelet has no cgroup below {options.cgroups}; mount the host's /sys/fs/cgroup "
+                f"there, or set -cgroup-directory"
+            )
+        try:
+            await trio.to_thread.run_sync(self._read_files, abandon_on_cancel=True)
+        except (OSError, ValueError) as error:
+            return f"no memory limits for new pods: cannot read the kubelet's checkpoint: {error}"
+        return ""
+
+    def _read_files(self) -> None:
+        seen = content_identity(self._options.plugins / FILE)
+        if seen != self._seen:
+            self._checkpoint = read_checkpoint(self._options.plugins) if seen else Checkpoint({}, ())
+            self._seen = seen
+        try:
+            self._containers = read_links(os.listdir(self._options.container_logs))
+        except OSError:  # not mounted: which container a cgroup is of stays unknown
+            self._containers = Containers({}, {})
+
+    def _shares(self) -> Mapping[str, Mapping[str, list[Share]]]:
+        """Return the shares of each container, by the pod's uid and the container's name."""
+        shares: dict[str, dict[str, list[Share]]] = {}
+        for entry in self._checkpoint.entries:
+            parsed = list(filter(None, map(Share.parse, entry.ids)))
+            if parsed and entry.resource in self._node.offers:
+                of_pod = shares.setdefault(plain_uid(entry.pod_uid), {})
+                of_pod.setdefault(entry.container, []).extend(parsed)
+        return shares
+
+    def _names(self, pods: Iterable[PodCgroups]) -> Mapping[str, Container]:
+        ids = [container_id for pod in pods for container_id in pod.containers]
+        found = {container_id: self._containers.find(f"0::/{container_id}") for container_id in ids}
+        return {container_id: container for container_id, container in found.items() if container}
