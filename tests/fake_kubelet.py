@@ -6,6 +6,7 @@ device manager of 1.24 and older, `api="v1alpha"` that of 1.8 and 1.9. Knows not
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -145,6 +146,8 @@ class FakeKubelet:
         self.lists: defaultdict[str, list[Listed]] = defaultdict(list)
         self.connections: list[Connection] = []
 
+        #: The checkpoint's entries: what containers have.
+        self.entries: list[dict[str, object]] = []
         #: When kubelet.sock was last made, on the monotonic clock.
         self.bound = 0.0
 
@@ -252,6 +255,12 @@ class FakeKubelet:
         connection = connection or self.registrations[-1].connection
         connection.channel.close()
         self.wait_for(lambda: connection.ended, message="ListAndWatch still open")
+
+    def write_checkpoint(self) -> None:
+        """Write the checkpoint, with `entries`, as the kubelet does after an allocation and at every list."""
+        written = self.directory / f".{CHECKPOINT}{threading.get_ident()}"
+        written.write_text(json.dumps({"Data": {"PodDeviceEntries": self.entries, "RegisteredDevices": {}}}))
+        written.rename(self.directory / CHECKPOINT)
 
     # Observing
 
@@ -550,9 +559,7 @@ class FakeKubelet:
                 self._endpoints[resource].devices = {device.ID: device.health for device in response.devices}
             # The kubelet writes its checkpoint at every list: plugins that watch the directory see it.
             with suppress(OSError):  # a test may have removed the directory
-                written = self.directory / f".{CHECKPOINT}{len(self.lists[resource])}"
-                written.write_text("{}")
-                written.rename(self.directory / CHECKPOINT)
+                self.write_checkpoint()
             self._changed.notify_all()
 
     def _sleep(self, seconds: float, context: grpc.ServicerContext | None = None) -> bool:

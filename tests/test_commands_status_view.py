@@ -91,6 +91,13 @@ shares  4 used, 96 down, 0 withheld
 """
 
 
+def limited(state: str) -> GpuSnapshot:
+    use = ContainerUse(
+        "ci", "runner", "job", 4, memory_used=GIB, memory_limit=2 * GIB, limit_state=state, limit_reason="no R615"
+    )
+    return attrs.evolve(HEALTHY, containers=(use,))
+
+
 def text(snapshot: Snapshot, width: int | None = None, *, ascii_only: bool = False, now: float = NOW) -> str:
     """Return the screen's text, without trailing blanks."""
     file = io.StringIO()
@@ -173,6 +180,15 @@ class TestHead:
         assert [state.startswith("not registered") for state in states] == [False, False, True]
 
 
+@pytest.mark.parametrize("width", [TABLE, 40])
+@pytest.mark.parametrize(("state", "mark"), [("enforced", ""), ("refused", " !"), ("pending", " !")])
+def test_limits(state: str, mark: str, width: int) -> None:
+    """Show what a container may use beside what it uses, marked unless the driver enforces it."""
+    shown = text(of(limited(state)), width)
+    assert f"1.0 GiB / 2.0 GiB{mark}" in shown
+    assert ("! memory limits" in shown) == bool(mark)
+
+
 class TestNotes:
     @pytest.mark.parametrize(
         ("changes", "fact"),
@@ -183,6 +199,7 @@ class TestNotes:
             pytest.param({"sampled_at": NOW - 90}, "1 min", id="old figures"),
             pytest.param({"holders_known": False}, "-pod-resources-socket", id="holders unknown"),
             pytest.param({"processes_problem": "set hostPID: true"}, "set hostPID: true", id="processes unknown"),
+            pytest.param({"gpus": (limited("refused"), limited("enforced"))}, "(1): no R615", id="no limit"),
         ],
     )
     def test_each(self, changes: dict[str, Any], fact: str) -> None:

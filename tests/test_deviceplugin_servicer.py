@@ -193,12 +193,15 @@ def test_both_apis_are_served_on_one_socket() -> None:
     }
 
 
-def test_the_options_ask_for_preferred_allocation_alone() -> None:
-    """Tell the kubelet to call GetPreferredAllocation, and not PreStartContainer."""
-    plugin = DevicePlugin(context(new_node(0)), Streams())
-    assert plugin.GetDevicePluginOptions(v1beta1_pb2.Empty()) == options()
-    assert (options().get_preferred_allocation_available, options().pre_start_required) == (True, False)
-    assert not plugin.PreStartContainer(v1beta1_pb2.PreStartContainerRequest()).SerializeToString()
+@pytest.mark.parametrize("factor", [0, 1])
+def test_options(factor: float) -> None:
+    """Tell the kubelet to call GetPreferredAllocation, and PreStartContainer only where there are limits."""
+    node = new_node(1)
+    node.set_policy(Policy(RESOURCE, 1, limit_factor=factor))
+    plugin = DevicePlugin(context(node), Streams())
+    answer = plugin.GetDevicePluginOptions(v1beta1_pb2.Empty())
+    assert answer == options(context(node))
+    assert (answer.get_preferred_allocation_available, answer.pre_start_required) == (True, bool(factor))
 
 
 class TestGetPreferredAllocation:

@@ -66,7 +66,7 @@ class Sent:
         self.input, self._output = trio.testing.memory_stream_one_way_pair()
 
     async def next(self) -> tuple[WantedLimit, ...]:
-        return decode_limits(await self._output.receive_some(10_000))
+        return decode_limits(bytes(await self._output.receive_some(10_000)))
 
 
 def fed(check: Callable[[Sent], Awaitable[None]], file: Path | None) -> None:
@@ -105,6 +105,7 @@ def test_adopted(target: Target, file: Path) -> None:
     save(file, BOOT, [target])
 
     async def check(sent: Sent) -> None:
+        sent.enforcement.want(WantedLimits())
         assert await sent.next() == (WantedLimit(*target, None, ours=True),)
 
     fed(check, file)

@@ -154,7 +154,10 @@ class TestGpus:
             SECOND,
         )
         assert changed.is_set()
-        assert two.node.gpus[0] == attrs.evolve(gpu, memory_bytes=1950, memory_total=2000, device_nodes=("nvidia7",))
+        later = attrs.evolve(gpu, memory_bytes=1950, memory_total=2000, device_nodes=("nvidia7",))
+        assert two.node.gpus[0] == later
+        two.report(attrs.evolve(FIRST, figures=Figures(), device_nodes=("nvidia7",)), SECOND)
+        assert two.node.gpus[0] == later  # a card's memory does not change
 
     def test_order(self, two: Watched) -> None:
         """Keep the GPUs in the order in which they were first seen."""

@@ -101,7 +101,7 @@ class TestInput:
         received: list[bytes] = []
 
         async def reads(worker: FakeWorker) -> None:
-            received.append(await worker.input.receive_some(100))
+            received.append(bytes(await worker.input.receive_some(100)))
             await worker.input.aclose()
             await worker.emit(report("GPU-a"))
             worker.die(0)

@@ -86,7 +86,7 @@ class Running:
         """The next message, without those about single calls. Raises queue.Empty."""
         while True:
             self.all.append(self.output.messages.get(timeout=timeout))
-            if not isinstance(message := self.all[-1], CallStarted | Failure):
+            if isinstance(message := self.all[-1], Report | NotReady | DriverEvent):
                 return message
 
     def report(self) -> Report:

@@ -43,8 +43,13 @@ def test_table(enforcement: Enforcement) -> None:
 
 
 def test_adopted(enforcement: Enforcement) -> None:
-    """Limits of an earlier sgpu are ours, and are removed unless they are wanted."""
+    """Limits of an earlier sgpu are ours, and are removed unless they are wanted, once somebody has said what is."""
     old = Target("GPU-b", "/pod9")
+    undecided = Enforcement()
+    undecided.adopt([POD, old])
+    assert (undecided.table(), set(undecided.recorded())) == ((), {POD, old})
+    undecided.want(wanting())
+    assert len(undecided.table()) == 2
     changed = enforcement.changed.next
     enforcement.adopt([POD, old])
     assert changed.is_set()

@@ -25,8 +25,18 @@ from sgpu.observe.snapshot import ResourceSnapshot, Snapshot
 RESOURCE = "example.com/gpu"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 
-WEB = ContainerUse("team", "web", "main", shares=2, memory_used=GIB, utilization=7, processes=1)
-TRAIN = ContainerUse("team", "train", "main", shares=1)
+WEB = ContainerUse(
+    "team",
+    "web",
+    "main",
+    shares=2,
+    memory_used=GIB,
+    utilization=7,
+    processes=1,
+    memory_limit=3 * GIB,
+    limit_state="enforced",
+)
+TRAIN = ContainerUse("team", "train", "main", shares=1, memory_limit=GIB, limit_state="refused")
 STRAY = ContainerUse("", "", "", shares=0, memory_used=2 * GIB, processes=3)
 UP = attrs.evolve(GPU, uuid="GPU-a", resource=RESOURCE, withheld=97, containers=(WEB, TRAIN, STRAY))
 DOWN = attrs.evolve(
@@ -98,6 +108,10 @@ class TestSeries:
             ("sgpu_gpu_shares_withheld{uuid=GPU-a}", 97),
             ("sgpu_container_shares{container=main,namespace=team,pod=web,uuid=GPU-a}", 2),
             ("sgpu_container_memory_used_bytes{container=main,namespace=team,pod=web,uuid=GPU-a}", GIB),
+            ("sgpu_container_memory_limit_bytes{container=main,namespace=team,pod=web,uuid=GPU-a}", 3 * GIB),
+            ("sgpu_container_memory_limit_enforced{container=main,namespace=team,pod=web,uuid=GPU-a}", 1),
+            ("sgpu_container_memory_limit_bytes{container=main,namespace=team,pod=train,uuid=GPU-a}", GIB),
+            ("sgpu_container_memory_limit_enforced{container=main,namespace=team,pod=train,uuid=GPU-a}", 0),
             ("sgpu_container_utilization_ratio{container=main,namespace=team,pod=web,uuid=GPU-a}", 0.07),
             ("sgpu_container_shares{container=,namespace=,pod=,uuid=GPU-a}", 0),
             ("sgpu_container_memory_used_bytes{container=,namespace=,pod=,uuid=GPU-a}", 2 * GIB),
@@ -137,7 +151,9 @@ class TestSeries:
         }
         found = series(NODE, counted(), accept)
         train = {name.partition("{")[0] for name in found if "pod=train" in name}
-        assert train == {"sgpu_container_shares"}
+        limit = {"sgpu_container_memory_limit_bytes", "sgpu_container_memory_limit_enforced"}
+        assert train == {"sgpu_container_shares", *limit}
+        assert not limit & {name.partition("{")[0] for name in found if "pod=," in name}
         assert all(map(math.isfinite, found.values()))
 
     def test_gone(self, accept: str) -> None:

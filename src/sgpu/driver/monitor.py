@@ -184,8 +184,9 @@ class Monitor:
             name=report.name,
             pci_bus_id=report.pci_bus_id,
             device_nodes=report.device_nodes,
-            memory_bytes=report.figures.memory_usable,
-            memory_total=report.figures.memory_total,
+            # What a card has does not change: a poll that does not say leaves it as it was.
+            memory_bytes=report.figures.memory_usable or (before.memory_bytes if before else None),
+            memory_total=report.figures.memory_total or (before.memory_total if before else None),
             numa_node=report.numa_node,
             health=Health.UNHEALTHY if reasons else Health.HEALTHY,
             reason="; ".join(reasons),

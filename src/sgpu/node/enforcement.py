@@ -26,13 +26,15 @@ class Enforcement:
         #: Notifies whoever looks at cgroups that there is a reason to look now.
         self.look = Broadcast()
         self.wanted = WantedLimits()
+        self._decided = False  # whether anybody has said what is wanted
         self._ours: dict[Target, None] = {}  # limits that sgpu set, as far as it knows
         self._answers: dict[Target, LimitAnswer] = {}
 
     def want(self, wanted: WantedLimits) -> None:
         """Take the limits that are wanted from now on."""
         before, self.wanted = self.wanted, wanted
-        if wanted.hard != before.hard:
+        first, self._decided = not self._decided, True
+        if first or wanted.hard != before.hard:
             self.changed.notify()
         if wanted != before:
             self.answered.notify()
@@ -61,11 +63,15 @@ class Enforcement:
         self.answered.notify()
 
     def table(self) -> tuple[WantedLimit, ...]:
-        """Return all that the driver should do: limits to set, and limits of ours to remove."""
+        """Return all that the driver should do: limits to set, and limits of ours to remove.
+
+        Nothing is removed before anybody has said what is wanted: those of an earlier sgpu mostly still are.
+        """
         wanted = self.wanted.hard
+        over = [target for target in self._ours if target not in wanted] if self._decided else []
         return (
             *(WantedLimit(*target, hard, target in self._ours) for target, hard in wanted.items()),
-            *(WantedLimit(*target, None, True) for target in self._ours if target not in wanted),
+            *(WantedLimit(*target, None, True) for target in over),
         )
 
     def recorded(self) -> tuple[Target, ...]:

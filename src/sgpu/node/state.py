@@ -108,8 +108,8 @@ class NodeState:
         """Take what the driver says of memory limits, and log why some are not enforced."""
         self.enforcement.answer(answers)
         self.usage.set_limits(self.enforcement.by_container())
-        reasons = (f"{count} x {reason}" for reason, count in self.enforcement.problems().items())
-        self._unenforced.update("; ".join(reasons))
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in self.enforcement.problems().items())
+        self._unenforced.update(reasons and f"memory limits are not enforced: {reasons}")
 
     def update_pressure(self, watermark: float) -> tuple[Set[str], Set[str]]:
         """Withhold the free shares of units whose memory is above the watermark, and no others.

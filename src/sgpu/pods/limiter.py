@@ -47,6 +47,9 @@ async def limit_containers(options: LimitOptions, node: NodeState) -> NoReturn:
     """Say which cgroups should be limited to what, for as long as some offer has limits, and then that none should."""
     while True:
         changed = node.changed.next
+        if not node.gpus:  # it is not known yet what is limited
+            await changed.wait()
+            continue
         if not _limited(node):
             node.enforcement.want(WantedLimits())
             await changed.wait()
@@ -78,6 +81,7 @@ class _Limiter:
         self._seen: tuple[int, ...] | None = None
         self._checkpoint = Checkpoint({}, ())
         self._containers = Containers({}, {})
+        self._shares: dict[str, Mapping[str, list[Share]]] = {}  # by container, by the pod's uid
         self._problem = OnChange(logger, logging.WARNING)
 
     async def follow(self) -> None:
@@ -86,10 +90,13 @@ class _Limiter:
         while offers := _limited(self._node):
             # Taken before anything is read: what changes meanwhile is looked at in the next turn.
             events = (self._tree.changed.next, self._node.changed.next, enforcement.look.next)
-            self._problem.update(await self._read())
-            pods = self._tree.pods()
-            enforcement.want(wanted_limits(offers, pods, self._shares(), self._names(pods)))
-            await self._forget_gone(pods)
+            problem = await self._read()
+            self._problem.update(problem)
+            if not problem:  # else what was wanted stays
+                pods = self._tree.pods()
+                self._note_shares(pods)
+                enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods)))
+                await self._forget_gone(pods)
             with trio.move_on_after(self._options.interval) as waited:
                 await race(*(event.wait for event in events))
             if waited.cancelled_caught and not self._tree.follows():
@@ -131,15 +138,16 @@ class _Limiter:
         except OSError:  # not mounted: which container a cgroup is of stays unknown
             self._containers = Containers({}, {})
 
-    def _shares(self) -> Mapping[str, Mapping[str, list[Share]]]:
-        """Return the shares of each container, by the pod's uid and the container's name."""
+    def _note_shares(self, pods: Iterable[PodCgroups]) -> None:
+        """Take the shares of pods, which are known as long as the pod's cgroup is there: a checkpoint can get lost."""
         shares: dict[str, dict[str, list[Share]]] = {}
         for entry in self._checkpoint.entries:
             parsed = list(filter(None, map(Share.parse, entry.ids)))
             if parsed and entry.resource in self._node.offers:
                 of_pod = shares.setdefault(plain_uid(entry.pod_uid), {})
                 of_pod.setdefault(entry.container, []).extend(parsed)
-        return shares
+        there = {pod.uid for pod in pods}
+        self._shares = {uid: each for uid, each in {**self._shares, **shares}.items() if uid in there}
 
     def _names(self, pods: Iterable[PodCgroups]) -> Mapping[str, Container]:
         ids = [container_id for pod in pods for container_id in pod.containers]

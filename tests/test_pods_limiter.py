@@ -1,0 +1,208 @@
+"""The limits that are wanted, as pods and their containers come and go on a node of files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+from node import RESOURCE
+
+from sgpu.lib.concurrency import wait_until
+from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
+from sgpu.node.container import Container
+from sgpu.node.gpu import Gpu
+from sgpu.node.policy import Policy
+from sgpu.node.shares import Share
+from sgpu.node.state import NodeState
+from sgpu.pods.limiter import LimitOptions, limit_containers
+
+MIB = 1 << 20
+UID = "0c1d2e3f-4a5b-6c7d-8e9f-001122334455"
+ID = "ab" * 32
+SHARE = Share("GPU-a", 0)
+#: Seconds after which something that is due is taken not to come.
+TIMEOUT = 30
+
+
+@attrs.frozen
+class World:
+    """A node with one GPU of 10 shares of 100 MiB, a cgroup tree, the kubelet's checkpoint and log links."""
+
+    root: Path
+    node: NodeState
+
+    @property
+    def pod(self) -> Path:
+        return self.root / f"cgroup/kubepods/burstable/pod{UID}"
+
+    @property
+    def options(self) -> LimitOptions:
+        # Seldom, so that a test that waits for a look that nobody asked for fails.
+        return LimitOptions(self.root / "cgroup", self.root / "plugins", self.root / "logs", interval=3600)
+
+    def allocate(self, *shares: Share, container: str = "main", resource: str = RESOURCE) -> None:
+        """As the kubelet writes it: in one step."""
+        ids = {"0": list(map(str, shares))}
+        entry = {"PodUID": UID, "ContainerName": container, "ResourceName": resource, "DeviceIDs": ids}
+        new = self.root / "checkpoint"
+        new.write_text(json.dumps({"Data": {"PodDeviceEntries": [entry], "RegisteredDevices": {}}}))
+        new.rename(self.root / "plugins/kubelet_internal_checkpoint")
+
+    def wanted(self) -> dict[str, int]:
+        """MiB by the cgroup's name."""
+        return {Path(target.cgroup).name: hard // MIB for target, hard in self.node.enforcement.wanted.hard.items()}
+
+    async def wait_wanted(self, **sizes: int) -> None:
+        """Wait for these limits: of the pod, and of its one container."""
+        named = {{"pod": self.pod.name, "container": ID}[name]: size for name, size in sizes.items()}
+        await wait_until(lambda: self.wanted() == named, self.node.enforcement.answered)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    for name in ("cgroup/kubepods/burstable", "plugins", "logs"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "cgroup/cgroup.controllers").touch()
+    node = NodeState(Policy(RESOURCE, 10, limit_factor=1), interval=5)
+    node.set_gpus((Gpu("GPU-a", "T4", "0:3B:0.0", (), 1000 * MIB),))
+    return World(tmp_path, node)
+
+
+def limited(world: World, check: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(limit_containers, world.options, world.node)
+                await check()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_pod_from_its_allocation_to_its_end(world: World) -> None:
+    """Limit the pod as soon as its cgroup is there, its container likewise; the log link tells its name."""
+
+    async def check() -> None:
+        world.allocate(SHARE, Share("GPU-a", 1))
+        world.pod.mkdir()
+        await world.wait_wanted(pod=200)
+        (world.pod / ID).mkdir()
+        await world.wait_wanted(pod=200, container=200)
+        assert not world.node.enforcement.wanted.containers
+        (world.root / f"logs/trainer_team_main-{ID}.log").touch()
+        (world.root / "plugins/kubelet_internal_checkpoint").write_text("{}")  # somebody removed the kubelet's
+        target = Target("GPU-a", str(world.pod / ID))
+        named = {target: Container("team", "trainer", "main")}
+        await wait_until(lambda: world.node.enforcement.wanted.containers == named, world.node.enforcement.answered)
+        (world.pod / ID).rmdir()
+        await world.wait_wanted(pod=200)
+        world.pod.rmdir()
+        await world.wait_wanted()
+
+    limited(world, check)
+
+
+def test_allocation_after_the_cgroup(world: World) -> None:
+    """A cgroup that was there before its shares is limited when the kubelet writes them down."""
+    world.pod.mkdir()
+
+    async def check() -> None:
+        world.allocate(SHARE, resource="example.com/other")
+        await world.wait_wanted()
+        world.allocate(SHARE)
+        await world.wait_wanted(pod=100)
+
+    limited(world, check)
+
+
+def test_policy(world: World) -> None:
+    """Another factor changes the limits, and without one there are none, until there is one again."""
+    world.allocate(SHARE)
+    world.pod.mkdir()
+
+    async def check() -> None:
+        await world.wait_wanted(pod=100)
+        for factor, sizes in ((2.5, {"pod": 250}), (0, {}), (1, {"pod": 100})):
+            world.node.set_policy(Policy(RESOURCE, 10, limit_factor=factor))
+            await world.wait_wanted(**sizes)
+
+    limited(world, check)
+
+
+def test_gone(world: World) -> None:
+    """What sgpu has set is forgotten with its cgroup."""
+    old = world.root / "cgroup/old"
+    old.mkdir()
+    targets = [Target("GPU-a", str(old)), Target("GPU-a", str(world.root / "cgroup/gone"))]
+    world.node.enforcement.adopt(targets)
+
+    world.allocate(SHARE)
+    world.pod.mkdir()
+
+    async def check() -> None:
+        await world.wait_wanted(pod=100)
+        table = {WantedLimit("GPU-a", str(world.pod), 100 * MIB), WantedLimit("GPU-a", str(old), None, ours=True)}
+        while set(world.node.enforcement.table()) != table:
+            world.node.enforcement.look.notify()
+            await trio.lowlevel.checkpoint()
+
+    limited(world, check)
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        pytest.param(lambda root: (root / "cgroup/cgroup.controllers").unlink(), "cgroup v2", id="cgroup v1"),
+        pytest.param(
+            lambda root: [(root / f"cgroup/kubepods{name}").rmdir() for name in ("/burstable", "")],
+            "-cgroup-directory",
+            id="no kubelet",
+        ),
+        pytest.param(
+            lambda root: (root / "plugins/kubelet_internal_checkpoint").write_text("{"),
+            "checkpoint",
+            id="no checkpoint",
+        ),
+    ],
+)
+def test_problem(world: World, caplog: pytest.LogCaptureFixture, change: Callable[[Path], object], fact: str) -> None:
+    """What is missing for limits is one warning."""
+    change(world.root)
+
+    async def check() -> None:
+        while not caplog.records:
+            world.node.enforcement.look.notify()
+            await trio.lowlevel.checkpoint()
+
+    limited(world, check)
+    (record,) = caplog.records
+    assert fact in record.message
+
+
+def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """What the driver answers is seen in the container's use, and why limits are not enforced in the log, once."""
+    world.allocate(SHARE)
+    (world.pod / ID).mkdir(parents=True)
+    (world.root / f"logs/trainer_team_main-{ID}.log").touch()
+
+    async def check() -> None:
+        await world.wait_wanted(pod=100, container=100)
+        table = world.node.enforcement.table()
+        world.node.set_holders({RESOURCE: {SHARE: Container("team", "trainer", "main")}})
+        for _ in range(2):
+            world.node.set_limits(LimitAnswer(wanted, LimitState.REFUSED, reason="no R615") for wanted in table)
+        (use,) = world.node.usage.uses("GPU-a")
+        assert (use.memory_limit, use.limit_state, use.limit_reason) == (100 * MIB, "refused", "no R615")
+        assert use.memory_used is None
+        world.node.set_limits(LimitAnswer(wanted, LimitState.ENFORCED, wanted.hard, 7) for wanted in table)
+        (use,) = world.node.usage.uses("GPU-a")
+        assert (use.memory_limit, use.limit_state, use.memory_used) == (100 * MIB, "enforced", 7)
+
+    limited(world, check)
+    assert [record.message for record in caplog.records if "R615" in record.message] == [
+        "memory limits are not enforced: no R615 (2)"
+    ]
