@@ -59,9 +59,23 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def test_enforced(world: World) -> None:
     """A limit counts as enforced once it is read back; one that is as wanted is not set again."""
-    for _ in range(2):
-        assert world.want(world.wanted()) == [LimitAnswer(world.wanted(), LimitState.ENFORCED, GIB, 7)]
+    enforced = [LimitAnswer(world.wanted(), LimitState.ENFORCED, GIB, 7)]
+    assert world.want(world.wanted()) == enforced
+    world.setter.check()
+    assert world.answers() == enforced
     assert world.driver.calls("nvmlDeviceSetMemoryLimits") == 1
+
+
+def test_only_what_is_new(world: World) -> None:
+    """Another table costs calls only for what is new in it: a container waits for one limit, not for all."""
+    other = world.cgroup.with_name("pod2")
+    other.mkdir()
+    new = WantedLimit(world.gpu.uuid, str(other), GIB)
+    world.want(world.wanted())
+    calls = world.driver.calls("nvmlDeviceGetMemoryLimits")
+    (answer,) = world.want(world.wanted(ours=True), new)
+    assert answer.wanted == new
+    assert world.driver.calls("nvmlDeviceGetMemoryLimits") == calls + 2
 
 
 def test_checked_again(world: World) -> None:
@@ -78,7 +92,6 @@ def test_changed_and_removed(world: World) -> None:
     """A limit that this process has set is replaced, and removed when none is wanted."""
     world.want(world.wanted())
     assert world.want(world.wanted(2 * GIB)) == [LimitAnswer(world.wanted(2 * GIB), LimitState.ENFORCED, 2 * GIB, 7)]
-    assert world.want(world.wanted(None)) == [LimitAnswer(world.wanted(None), LimitState.REMOVED)]
     assert world.want(world.wanted(None)) == [LimitAnswer(world.wanted(None), LimitState.REMOVED)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -30,7 +30,7 @@ UNSUPPORTED: Final = {
 
 
 class LimitSetter(threading.Thread):
-    """Works on the table that it was given last: once when it is given, and each time `check` is called."""
+    """Works on the table that it was given last: on what is new in it at once, on all of it when `check` is called."""
 
     def __init__(self, library: Library, emit: Callable[[Message], None]) -> None:
         super().__init__(name="limits", daemon=True)
@@ -39,6 +39,8 @@ class LimitSetter(threading.Thread):
         self._handles: dict[str, Handle] = {}
         self._table: tuple[WantedLimit, ...] = ()
         self._set: set[Target] = set()  # by this thread
+        self._done: dict[Target, int | None] = {}  # what was last answered, by the limit that was wanted
+        self._all = False
         self._due = threading.Event()
         self._ending = False
 
@@ -50,10 +52,14 @@ class LimitSetter(threading.Thread):
         """Take another table, and work on it at once, if the driver was polled before."""
         self._table = table
         if self._handles:
-            self.check()
+            self._wake()
 
     def check(self) -> None:
         """Read all limits back again, and set those that are not as wanted: a driver that was reloaded has none."""
+        self._all = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self._table:
             self._due.set()
             if not self.ident:  # not started yet: mostly there are no limits
@@ -76,11 +82,21 @@ class LimitSetter(threading.Thread):
             if self._ending:
                 return
             try:
-                self._emit(LimitReport(tuple(self._work(self._table))))
+                if answers := tuple(self._work(self._take())):
+                    self._emit(LimitReport(answers))
             except OSError:  # the parent is gone; the main thread finds out, too
                 return
 
-    def _work(self, table: tuple[WantedLimit, ...]) -> Iterator[LimitAnswer]:
+    def _take(self) -> list[WantedLimit]:
+        """Return what is to be done: a driver takes its time for hundreds of limits, and a container waits for one."""
+        table, everything, self._all = self._table, self._all, False
+        if everything:
+            self._done.clear()
+        new = [wanted for wanted in table if self._done.get(wanted.target, -1) != wanted.hard]
+        self._done.update((wanted.target, wanted.hard) for wanted in new)
+        return new
+
+    def _work(self, table: Iterable[WantedLimit]) -> Iterator[LimitAnswer]:
         last = None
         for wanted in sorted(table, key=lambda wanted: wanted.uuid):
             if wanted.uuid != last:

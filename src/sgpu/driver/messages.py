@@ -134,7 +134,7 @@ class LimitStarted:
 
 @attrs.frozen
 class LimitReport:
-    """What became of all the limits that the process was last told of."""
+    """What became of limits: those that are new in the table, or all of it."""
 
     answers: tuple[LimitAnswer, ...]
 
