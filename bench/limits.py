@@ -85,7 +85,7 @@ def main() -> None:
     below = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with new_node() as node, cgroup_tree(below) as tree:
         node.driver.set(limits="misc")
-        flags = ("-memory-limits", "fair", "-cgroup-directory", tree, "-gpu-duplication-factor", PODS)
+        flags = ("-memory-limits", "fair", "-cgroup-directory", str(tree), "-gpu-duplication-factor", PODS)
         with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods), node.daemon(*flags):
             measured = list(measure(node, kubelet, tree))
     for name, values in zip(("PreStartContainer", "cgroup to limit"), zip(*measured, strict=True), strict=True):

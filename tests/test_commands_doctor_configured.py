@@ -31,6 +31,10 @@ CONTRADICTIONS = {
     "faults of nothing": ({"simulate-faults": "/f"}, "warn", "-simulate-faults"),
     "strict": ({"multi-share": "strict-distinct"}, "warn", "UnexpectedAdmissionError"),
     "interval too long for the watermark": ({"sample-interval": "61"}, "warn", "-memory-watermark"),
+    "guard's settings without it": ({"memory-guard-grace": "5"}, "warn", "-memory-guard is off"),
+    "guard that never acts": ({"memory-guard": "warn", "memory-guard-threshold": "1"}, "warn", "never"),
+    "guard of nothing": ({"memory-guard": "warn", "simulate": "1"}, "warn", "-simulate 1"),
+    "interval too long for the guard": ({"sample-interval": "61", "memory-guard": "warn"}, "warn", "-memory-guard"),
     "state file": ({"state-file": "/dev/null/a/state"}, "warn", "/dev/null/a/state"),
 }
 
@@ -39,7 +43,8 @@ CONTRADICTIONS = {
 def test_contradictions(tmp_path: Path, flags: Mapping[str, str], level: str, fact: str) -> None:
     """Each contradiction is a line that names the setting."""
     (tmp_path / "module/nvidia").mkdir(parents=True)
-    (tmp_path / "module/nvidia/version").write_text("550.54.15\n")
+    if "memory-guard" not in flags:
+        (tmp_path / "module/nvidia/version").write_text("550.54.15\n")
     (finding,) = checked(tmp_path, flags)
     expect(finding, level, fact, *(f"-{name}" for name in flags))
 

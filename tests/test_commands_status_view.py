@@ -255,6 +255,14 @@ class TestGpus:
         shown = text(attrs.evolve(SNAPSHOT, resources=two), width)
         assert shown.count("\nas deepomatic.com/shared-gpu") == 2
 
+    @pytest.mark.parametrize("width", [40, 100])
+    def test_over_user(self, width: int) -> None:
+        """Show beside what a container uses that this is more than it may use."""
+        use = attrs.evolve(HEALTHY.containers[2], exceeded=2 * GIB)
+        shown = text(of(attrs.evolve(HEALTHY, containers=(use, HEALTHY.containers[1]))), width)
+        assert " 5.0 GiB > 2.0 GiB" in shown
+        assert shown.count(">") == 1
+
     def test_another_day(self) -> None:
         """Show the date of a fault that is not of today."""
         assert " 2 d, since 2026-01-02 11:56Z: XID 79" in text(SNAPSHOT, now=NOW + 2 * 86400)

@@ -32,6 +32,11 @@ OTHER = {
     "memory-limits": "fair",
     "memory-limits-failure": "closed",
     "cgroup-directory": "/cgroup",
+    "memory-guard": "warn",
+    "memory-guard-tolerance": "1GiB",
+    "memory-guard-threshold": "0.5",
+    "memory-guard-grace": "1.5",
+    "memory-guard-exempt-namespaces": "kube-system,monitoring",
     "sample-interval": "2.5",
     "pod-resources-socket": "/run/pods.sock",
     "framework-hints": "false",
@@ -472,11 +477,19 @@ class TestSocketPath:
         assert_refused(lambda: load(flags, {}), "-resource-name (command line)", "/var/lib/kubelet/device-plugins/")
 
 
-@pytest.mark.parametrize(("written", "numbers"), [("[13, 31]", "13,31"), ("[13]", "13"), ("13", "13")])
-def test_list_of_numbers(config: Path, written: str, numbers: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "written", "value"),
+    [
+        ("ignore-xids", "[13, 31]", "13,31"),
+        ("ignore-xids", "[13]", "13"),
+        ("ignore-xids", "13", "13"),
+        ("memory-guard-exempt-namespaces", "[kube-system, monitoring]", "kube-system,monitoring"),
+    ],
+)
+def test_lists(config: Path, name: str, written: str, value: str) -> None:
     """YAML's own list is taken where a flag has commas."""
-    config.write_text(f"ignore-xids: {written}\n")
-    assert load({"config": str(config)}, {}).settings.ignore_xids == numbers
+    config.write_text(f"{name}: {written}\n")
+    assert getattr(load({"config": str(config)}, {}).settings, name.replace("-", "_")) == value
 
 
 def test_quoted_values_are_cut(config: Path) -> None:

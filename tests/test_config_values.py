@@ -9,18 +9,22 @@ from sgpu.config.values import (
     BOOLEAN,
     FILE,
     MEMORY_LIMITS,
+    NAMESPACES,
     NUMBERS,
     PATH,
     RESOURCE,
     SHARES,
+    TOLERANCE,
     Kind,
     choice,
     fraction,
     integer,
     is_extended_resource,
     parse_limits,
+    parse_tolerance,
     seconds,
     split_address,
+    split_names,
 )
 
 pytestmark = pytest.mark.pure
@@ -35,6 +39,8 @@ KINDS = {
     "file": FILE,
     "numbers": NUMBERS,
     "limits": MEMORY_LIMITS,
+    "tolerance": TOLERANCE,
+    "namespaces": NAMESPACES,
     "address": ADDRESS,
     "resource": RESOURCE,
 }
@@ -49,6 +55,8 @@ TEXTS: dict[str, dict[str, object]] = {
     "file": {"": "", "relative": "relative"},
     "numbers": {"": "", "13": "13", "79, 13": "79, 13", "999999999": "999999999"},
     "limits": {"off": "off", "fair": "fair", "burst=1": "burst=1", "burst=2.5": "burst=2.5"},
+    "tolerance": {"10%+512MiB": "10%+512MiB"},
+    "namespaces": {"": "", "a,b-c": "a,b-c"},
     "address": {"": "", ":2112": ":2112"},
     "resource": {"a.b/c": "a.b/c"},
 }
@@ -61,6 +69,8 @@ REFUSED_TEXTS = {
     "path": ("", "a/b", "~/x", "/a\0b"),
     "file": ("/", "\0"),
     "numbers": ("0", "-1", "13;31", "13,", "1.5", "1234567890"),
+    "tolerance": ("", "10", "1.5GiB", "+1GiB", "10%1GiB", "1GiB+10%", "10%+", "-1%", "1 GiB", "1TiB", "512MB"),
+    "namespaces": ("kube_system", "a,", ",", "a;b"),
     "limits": ("", "on", "fair=2", "burst", "burst=", "burst=0.9", "burst=1001", "burst=x", "burst=-1"),
     "address": ("2112",),
     "resource": ("cpu",),
@@ -145,6 +155,29 @@ def test_a_kind_names_all_that_it_takes(kind: Kind, facts: tuple[str, ...]) -> N
 def test_limits_are_a_factor(text: str, factor: float) -> None:
     """Limits are so many times the fair part of the memory."""
     assert parse_limits(text) == factor
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "fixed"),
+    [
+        ("10%+512MiB", 0.1, 512 << 20),
+        ("2.5%", 0.025, 0),
+        ("0%", 0, 0),
+        ("1GiB", 0, 1 << 30),
+        ("512Mi", 0, 512 << 20),
+        ("1000%+1Gi", 10, 1 << 30),
+    ],
+)
+def test_a_tolerance_is_a_part_and_an_amount(text: str, part: float, fixed: int) -> None:
+    """Take a percentage and binary units, as NVIDIA's tools and Kubernetes write them."""
+    assert TOLERANCE.from_text(text) == text
+    assert parse_tolerance(text) == (part, fixed)
+
+
+@pytest.mark.parametrize(("text", "names"), [("", []), ("a", ["a"]), ("a, b", ["a", "b"])])
+def test_names_are_split(text: str, names: list[str]) -> None:
+    """Take blanks after a comma, too."""
+    assert split_names(text) == names
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def _series() -> dict[str, set[str]]:
     counters = Counters()
     counters.calls["Allocate", "OK"] = Durations()
     counters.nvml_errors["nvmlDeviceGetUUID", "15"] += 1
+    counters.guard_actions["GPU-a", "default", "server", "main", "warn"] += 1
     counters.registrations["example.com/gpu", True] += 1
     labels: dict[str, set[str]] = {}
     for family in families(attrs.evolve(SNAPSHOT, gpus=(gpu,)), counters):

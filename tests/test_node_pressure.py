@@ -68,7 +68,7 @@ def test_switched_off() -> None:
 
 
 @settings(deadline=None)
-@given(used=st.lists(st.integers(0, 100)), watermark=st.integers(6, 99))
+@given(used=st.lists(st.integers(0, 100)), watermark=st.integers(10, 99))
 def test_no_flutter(used: list[int], watermark: int) -> None:
     """Between two changes, use moves by more than the release's 5 points."""
     pressed: frozenset[str] = frozenset()

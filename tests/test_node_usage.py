@@ -228,6 +228,9 @@ class TestUses:
         assert (usage.processes_known, usage.processes_problem) == (False, "no cgroups")
         usage.set_owners(figures, {})
         assert (usage.processes_known, usage.processes_problem) == (True, "")
+        for exceeded in (50, 50, 40):
+            usage.set_exceeded({"GPU-a": {ONE: exceeded}})
+            assert [each.exceeded for each in usage.uses("GPU-a")] == [exceeded]
 
     @settings(deadline=None)
     @given(

@@ -69,6 +69,7 @@ def counted() -> Counters:
         counters.called("Allocate", "OK", seconds)
     counters.reloaded(usable=False)
     counters.nvml_errors["nvmlDeviceGetMemoryInfo", "15"] += 4
+    counters.guard_actions["GPU-a", "team", "web", "main", "warn"] += 2
     return counters
 
 
@@ -129,6 +130,7 @@ class TestSeries:
             ("sgpu_rpc_duration_seconds_sum{code=OK,method=Allocate}", 30.0039),
             ("sgpu_sample_age_seconds{}", 2.5),
             ("sgpu_nvml_errors_total{code=15,function=nvmlDeviceGetMemoryInfo}", 4),
+            ("sgpu_guard_actions_total{action=warn,container=main,namespace=team,pod=web,uuid=GPU-a}", 2),
             ("sgpu_config_reloads_total{result=success}", 0),
             ("sgpu_config_reloads_total{result=failure}", 1),
         ],

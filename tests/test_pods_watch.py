@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from virtual_clock import virtual
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
-from sgpu.node.container import NO_POD, Container
+from sgpu.node.container import NO_POD, Container, Owners
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.gpu import Gpu
+from sgpu.node.guard import Sample
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
 from sgpu.pods import watch
 from sgpu.pods.checkpoint import FILE
 from sgpu.pods.holders import TIMEOUT, PodResourcesError
-from sgpu.pods.processes import HOST_NAMESPACE, Owners, Places
+from sgpu.pods.processes import HOST_NAMESPACE, Places
 from sgpu.pods.watch import TOLERATED, WatchOptions, watch_pods, withhold
 
 RESOURCE, OTHER = "example.com/gpu", "example.com/other"
@@ -392,11 +394,31 @@ class TestAttribution:
 
         def find_owners(_: Places, pids: set[int], age: float) -> Owners:
             asked.append((pids, age))
-            return Owners({}, frozenset(), frozenset())
+            return Owners({}, frozenset(), frozenset(), {})
 
         monkeypatch.setattr("sgpu.pods.processes.find_owners", find_owners)
         await world.round(3.0, a=using(7, 8), b=using(9))
         assert asked == [({7, 8, 9}, pytest.approx(3.0 + INTERVAL / 2))]
+
+    @virtual
+    async def test_samples(self, world: World, kubelet: FakeKubelet) -> None:
+        """Hand on each sample with its processes, and None where they or the holders are unknown."""
+        samples: list[Sample | None] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(watch_pods, world.options, world.node, look=samples.append))
+            await trio.sleep(INTERVAL / 2)
+            await world.round(a=using(7))
+            kubelet.answer = "nobody there"
+            await world.round(a=using(7))
+            kubelet.answer = {}
+            await world.round(100 * INTERVAL, a=using(7))
+            nursery.cancel_scope.cancel()
+        assert [sample and (sample.time, list(sample.owners.processes)) for sample in samples] == [
+            None,
+            (INTERVAL / 2, [7]),
+            None,
+            None,
+        ]
 
     @watched
     async def test_mps(self, world: World, messages: Messages) -> None:

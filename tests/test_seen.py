@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 import pytest
+from containers import containers
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources, wait_until
@@ -22,6 +23,7 @@ from node import RESOURCE, Node
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from stub_driver import GIB
 
+from sgpu.node.container import Container
 from sgpu.observe.client import fetch
 
 pytestmark = pytest.mark.soak
@@ -141,6 +143,37 @@ def test_pods(node: Node) -> None:
         assert [(resource.name, resource.streams) for resource in status.resources] == [(RESOURCE, 1)]
         pods.release("web", "team")
         daemon.wait_series(web, None)
+
+
+def test_memory_guard(node: Node) -> None:
+    """Name the container that uses too much of a full GPU, then end its process; spare the one within its part."""
+    (gpu,) = node.driver.gpus(1)
+    big, small = Container("team", "big", "main"), Container("team", "small", "main")
+    labels = f"container=main,namespace=team,pod=big,uuid={gpu.uuid}"
+    guard = ("-memory-guard-tolerance", "1GiB", "-memory-guard-threshold", 0.8)
+    with (
+        FakeKubelet(node.plugins) as kubelet,
+        FakePodResources(node.pods) as pods,
+        containers(node.proc.parent) as host,
+    ):
+        children = {owner: host.start(owner) for owner in (big, small)}
+        for number, owner in enumerate(children):
+            pods.assign(owner.namespace, owner.pod, owner.container, [f"{gpu.uuid}::{number}"])
+        memory = [(child.pid, size * GIB) for child, size in zip(children.values(), (9, 4), strict=True)]
+        node.driver.change(gpu, used=13 * GIB, compute=tuple(memory))
+        with seen(node, "-memory-guard", "warn", *guard) as daemon:
+            kubelet.wait_devices(SHARES)
+            daemon.wait_series(f"sgpu_guard_actions_total{{action=warn,{labels}}}", 1)
+            uses = {use.pod: use.exceeded for use in fetch(str(daemon.status_socket)).gpus[0].containers}
+            assert uses == {"big": (gpu.total - gpu.reserved) // SHARES, "small": None}
+            assert children[big].poll() is None
+        with seen(node, "-memory-guard", "terminate", *guard) as daemon:
+            assert children[big].wait(30) == -signal.SIGTERM
+            daemon.wait_series(f"sgpu_guard_actions_total{{action=terminate,{labels}}}", 1)
+            node.driver.change(gpu, used=4 * GIB, compute=(memory[1],))
+            daemon.daemon.wait_log("ended after SIGTERM")
+            assert str(children[big].pid) in daemon.daemon.wait_log("sent SIGTERM").text
+        assert children[small].poll() is None
 
 
 def test_unhealthy_gpu(node: Node) -> None:

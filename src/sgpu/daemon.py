@@ -18,6 +18,7 @@ import trio
 from sgpu import __version__
 from sgpu.config.load import Loaded
 from sgpu.config.settings import Settings
+from sgpu.config.values import parse_tolerance, split_names
 from sgpu.config.watch import watch_settings
 from sgpu.deviceplugin import registrar
 from sgpu.deviceplugin.messages import check_size
@@ -27,12 +28,14 @@ from sgpu.driver.messages import WorkerConfig
 from sgpu.driver.monitor import Monitor
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
+from sgpu.node.guard import GuardPolicy, Sample
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
 from sgpu.observe.observer import Observer
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.watchdog import Watchdog, exit_when_stuck
+from sgpu.pods.guard import Guard, GuardOptions
 from sgpu.pods.limiter import LimitOptions, limit_containers
 from sgpu.pods.processes import Places
 from sgpu.pods.watch import WatchOptions, watch_pods
@@ -62,8 +65,9 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
         else:
             monitor = Monitor(node, loaded.xids, await _load_faults(settings), counters.nvml_errors)
             nursery.start_soon(_watch_driver, settings, monitor, node, watchdog)
-        nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"))
         nursery.start_soon(limit_containers, _limit_options(settings), node)
+        guard = _guard(settings, node, counters, nursery)
+        nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"), guard)
         nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
         # Front-ends
         nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog)
@@ -125,7 +129,7 @@ def _watch_options(settings: Settings) -> WatchOptions:
         Path(settings.pod_resources_socket),
         settings.sample_interval,
         settings.memory_watermark,
-        Places(Path(settings.proc_directory), Path(settings.container_log_directory)),
+        _places(settings),
         Path(settings.plugin_directory),
     )
 
@@ -137,6 +141,23 @@ def _limit_options(settings: Settings) -> LimitOptions:
         Path(settings.container_log_directory),
         settings.sample_interval,
     )
+
+
+def _places(settings: Settings) -> Places:
+    return Places(Path(settings.proc_directory), Path(settings.container_log_directory))
+
+
+def _guard(
+    settings: Settings, node: NodeState, counters: Counters, nursery: trio.Nursery
+) -> Callable[[Sample | None], None]:
+    """Return the memory guard, which is called with each sample, and ends processes in the nursery."""
+    if settings.memory_guard == "off":
+        return lambda sample: None
+    part, fixed = parse_tolerance(settings.memory_guard_tolerance)
+    exempt = frozenset(split_names(settings.memory_guard_exempt_namespaces))
+    policy = GuardPolicy(settings.memory_guard_threshold, part, fixed, exempt)
+    options = GuardOptions(policy, settings.memory_guard == "terminate", settings.memory_guard_grace)
+    return Guard(options, _places(settings), node, counters.guard_actions, nursery).look
 
 
 def _apply(node: NodeState, policy: Policy) -> str:

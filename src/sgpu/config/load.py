@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from sgpu.config.settings import SETTINGS, Settings, endpoint
-from sgpu.config.values import BOOLEAN, MEMORY_LIMITS, NUMBERS, RESOURCE, SHARES, Kind, parse_limits
+from sgpu.config.values import BOOLEAN, MEMORY_LIMITS, NAMESPACES, NUMBERS, RESOURCE, SHARES, Kind, parse_limits
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 from sgpu.lib.logs import printable
@@ -263,11 +263,12 @@ def _quote(value: object) -> str:
 
 
 def _plain(kind: Kind, value: object) -> object:
-    """Return the value without the lines that it stands in. A list is what YAML has for numbers with commas between."""
+    """Return the value without the lines that it stands in. A list is what YAML has for values with commas between."""
     if not isinstance(value, list):
         return value
     items = [entry.value for entry in value]
-    if kind is NUMBERS and items and all(type(item) is int for item in items):
+    item_type = {NUMBERS: int, NAMESPACES: str}.get(kind)
+    if items and all(type(item) is item_type for item in items):
         return ",".join(map(str, items))
     return items
 

@@ -11,10 +11,12 @@ from sgpu.config.values import (
     BOOLEAN,
     FILE,
     MEMORY_LIMITS,
+    NAMESPACES,
     NUMBERS,
     PATH,
     RESOURCE,
     SHARES,
+    TOLERANCE,
     Kind,
     choice,
     fraction,
@@ -75,6 +77,21 @@ class Settings:
         "whether a container starts (open) or fails (closed) where its memory limit can't be enforced",
     )
     cgroup_directory: str = setting("/sys/fs/cgroup", PATH, "the host's cgroup v2 tree, for memory limits")
+    memory_guard: str = setting(
+        "off",
+        choice("off", "warn", "terminate"),
+        "what happens to a container that uses more of a full GPU's memory than it may: nothing, a warning, or its end",
+    )
+    memory_guard_tolerance: str = setting(
+        "10%+512MiB", TOLERANCE, "memory that a container may use on top of its part before the guard acts"
+    )
+    memory_guard_threshold: float = setting(
+        0.95, fraction(), "part of a GPU's memory that must be in use before the guard acts; 0: any"
+    )
+    memory_guard_grace: float = setting(
+        30.0, seconds(0, 3600), "seconds from the guard's SIGTERM to its SIGKILL, if the process still runs"
+    )
+    memory_guard_exempt_namespaces: str = setting("kube-system", NAMESPACES, "namespaces that the guard leaves alone")
     sample_interval: float = setting(
         5.0, seconds(0.1, 3600), "seconds between polls of the driver and looks at pods: health, memory, utilization"
     )

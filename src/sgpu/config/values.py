@@ -23,6 +23,11 @@ _DECIMAL: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 #: Parts of the memory that limits can be named by.
 _LIMITS: Final = {"off": 0.0, "fair": 1.0}
 MOST_BURST: Final = 1000
+#: A percentage, an amount, or both.
+_TOLERANCE: Final = re.compile(
+    r"((?P<percent>[0-9]{1,4}(\.[0-9]{1,4})?)%)?((^|(?<=%)\+)(?P<number>[0-9]{1,6})(?P<unit>[MG])iB?)?"
+)
+_UNITS: Final = {"M": 1 << 20, "G": 1 << 30}
 _ADDRESS: Final = re.compile(
     r"(\[(?P<v6>[0-9a-fA-F:.]+(%[\w.-]+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
 )
@@ -118,6 +123,22 @@ def _are_limits(text: str) -> bool:
     return True
 
 
+def parse_tolerance(text: str) -> tuple[float, int]:
+    """Return the part and the bytes of a tolerance: 0.1 and 536870912 for `10%+512MiB`. Raises ValueError."""
+    found = _TOLERANCE.fullmatch(text)
+    if not text or found is None:
+        raise ValueError(text)
+    return float(found["percent"] or 0) / 100, int(found["number"] or 0) * _UNITS[found["unit"] or "M"]
+
+
+def _is_tolerance(text: str) -> bool:
+    try:
+        parse_tolerance(text)
+    except ValueError:
+        return False
+    return True
+
+
 def split_address(text: str) -> tuple[str, int] | None:
     """Host (empty: all interfaces) and port (0: any free one) of an address; None if it is none."""
     found = _ADDRESS.fullmatch(text)
@@ -126,12 +147,24 @@ def split_address(text: str) -> tuple[str, int] | None:
     return found["v6"] or found["host"], int(found["port"])
 
 
+def split_names(text: str) -> list[str]:
+    """Return the names of a list with commas between; none for an empty text."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def _are_namespaces(text: str) -> bool:
+    return all(re.fullmatch(_LABEL, name) for name in split_names(text))
+
+
 def _are_numbers(text: str) -> bool:
     return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
 
 
 MEMORY_LIMITS: Final = Kind(
     f"off, fair, or burst=N with a number from 1 to {MOST_BURST}", str, _are_limits, "off|fair|burst=N"
+)
+TOLERANCE: Final = Kind(
+    "a percentage, MiB or GiB, or both, as in 10%+512MiB, 25% or 1GiB", str, _is_tolerance, "N%+NMiB"
 )
 BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
 PATH: Final = Kind(
@@ -151,6 +184,7 @@ ADDRESS: Final = Kind(
 )
 SHARES: Final = integer(1, 100_000)
 NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N", int)
+NAMESPACES: Final = Kind("names of namespaces with commas between, or nothing", str, _are_namespaces, "NAME,NAME")
 RESOURCE: Final = Kind(
     "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
 )

@@ -29,6 +29,13 @@ class Figures:
     memory_reserved: int | None = None
 
     @property
+    def memory_used(self) -> int | None:
+        """Return the memory that is used, the driver's own included."""
+        if self.memory_total is None or self.memory_free is None:
+            return None
+        return self.memory_total - self.memory_free
+
+    @property
     def memory_usable(self) -> int | None:
         """Return the memory that programs can use: what CUDA reports as the total."""
         return None if self.memory_total is None else self.memory_total - (self.memory_reserved or 0)

@@ -26,6 +26,6 @@ def under_pressure(figures: Mapping[str, Figures], before: Set[str], watermark: 
         uuid
         for uuid, known in figures.items()
         if known.memory_total
-        and known.memory_free is not None
-        and (known.memory_total - known.memory_free) / known.memory_total > (release if uuid in before else watermark)
+        and known.memory_used is not None
+        and known.memory_used / known.memory_total > (release if uuid in before else watermark)
     )

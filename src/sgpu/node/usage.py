@@ -31,7 +31,8 @@ class ContainerUse:
 
     Processes that belong to no pod are together under empty names. `shares` is 0 for a container that uses the GPU
     without having been given a share of it. `memory_limit` is in bytes, None where there is none; `limit_state` says
-    whether it is enforced (a LimitState), and `limit_reason` why not.
+    whether it is enforced (a LimitState), and `limit_reason` why not. `exceeded` is what an over-user may use; None for
+    others, and without a guard.
     """
 
     namespace: str
@@ -44,6 +45,7 @@ class ContainerUse:
     memory_limit: int | None = None
     limit_state: str = ""
     limit_reason: str = ""
+    exceeded: int | None = None
 
 
 class Usage:
@@ -64,7 +66,8 @@ class Usage:
         self._incomplete: Set[str] = frozenset()  # GPUs with a process of some pod, it is unknown which
         self._interval = interval
         self._limits: Mapping[str, Mapping[Container, ContainerLimit]] = {}
-        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since shares or processes last changed
+        self._exceeded: Mapping[str, Mapping[Container, int]] = {}
+        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since any of these last changed
 
     def set_figures(self, figures: Mapping[str, Figures], now: float) -> None:
         """Take new figures, by UUID."""
@@ -116,6 +119,12 @@ class Usage:
             self._limits = limits
             self._uses = {}
 
+    def set_exceeded(self, exceeded: Mapping[str, Mapping[Container, int]]) -> None:
+        """Take the bytes that each over-user may use, by UUID."""
+        if exceeded != self._exceeded:
+            self._exceeded = exceeded
+            self._uses = {}
+
     def allocated(self, now: float) -> frozenset[Share] | None:
         """Return all shares that a container has or was given moments ago; None if that is unknown."""
         return None if self.holders is None else frozenset(self.holders) | self.grants.shares(now)
@@ -151,12 +160,14 @@ class Usage:
         containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))
         # Where a process may be any pod's, that none of a container is known does not mean that it uses nothing.
         none_known: list[ProcessUse] | None = None if processes is None or uuid in self._incomplete else []
+        exceeded = self._exceeded.get(uuid, {})
         self._uses[uuid] = tuple(
             _use(
                 container,
                 shares.get(container, 0),
                 (processes or {}).get(container, none_known),
                 limits.get(container),
+                exceeded.get(container),
             )
             for container in containers
         )
@@ -185,7 +196,11 @@ def _by_owner(
 
 
 def _use(
-    container: Container, shares: int, processes: Collection[ProcessUse] | None, limit: ContainerLimit | None
+    container: Container,
+    shares: int,
+    processes: Collection[ProcessUse] | None,
+    limit: ContainerLimit | None,
+    exceeded: int | None,
 ) -> ContainerUse:
     memory = utilization = None
     if processes is not None:
@@ -204,6 +219,7 @@ def _use(
         memory_limit=limit.hard if limit else None,
         limit_state=limit.state.value if limit else "",
         limit_reason=limit.reason if limit else "",
+        exceeded=exceeded,
     )
 
 

@@ -43,6 +43,8 @@ class Counters:
     reloads: Counter[bool] = attrs.field(factory=Counter)
     #: Calls of libnvidia-ml that failed, by function and code.
     nvml_errors: Counter[tuple[str, str]] = attrs.field(factory=Counter)
+    #: What the memory guard did, by UUID, namespace, pod, container and action.
+    guard_actions: Counter[tuple[str, ...]] = attrs.field(factory=Counter)
 
     def called(self, method: str, code: str, seconds: float) -> None:
         """Count an RPC that was answered."""

@@ -185,6 +185,12 @@ def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
         ("function", "code"),
         counters.nvml_errors.items(),
     )
+    yield _counter(
+        "sgpu_guard_actions",
+        "What the memory guard did about a container that uses more memory of a GPU than it may.",
+        (*CONTAINER, "action"),
+        counters.guard_actions.items(),
+    )
     calls = HistogramMetricFamily(
         "sgpu_rpc_duration_seconds", "The kubelet's calls; a stream counts when it ends.", labels=("method", "code")
     )

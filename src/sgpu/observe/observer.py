@@ -95,4 +95,4 @@ class Observer:
 
 def _without_figures(use: ContainerUse) -> ContainerUse:
     """Return the use without figures: without fresh ones of the GPU, those of its processes are unknown, too."""
-    return attrs.evolve(use, memory_used=None, utilization=None, processes=0)
+    return attrs.evolve(use, memory_used=None, utilization=None, processes=0, exceeded=None)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 import attrs
 
-from sgpu.node.container import Container
+from sgpu.node.container import Owners, Process
 from sgpu.pods.cgroups import is_in_pod
 from sgpu.pods.container import read_links
 
@@ -52,19 +52,6 @@ class Places:
     container_logs: Path
 
 
-@attrs.frozen
-class Owners:
-    """The container of each process that still runs; None: it is in no pod.
-
-    `unknown` are processes of some pod, in none of its known containers: in its pause container, or in a sandbox (Kata,
-    gVisor) whose cgroup is the pod's. `mps` are servers of NVIDIA's MPS.
-    """
-
-    containers: Mapping[int, Container | None]
-    unknown: frozenset[int]
-    mps: frozenset[int]
-
-
 def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
     """Return the container of each of these processes, which the driver listed `age` seconds ago.
 
@@ -86,7 +73,7 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
             f"{places.container_logs} has no links to container logs; mount the host's /var/log/containers, or set "
             "-container-log-directory (cri-dockerd makes links only with the log driver json-file)"
         )
-    containers, unknown, mps = {}, set(), set()
+    containers, unknown, mps, processes = {}, set(), set(), {}
     for pid in pids:
         try:
             # In this order: if it is the same process still, it was when the cgroup was read.
@@ -100,10 +87,10 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
         if container is None and is_in_pod(cgroup):
             unknown.add(pid)
         else:
-            containers[pid] = container
+            containers[pid], processes[pid] = container, Process(pid, stat.start)
         if stat.is_mps_server:
             mps.add(pid)
-    return Owners(containers, frozenset(unknown), frozenset(mps))
+    return Owners(containers, frozenset(unknown), frozenset(mps), processes)
 
 
 def _read(path: str) -> str:

@@ -18,6 +18,7 @@ from sgpu.lib.sizes import GIB, part_of
 from sgpu.node.container import NO_POD
 from sgpu.node.figures import Figures
 from sgpu.node.gpu import Gpu
+from sgpu.node.guard import Sample
 from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
@@ -43,11 +44,15 @@ class WatchOptions:
 
 
 async def watch_pods(
-    options: WatchOptions, node: NodeState, expect: Callable[[float], None] = lambda seconds: None
+    options: WatchOptions,
+    node: NodeState,
+    expect: Callable[[float], None] = lambda seconds: None,
+    look: Callable[[Sample | None], None] = lambda sample: None,
 ) -> NoReturn:
     """List holders, attribute processes and withhold the free shares of full GPUs, each interval.
 
-    `expect` is called each time with the seconds until it is called again at the latest.
+    `expect` is called each time with the seconds until it is called again at the latest, and `look` with the attributed
+    processes; None where they or the holders are unknown.
     """
     problem = OnChange(logger, logging.WARNING)
     attribution = _Attribution(options.places, node.usage)
@@ -69,7 +74,8 @@ async def watch_pods(
             if node.usage.holders is None or failures >= TOLERATED:
                 node.set_holders(None)
                 problem.report(f"cannot list allocated shares: {error}; withholding is disabled")
-        await attribution.update()
+        sample = await attribution.update()
+        look(None if failures else sample)
         if node.usage.holders is None or not failures:  # else a kubelet restarts; its last list counts a while longer
             withhold(options.watermark, node)
         await trio.sleep(options.interval)
@@ -122,24 +128,27 @@ class _Attribution:
         self._unknown = OnChange(logger, logging.WARNING)
         self._mps: frozenset[str] = frozenset()  # GPUs with an MPS server
 
-    async def update(self) -> None:
-        """Attribute them once. What is read is the kernel's and a directory of the node: it does not take long."""
-        now = trio.current_time()
+    async def update(self) -> Sample | None:
+        """Attribute them once. What is read is the kernel's and a directory of the node: it does not take long.
+
+        Returns None where they are unknown.
+        """
+        now, sampled_at = trio.current_time(), self._usage.sampled_at
         fresh = self._usage.fresh(now)
         listed = {uuid: known.processes for uuid, known in fresh.items() if known.processes is not None}
         if not listed:  # by no driver, or none that can
             self._usage.set_owners({}, None)
-            return
+            return None
         pids = {process.pid for each in listed.values() for process in each}
         try:
             # A disk that hangs must not keep the daemon from stopping.
             owners = await trio.to_thread.run_sync(
-                processes.find_owners, self._places, pids, now - self._usage.sampled_at, abandon_on_cancel=True
+                processes.find_owners, self._places, pids, now - sampled_at, abandon_on_cancel=True
             )
         except processes.UnattributableError as error:
             self._usage.set_owners({}, None, str(error))
             self._problem.report(f"cannot attribute GPU memory to pods: {error}")
-            return
+            return None
         self._problem.clear()
         self._usage.set_owners(fresh, owners.containers, unknown=owners.unknown)
         if owners.unknown:
@@ -153,6 +162,7 @@ class _Attribution:
         for uuid in sorted(mps - self._mps):
             logger.info("GPU %s: an MPS server uses it; what is unknown of its clients is shown as the server's", uuid)
         self._mps = mps
+        return Sample(sampled_at, fresh, owners)
 
 
 def withhold(watermark: float, node: NodeState) -> None:

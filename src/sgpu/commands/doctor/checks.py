@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
-from sgpu.commands.doctor import configured, driver, kubelet, libraries, limits, nodes, served, surroundings
+from sgpu.commands.doctor import configured, driver, guard, kubelet, libraries, limits, nodes, served, surroundings
 from sgpu.commands.doctor.driver import Answer
-from sgpu.commands.doctor.finding import Finding, fail, ok, skip
+from sgpu.commands.doctor.finding import Finding, Level, fail, ok, skip
 from sgpu.commands.doctor.host import Host
 from sgpu.commands.doctor.kubelet import Daemon
 from sgpu.commands.doctor.libraries import Library
@@ -38,6 +38,7 @@ class Facts:
     library: Library | None = None
     answer: Answer = attrs.Factory(Answer)
     daemons: list[Daemon] = attrs.Factory(list)  # those that serve a resource
+    listed: bool = False  # whether the kubelet lists which container has which share
 
 
 @attrs.frozen
@@ -72,6 +73,8 @@ def checks(loaded: Loaded) -> list[Check]:
             Check(limits.SUBJECT, _limits, ("driver",)),
         ]
     )
+    if loaded.settings.memory_guard != "off" and not loaded.settings.simulate:
+        of_containers.append(Check(guard.SUBJECT, _guard, ("driver", "PodResources")))
     return [
         *of_driver,
         Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
@@ -225,7 +228,9 @@ async def _others(facts: Facts) -> Iterable[Finding]:
 
 
 async def _pod_resources(facts: Facts) -> Iterable[Finding]:
-    return [await kubelet.check_pod_resources(facts.loaded.settings, facts.loaded.policy.resources())]
+    finding = await kubelet.check_pod_resources(facts.loaded.settings, facts.loaded.policy.resources())
+    facts.listed = finding.level is Level.OK
+    return [finding]
 
 
 async def _stored_answers(facts: Facts) -> Iterable[Finding]:
@@ -239,6 +244,12 @@ async def _stored_answers(facts: Facts) -> Iterable[Finding]:
 
 async def _limits(facts: Facts) -> Iterable[Finding]:
     return await _look(lambda: list(limits.check_limits(facts.loaded, facts.answer.report)))
+
+
+async def _guard(facts: Facts) -> Iterable[Finding]:
+    report = facts.answer.report
+    gpus = report.gpus if report else None
+    return await _look(partial(guard.check_guard, facts.loaded.settings, facts.host, gpus, listed=facts.listed))
 
 
 async def _served(facts: Facts) -> Iterable[Finding]:

@@ -41,17 +41,40 @@ def _contradictions(loaded: Loaded, host: Host) -> Iterator[Finding]:
         yield warn(subject, message, "leave out -simulate where pods should get the real ones")
     if settings.simulate_faults and not settings.simulate:
         yield warn(subject, "-simulate-faults does nothing without -simulate", "set both, or neither")
+    yield from _guard_contradictions(loaded)
     if settings.multi_share == "strict-distinct":
         message = "-multi-share strict-distinct refuses pods (UnexpectedAdmissionError) that the scheduler sends again"
         yield warn(subject, message, "use it only where no container asks for more shares than a node has GPUs")
-    if settings.memory_watermark and settings.sample_interval > LONG_INTERVAL:
-        message = f"-sample-interval {settings.sample_interval:g} is long for -memory-watermark: GPUs fill sooner"
-        yield warn(subject, message, "a few seconds cost little; or switch the watermark off with 0")
+    watching = [("-memory-watermark", settings.memory_watermark > 0), ("-memory-guard", settings.memory_guard != "off")]
+    names = " and ".join(name for name, is_on in watching if is_on)
+    if names and settings.sample_interval > LONG_INTERVAL:
+        message = f"-sample-interval {settings.sample_interval:g} is long for {names}: GPUs fill sooner"
+        yield warn(subject, message, "a few seconds cost little; or switch the watermark off with 0, and the guard")
     if settings.state_file and (problem := _unwritable(Path(settings.state_file))):
         message = (
             f"-state-file {settings.state_file} can't be written ({problem}): a restart forgets which GPUs are faulty"
         )
         yield warn(subject, message, "mount a directory of the host there, writable; empty, nothing is kept")
+
+
+def _guard_contradictions(loaded: Loaded) -> Iterator[Finding]:
+    settings, subject = loaded.settings, "settings"
+    given = [
+        name for name, origin in loaded.origins.items() if name.startswith("memory-guard-") and origin != "default"
+    ]
+    if settings.memory_guard == "off":
+        if given:
+            message = f"-{', -'.join(given)} do nothing, as -memory-guard is off"
+            yield warn(subject, message, "set -memory-guard to warn or terminate, or leave them out")
+        return
+    if settings.simulate:
+        message = f"-memory-guard {settings.memory_guard} does nothing with -simulate {settings.simulate}"
+        yield warn(subject, message, "leave it out: no process uses simulated GPUs")
+    if settings.memory_guard_threshold == 1:
+        message = (
+            f"-memory-guard {settings.memory_guard} never acts, as no GPU is fuller than -memory-guard-threshold 1"
+        )
+        yield warn(subject, message, "set a lower threshold, as 0.95")
 
 
 def _unwritable(path: Path) -> str:

@@ -124,7 +124,7 @@ def _table(snapshot: Snapshot, now: float, view: View) -> Table:
         for use in _by_memory(gpu.containers):
             table.add_row(
                 Padding(_user(use), (0, 0, 0, INDENT)),
-                _memory_of(use),
+                _container_memory(use),
                 _percent(use.utilization),
                 Text(f"{use.shares:>{digits}}" if use.pod else "", style="" if use.shares else NOTE),
             )
@@ -145,7 +145,7 @@ def _stack(snapshot: Snapshot, now: float, view: View, width: int) -> Iterator[R
         yield Text("shares  ").append_text(Text(", ").join(shares))
         for use in _by_memory(gpu.containers):
             yield Padding(_user(use), (0, 0, 0, INDENT))
-            figures = _memory_of(use).append(f", {_percent(use.utilization)}", style="")
+            figures = _container_memory(use).append(f", {_percent(use.utilization)}")
             if use.pod:
                 label = f"{use.shares} share{'s' * (use.shares != 1)}"
                 figures.append(", ").append(label, style="" if use.shares else NOTE)
@@ -198,6 +198,17 @@ def _user(use: ContainerUse) -> Text:
     return Text(name).append(f" {printable(use.container)}", style=DIM)
 
 
+def _container_memory(use: ContainerUse) -> Text:
+    """Return what a container uses and may use: of an over-user its part, else its limit, marked unless enforced."""
+    used = _size(use.memory_used)
+    if use.exceeded is not None:
+        return Text().append(f"{used} > {_size(use.exceeded)}", style=BAD)
+    if use.memory_limit is None:
+        return Text(used)
+    text = Text(f"{used} / {_size(use.memory_limit)}")
+    return text if use.limit_state == LimitState.ENFORCED.value else text.append(" !", style=BAD)
+
+
 def _memory(gpu: GpuSnapshot) -> str:
     if gpu.memory_total is None:
         return UNKNOWN
@@ -212,15 +223,6 @@ def _bar(gpu: GpuSnapshot, width: int, view: View) -> Text:
     full, empty = "#." if view.ascii_only else "█░"
     bar = Text(full * filled, style=NOTE if gpu.withheld else FINE)
     return bar.append(empty * (width - filled), style=DIM)
-
-
-def _memory_of(use: ContainerUse) -> Text:
-    """Return what a container uses and its limit, marked where that is not enforced."""
-    if use.memory_limit is None:
-        return Text(_size(use.memory_used))
-    enforced = use.limit_state == LimitState.ENFORCED.value
-    text = Text(f"{_size(use.memory_used)} / {_size(use.memory_limit)}")
-    return text if enforced else text.append(" !", style=BAD)
 
 
 def _size(size: int | None) -> str:
