@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sgpu.config.load import Loaded
 from sgpu.driver import fault_file, limit_file, nvml
+from sgpu.driver.limits import UNSUPPORTED
 from sgpu.driver.nvml import Handle, Library, MemoryLimit, NvmlError
 from sgpu.lib.logs import printable
 from sgpu.lib.output import checked_output
@@ -52,7 +53,7 @@ def _show(library: Library, handle: Handle | None, target: Target, *, clear: boo
             library.set_memory_limit(handle, target.cgroup, None)
         found = library.memory_limit(handle, target.cgroup)
     except NvmlError as error:
-        return _fail(f"{name}: {error}")
+        return _fail(f"{name}: {UNSUPPORTED.get(error.code, error)}")
     with checked_output():
         print(f"{name}: {_describe(found)}")
     return not (clear and found)

@@ -97,9 +97,9 @@ class _Limiter:
                 self._note_shares(pods)
                 enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods)))
                 await self._forget_gone(pods)
-            with trio.move_on_after(self._options.interval) as waited:
+            with trio.move_on_after(self._options.interval):
                 await race(*(event.wait for event in events))
-            if waited.cancelled_caught and not self._tree.follows():
+            if not self._tree.follows():  # the first pod's cgroup may just have been made
                 await trio.to_thread.run_sync(self._tree.scan)
 
     async def _forget_gone(self, pods: Iterable[PodCgroups]) -> None:
