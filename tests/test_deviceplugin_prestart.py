@@ -79,6 +79,7 @@ def test_nothing_to_wait_for(factor: float, memory: int | None) -> None:
         pytest.param([answers(LimitState.REFUSED, "no R615")], 1, "no R615", id="refused"),
         pytest.param([answers(LimitState.FOREIGN, "somebody's")], 1, "somebody's", id="foreign"),
         pytest.param([], TIMEOUT, "no pod", id="no pod"),
+        pytest.param([lambda node: node.enforcement.set_problem("cgroup v1")], 1, "cgroup v1", id="no cgroups"),
         pytest.param([find], TIMEOUT, "driver", id="no answer"),
     ],
 )

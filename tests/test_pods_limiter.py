@@ -181,6 +181,7 @@ def test_problem(world: World, caplog: pytest.LogCaptureFixture, change: Callabl
     limited(world, check)
     (record,) = caplog.records
     assert fact in record.message
+    assert world.node.enforcement.problem == record.message
 
 
 def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,6 +48,8 @@ async def _wait_decided(node: NodeState, shares: Sequence[Share]) -> str:
         while True:
             answered = enforcement.answered.next
             known = [_limit(node, share) for share in shares]
+            if not all(known) and enforcement.problem:
+                return enforcement.problem
             if all(limit and limit.state is not LimitState.PENDING for limit in known):
                 reasons = [limit.reason for limit in known if limit and limit.state is not LimitState.ENFORCED]
                 return reasons[0] or "its cgroup is gone" if reasons else ""

@@ -26,6 +26,8 @@ class Enforcement:
         #: Notifies whoever looks at cgroups that there is a reason to look now.
         self.look = Broadcast()
         self.wanted = WantedLimits()
+        #: Why the cgroups of pods can't be known; empty if they are.
+        self.problem = ""
         self._decided = False  # whether anybody has said what is wanted
         self._ours: dict[Target, None] = {}  # limits that sgpu set, as far as it knows
         self._answers: dict[Target, LimitAnswer] = {}
@@ -37,6 +39,12 @@ class Enforcement:
         if first or wanted.hard != before.hard:
             self.changed.notify()
         if wanted != before:
+            self.answered.notify()
+
+    def set_problem(self, problem: str) -> None:
+        """Take why cgroups can't be known, empty if they are; what was wanted stays."""
+        if problem != self.problem:
+            self.problem = problem
             self.answered.notify()
 
     def adopt(self, targets: Iterable[Target]) -> None:

@@ -92,6 +92,7 @@ class _Limiter:
             events = (self._tree.changed.next, self._node.changed.next, enforcement.look.next)
             problem = await self._read()
             self._problem.update(problem)
+            enforcement.set_problem(problem)
             if not problem:  # else what was wanted stays
                 pods = self._tree.pods()
                 self._note_shares(pods)
