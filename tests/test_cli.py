@@ -19,6 +19,7 @@ from sgpu import __version__, rpc
 from sgpu.cli import COMMANDS, FAILED, OK, USAGE, main
 from sgpu.config.load import Loaded, load, parse_flags
 from sgpu.config.settings import SETTINGS, Settings
+from sgpu.deviceplugin.session import DirectoryRemovedError
 from sgpu.node.policy import OffersRefusedError, PolicyConflictError
 
 Daemon = Callable[[BaseException | None], list[Settings]]
@@ -271,6 +272,7 @@ class TestRun:
             pytest.param(OffersRefusedError("too many"), USAGE, id="too many shares"),
             pytest.param(PolicyConflictError("matched twice"), USAGE, id="two rules for a GPU"),
             pytest.param(rpc.AddressInUseError(Path("/x.sock"), 0), FAILED, id="address in use"),
+            pytest.param(DirectoryRemovedError(Path("/x")), FAILED, id="directory removed"),
         ],
     )
     def test_for_the_operator(

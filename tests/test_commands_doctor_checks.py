@@ -136,7 +136,7 @@ def test_deadlines() -> None:
 def test_simulated_gpus(node: Node) -> None:
     """With simulated GPUs, neither the driver nor processes are looked at."""
     findings = trio.run(examine, load(flags(node, simulate="3"), {}), Host(sysfs=node.sys), clock=MockClock())
-    gpus, rules, directory, *rest = findings
+    gpus, rules, _, directory, *rest = findings
     expect(gpus, "ok", "-simulate 3")
     expect(rules, "ok", f"300 x {RESOURCE}")
     assert directory.subject == "plugin directory"
@@ -145,13 +145,13 @@ def test_simulated_gpus(node: Node) -> None:
 
 
 def test_resources(node: Node, tmp_path: Path) -> None:
-    """Each resource of the rules has its daemon and its registration."""
+    """Each resource of the rules has its daemon and its registration, if a GPU is offered as it."""
     config = tmp_path / "c.yaml"
     config.write_text("gpus: [{name: '*', resource: example.com/whole, shares: 1}]")
     findings = trio.run(examine, load({**flags(node), "config": str(config)}, {}), Host(), clock=MockClock())
-    for resource in ("example.com/whole", RESOURCE):
-        expect(find(findings, f"daemon for {resource}"), "warn")
-        expect(find(findings, f"registration of {resource}"), "skip")
+    expect(find(findings, "daemon for example.com/whole"), "warn")
+    expect(find(findings, "registration of example.com/whole"), "skip")
+    expect(find(findings, f"daemon for {RESOURCE}"), "skip", "no GPU")
 
 
 def test_library_that_is_missing(node: Node) -> None:
@@ -160,6 +160,15 @@ def test_library_that_is_missing(node: Node) -> None:
     findings = trio.run(examine, load(flags(node), {}), Host(sysfs=node.sys), clock=MockClock())
     for subject in ("NVML", "GPUs", "rules per GPU"):
         expect(find(findings, subject), "skip")
+
+
+def test_wsl(node: Node) -> None:
+    """Its first line says that it is not supported."""
+    for path in node.dev.iterdir():
+        path.unlink()
+    (node.dev / "dxg").touch()
+    first, *_ = trio.run(examine, load(flags(node), {}), Host(sysfs=node.sys), clock=MockClock())
+    expect(first, "FAIL", "WSL", "/dev/dxg", advice="-simulate")
 
 
 # On a node

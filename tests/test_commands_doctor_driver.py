@@ -131,13 +131,27 @@ def _make_executable(node: Node) -> None:
     node.driver.path.write_bytes(content)
 
 
+def _make_wsl(node: Node) -> None:
+    for path in node.dev.iterdir():
+        path.unlink()
+    (node.dev / "dxg").touch()
+
+
+def _make_wsl_without_library(node: Node) -> None:
+    _make_wsl(node)
+    node.driver.path.unlink()
+
+
 REFUSALS: dict[str, tuple[Callable[[Node], object], str, str]] = {
     "not loaded": (_refuse(Code.DRIVER_NOT_LOADED), "nvmlInit", "modprobe nvidia"),
     "mismatch": (_refuse(Code.LIB_RM_VERSION_MISMATCH), "nvmlInit", "reboot"),
     "permissions": (_refuse(Code.NO_PERMISSION), "nvmlInit", "privileged"),
     "unknown error": (_refuse(999), "nvmlInit", "/dev"),
     "anything else": (_refuse(Code.TIMEOUT), "nvmlInit", "dmesg"),
+    "WSL": (_make_wsl, "WSL", "Linux"),
+    "WSL without a library": (_make_wsl_without_library, "WSL", "Linux"),
     "no nodes": (lambda node: (node.dev / "nvidiactl").unlink(), "nvidiactl", "device nodes"),
+    "no node of the GPU": (lambda node: (node.dev / "nvidia0").unlink(), "nvidia-modprobe -c 0", "device node"),
     "no GPU": (lambda node: node.driver.gpus(0), "", "GPU"),
     "loader": (_make_executable, "libnvidia-ml.so.1", "install"),
 }
@@ -214,7 +228,8 @@ def test_makes_nothing(node: Node) -> None:
     program.write_text(f"#!/bin/sh\ntouch {node.host}/was-run\n")
     program.chmod(0o755)
     answer = asked(attrs.evolve(settings(node), dev_directory="/dev"))
-    assert "nvidia-uvm" in answer.not_ready
+    assert answer.not_ready
+    assert "nvidia-uvm" in answer.not_ready.reason
     assert not (node.host / "was-run").exists()
 
 
@@ -234,8 +249,8 @@ def test_report(host: Host, module: str, level: str) -> None:
 
 GPUS = {
     "well": (GPU, "ok", ["Tesla T4", "00000000:3B:00.0", "nvidia0", "1.0 of 16.0 GiB"]),
-    "free memory unknown": (attrs.evolve(GPU, figures=Figures(memory_total=GIB)), "ok", ["Tesla T4"]),
-    "memory unknown": (attrs.evolve(GPU, figures=Figures(memory_free=GIB)), "ok", ["Tesla T4"]),
+    "free memory unknown": (attrs.evolve(GPU, figures=Figures(memory_total=GIB)), "warn", ["Tesla T4", "withheld"]),
+    "memory unknown": (attrs.evolve(GPU, figures=Figures(memory_free=GIB)), "warn", ["Tesla T4", "withheld"]),
     "ill": (attrs.evolve(GPU, error="GPU is lost"), "FAIL", ["Tesla T4", "GPU is lost"]),
 }
 
@@ -257,6 +272,13 @@ def test_watermark(host: Host, watermark: float, level: str) -> None:
     answer = Answer(attrs.evolve(REPORT, gpus=(half,)))
     (finding,) = check_gpus(Settings(memory_watermark=watermark), host, answer)
     expect(finding, level, "8.0 of 16.0 GiB", "-memory-watermark 0.49" if level == "warn" else "")
+
+
+def test_no_watermark(host: Host) -> None:
+    """Without a watermark, memory need not be known."""
+    answer = Answer(attrs.evolve(REPORT, gpus=(attrs.evolve(GPU, figures=Figures()),)))
+    (finding,) = check_gpus(Settings(memory_watermark=0.0), host, answer)
+    expect(finding, "ok", "unknown")
 
 
 def test_missing_gpus(host: Host) -> None:

@@ -30,11 +30,13 @@ from sgpu.commands.doctor.peer import Peer
 from sgpu.config.settings import Settings, endpoint
 from sgpu.node.gpu import Gpu
 from sgpu.pods.checkpoint import FILE
+from sgpu.pods.held import Held
 from sgpu.pods.processes import Places
 from sgpu.pods.unlisted import Unlisted
 
 GPU = "GPU-bf428e1d-f221-55de-a77f-a61755a4d727"
 SERVED = Daemon(RESOURCE, ok("daemon", "serves"), Peer(StatusCode.OK))
+PROC = Path("/proc")
 NOT_SERVED = Daemon(RESOURCE, ok("daemon", "none"), Peer(absent=True))
 
 
@@ -111,6 +113,15 @@ def test_unusable_directory(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len({finding.message.replace("/absent", "").replace("/file", "") for finding in findings}) == 4
 
 
+def test_removed_directory(plugins: Path) -> None:
+    """One that was removed on the host below the pod's mount, and can be written to all the same."""
+    descriptor = os.open(plugins, os.O_RDONLY)
+    plugins.rmdir()
+    plugins.mkdir()
+    expect(check_directory(Path(f"/proc/self/fd/{descriptor}")), "FAIL", "removed", advice="restart")
+    os.close(descriptor)
+
+
 # kubelet.sock
 
 
@@ -138,7 +149,7 @@ def test_no_kubelet(plugins: Path) -> None:
 def test_daemon(plugins: Path) -> None:
     """A daemon that serves is known by its process."""
     with serving(plugins / endpoint(RESOURCE)):
-        daemon = trio.run(find_daemon, plugins, RESOURCE, clock=MockClock())
+        daemon = trio.run(find_daemon, plugins, RESOURCE, PROC, clock=MockClock())
     assert daemon.serves
     assert daemon.peer.pid > 0
     expect(daemon.finding, "ok", daemon.peer.pid)
@@ -148,13 +159,39 @@ def test_daemon(plugins: Path) -> None:
 def test_no_daemon(plugins: Path) -> None:
     """A daemon that is not there can still come; one that is there and does not answer is broken."""
     path = plugins / endpoint(RESOURCE)
-    expect(trio.run(find_daemon, plugins, RESOURCE).finding, "warn", path)
+    expect(trio.run(find_daemon, plugins, RESOURCE, PROC).finding, "warn", path)
     for state, level in ((abandoned(path), "warn"), (silent(path), "FAIL"), (serving(path, kubelet.HARMLESS), "FAIL")):
         path.unlink(missing_ok=True)
         with state:
-            daemon = trio.run(find_daemon, plugins, RESOURCE)
+            daemon = trio.run(find_daemon, plugins, RESOURCE, PROC)
         assert not daemon.serves
         expect(daemon.finding, level, path)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("line", "descriptors", "message", "advice"),
+    [
+        ("State:\tT (stopped)", 1, "stopped", "kill -CONT"),
+        ("State:\tD (disk sleep)", 1, "the kernel", "dmesg"),
+        ("State:\tS (sleeping)", 4, "all of its 4 file descriptors", "ulimit -n"),
+        ("State:\tS (sleeping)", 3, "does not answer", "log"),
+    ],
+    ids=["stopped", "waits for the kernel", "no descriptor left", "unknown"],
+)
+def test_why_a_daemon_is_silent(
+    plugins: Path, tmp_path: Path, line: str, descriptors: int, message: str, advice: str
+) -> None:
+    """A daemon that takes connections and never answers: the kernel may know why."""
+    process = tmp_path / str(os.getpid())  # which listens
+    (process / "fd").mkdir(parents=True)
+    for number in range(descriptors):
+        (process / "fd" / str(number)).touch()
+    (process / "status").write_text(f"Name:\tpython3\n{line}\n")
+    (process / "limits").write_text("Limit   Soft Limit   Hard Limit   Units\nMax open files   4   4   files\n")
+    with silent(plugins / endpoint(RESOURCE)):
+        finding = trio.run(find_daemon, plugins, RESOURCE, tmp_path).finding
+    expect(finding, "FAIL", message, advice=advice)
 
 
 # Other plugins
@@ -226,21 +263,26 @@ def test_held_from_before(plugins: Path) -> None:
     expect(held, "warn", 1, "nvidia0-_-7")
 
 
-@pytest.mark.parametrize("content", [None, "{"], ids=["absent", "not a kubelet's"])
-def test_no_record(plugins: Path, content: str | None) -> None:
-    """A record that can't be read says nothing."""
-    if content is not None:
-        (plugins / FILE).write_text(content)
+def test_no_record(plugins: Path) -> None:
+    """Without a record nothing is known; one that can't be read is a warning, for the daemon can't read it either."""
     (finding,) = check_registration(plugins, SERVED)
     expect(finding, "skip", plugins / FILE)
+    (plugins / FILE).write_text("{")
+    (finding,) = check_registration(plugins, SERVED)
+    expect(finding, "warn", plugins / FILE, advice="restart")
 
 
 # PodResources
 
 
 def pods(path: Path) -> Finding:
-    finding: Finding = trio.run(kubelet.check_pod_resources, Settings(pod_resources_socket=str(path)), (RESOURCE,))
-    return finding
+    return listed(path)[0]
+
+
+def listed(path: Path) -> tuple[Finding, Held | None]:
+    settings = Settings(pod_resources_socket=str(path))
+    finding, held = trio.run(kubelet.check_pod_resources, settings, (RESOURCE,))
+    return finding, held
 
 
 def test_pod_resources(plugins: Path) -> None:
@@ -259,21 +301,25 @@ def test_no_pod_resources(plugins: Path) -> None:
         expect(pods(plugins / "s"), "warn", plugins / "s", "0.2 s", advice="-pod-resources-socket")
 
 
-# Stored answers
+# What containers have
 
 
-def stored_answers(plugins: Path, node: str) -> Finding:
+def held_of(plugins: Path, node: str) -> list[Finding]:
     """Check with a GPU that has this device node now."""
     (plugins / "proc").mkdir(exist_ok=True)
     (plugins / "logs").mkdir(exist_ok=True)
     unlisted = Unlisted(plugins, Places(plugins / "proc", plugins / "logs"))
-    settings, gpu = Settings(pod_resources_socket=str(plugins / "s")), Gpu(GPU, "T4", "00000000:3B:00.0", (node,))
-    finding: Finding = trio.run(kubelet.check_stored_answers, settings, (RESOURCE,), unlisted, [gpu])
+    gpu = Gpu(GPU, "T4", "00000000:3B:00.0", (node,))
+    return list(kubelet.check_held(listed(plugins / "s")[1], unlisted, [gpu]))
+
+
+def stored_answers(plugins: Path, node: str) -> Finding:
+    (finding,) = held_of(plugins, node)
     return finding
 
 
 def test_stored_answers(plugins: Path) -> None:
-    """A pod that gets another GPU at its next start is named, with the cure."""
+    """A pod that gets another GPU at its next start is named, with the cure; so is one with another plugin's GPU."""
     with FakePodResources(plugins / "s") as fake:
         expect(stored_answers(plugins, "nvidia0"), "ok")  # no record, as on a new node
         fake.assign("default", "a", "main", [f"{GPU}::0"])
@@ -285,4 +331,8 @@ def test_stored_answers(plugins: Path) -> None:
         expect(stored_answers(plugins, "nvidia0"), "warn", "default/a", "/dev/nvidia1", "/dev/nvidia0", advice="delete")
         (plugins / FILE).write_text("{")
         expect(stored_answers(plugins, "nvidia0"), "skip")
+        fake.assign("default", "b", "main", [GPU], "nvidia.com/gpu")
+        _, given = held_of(plugins, "nvidia0")
+        assert GPU in given.subject
+        expect(given, "warn", "default/b", "nvidia.com/gpu", advice="gpus")
     expect(stored_answers(plugins, "nvidia0"), "skip")

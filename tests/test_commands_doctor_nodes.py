@@ -35,22 +35,22 @@ def test_nodes(dev: Path) -> None:
 
 
 UNUSABLE = {
-    "control node absent": ("nvidiactl", None, ""),
-    "UVM node absent": ("nvidia-uvm", None, ""),
-    "GPU's node absent": ("nvidia3", None, ""),
-    "no device": ("nvidiactl", "/dev/shm", ""),
-    "another GPU's minor number": ("nvidia3", "/dev/full", "7"),
+    "control node absent": ("nvidiactl", None, "", "-c 255"),
+    "UVM node absent": ("nvidia-uvm", None, "", "-u -c 0"),
+    "GPU's node absent": ("nvidia3", None, "", "-c 3"),
+    "no device": ("nvidiactl", "/dev/shm", "", "-c 255"),
+    "another GPU's minor number": ("nvidia3", "/dev/full", "7", "-c 3"),
 }
 
 
-@pytest.mark.parametrize(("name", "target", "fact"), UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_node(dev: Path, name: str, target: str | None, fact: str) -> None:
+@pytest.mark.parametrize(("name", "target", "fact", "make"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_node(dev: Path, name: str, target: str | None, fact: str, make: str) -> None:
     """A node that is absent, is no device, or belongs to another GPU is a failure about that node alone."""
     (dev / name).unlink()
     if target:
         (dev / name).symlink_to(target)
     (finding,) = check_nodes(dev, [GPU])
-    expect(finding, "FAIL", fact, advice="nvidia-modprobe -u -c 0")
+    expect(finding, "FAIL", fact, advice=f"`nvidia-modprobe {make}`")
     assert finding.subject.endswith(str(dev / name))
 
 

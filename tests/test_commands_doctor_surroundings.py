@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 from pathlib import Path
 
+import inotify_simple
 import pytest
 from findings import expect
+from node import Node
 
 from sgpu.commands.doctor.host import Host
 from sgpu.commands.doctor.surroundings import (
     ENOUGH,
+    ENOUGH_FILES,
     NEEDED,
     check_container_logs,
+    check_inotify,
     check_memory,
+    check_open_files,
     check_processes,
     memory_warning,
 )
 from sgpu.lib.sizes import MIB
-from sgpu.pods.processes import HOST_NAMESPACE
+from sgpu.pods.processes import HOST_NAMESPACE, Places
 
 MEMORY = {
     "v2 in a container": ("0::/", {"memory.max": 128 * MIB}, "ok", ["128 MiB"]),
@@ -46,6 +54,7 @@ def test_memory(tmp_path: Path, cgroup: str, files: dict[str, object], level: st
 
 NAMESPACES = {
     "none": (None, "warn", "-proc-directory"),
+    "a node's that is a container": ("pid:[4026532282]", "warn", "nothing"),
     "a container's": ("pid:[4026532281]", "warn", "hostPID"),
     "the host's": (HOST_NAMESPACE, "ok", ""),
 }
@@ -57,7 +66,41 @@ def test_processes(tmp_path: Path, namespace: str | None, level: str, advice: st
     if namespace:
         (tmp_path / "self/ns").mkdir(parents=True)
         (tmp_path / "self/ns/pid").symlink_to(namespace)
-    expect(check_processes(tmp_path), level, advice=advice)
+        if advice == "nothing":
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1/comm").write_text("systemd\n")
+    expect(check_processes(Places(tmp_path, tmp_path)), level, advice=advice)
+
+
+def test_processes_of_unknown_pods(node: Node) -> None:
+    """One in a pod's pause container is of no container that can be named: its pod's figures are unknown."""
+    node.start_process(7, "team/one/main")
+    node.start_process(8)
+    places = Places(node.proc, node.logs)
+    expect(check_processes(places, [7, 8]), "ok")
+    pod = "/kubepods/burstable/pod1f9e7f3c-5a3b-4d0a-8b1a-0c9d4d1c9a00"
+    (node.proc / "8/cgroup").write_text(f"0::{pod}/{'a' * 64}\n")
+    expect(check_processes(places, [7, 8]), "warn", "1 process")
+    (node.logs / next(iter(os.listdir(node.logs)))).unlink()  # which the check of the links is about
+    expect(check_processes(places, [7, 8]), "ok")
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(ENOUGH_FILES - 1, True), (ENOUGH_FILES, False)])
+def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int, warned: bool) -> None:
+    """A limit with which descriptors run out is named before all that fails because of it."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert [finding.level.value for finding in check_open_files()] == ["warn"] * warned
+
+
+def test_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the node's instances are used up, the limit is named."""
+    expect(next(check_inotify()), "ok")
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(inotify_simple, "INotify", refuse)
+    expect(next(check_inotify()), "warn", advice="fs.inotify.max_user_instances")
 
 
 def test_container_logs(tmp_path: Path) -> None:

@@ -605,6 +605,66 @@ def test_odd_files(place: Place, new: DriverFiles) -> None:
         assert name in line
 
 
+def test_odd_file_beside_the_real_one(place: Place) -> None:
+    """A script or an empty library in one directory is not named where another has the real one, which is staged."""
+    (place.root / "usr/lib64").mkdir()
+    (place.root / "usr/sbin").mkdir()
+    (place.root / "usr/bin/nvidia-smi").rename(place.root / "usr/sbin/nvidia-smi")
+    (place.root / "usr/bin/nvidia-smi").write_text("#!/bin/sh\n")
+    library = place.root / driver_layout.MULTIARCH / f"libcuda.so.{OLD}"
+    library.rename(place.root / "usr/lib64" / library.name)
+    library.touch()
+    line = place.stage()
+    assert "4 libraries, 3 tools" in line
+    assert "left out" not in line
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fact", "other"), [(["dxg"], "WSL", "package"), ([], "package", "WSL")], ids=["WSL", "elsewhere"]
+)
+def test_management_library_without_a_version(place: Place, nodes: list[str], fact: str, other: str) -> None:
+    """It is found, and what is said is not that there is none; in WSL, that sgpu does not support it."""
+    source = place.root / driver_layout.MULTIARCH / f"libnvidia-ml.so.{OLD}"
+    (place.root / "usr/lib/wsl/lib").mkdir(parents=True)
+    source.rename(place.root / "usr/lib/wsl/lib/libnvidia-ml.so.1")
+    make_cache(place.root, "usr/lib/wsl/lib")
+    (place.root / "dev").mkdir()
+    for node in nodes:
+        (place.root / "dev" / node).touch()
+    message = place.refused()
+    assert "/usr/lib/wsl/lib/libnvidia-ml.so.1" in message
+    assert fact in message
+    assert other not in message
+
+
+@pytest.mark.parametrize("name", ["etc/ld.so.cache", "usr/bin/nvidia-smi", f"usr/lib64/libcuda.so.{OLD}"])
+def test_pipes_of_the_host(place: Place, name: str) -> None:
+    """What is no file is not opened, which could wait forever: the rest is staged."""
+    path = place.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert "4 libraries" in place.stage()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_text("[" * 100_000)], ids=["pipe", "too deep"])
+def test_manifest_that_is_none(staged: Place, make: Callable[[Path], object]) -> None:
+    """The set that it is of counts as damaged: another is made."""
+    manifest = staged.path / ".sgpu/current/manifest"
+    manifest.unlink()
+    make(manifest)
+    assert "staged driver" in staged.stage()
+    assert staged.left == [OLD, OLD, "previous"]
+
+
+def test_control_characters(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name of the host is printed in one line, whatever is in it."""
+    place = attrs.evolve(place, root=place.root.rename(place.root.with_name("a\x1b[2J\nb")))
+    (place.root / driver_layout.MULTIARCH / f"libnvidia-ml.so.{OLD}").write_bytes(b"-")
+    assert not stage(place.root, place.path, place.lock, graphics=False, interval=0)
+    assert r"a\x1b[2J\nb" in capsys.readouterr().err
+
+
 def test_no_tools(place: Place) -> None:
     """Say so: `nvidia-smi` is the first thing that people try in a pod."""
     shutil.rmtree(place.root / "usr/bin")

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sgpu.commands.status.view import TABLE, View, ago, notes, render
 from sgpu.lib.sizes import GIB
+from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
@@ -198,6 +199,7 @@ class TestNotes:
             pytest.param({"gpus": ()}, "no GPU", id="no GPU"),
             pytest.param({"sampled_at": NOW - 90}, "1 min", id="old figures"),
             pytest.param({"holders_known": False}, "-pod-resources-socket", id="holders unknown"),
+            pytest.param({"stale_answers": (StaleAnswer("a/b", ("/x",), ("/y",)),)}, "a/b (/x instead", id="stale"),
             pytest.param({"processes_problem": "set hostPID: true"}, "set hostPID: true", id="processes unknown"),
             pytest.param({"gpus": (limited("refused"), limited("enforced"))}, "(1): no R615", id="no limit"),
         ],

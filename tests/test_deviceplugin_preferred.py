@@ -75,6 +75,14 @@ def case(
         case("spread distinct", "a9 b8 b9", 1, "b8", "unknown: what is not available", loads=gpus(a=None, b=None)),
         case("spread distinct", "a9 b8 b9", 1, "a9", "unknown for one", loads=gpus(a=3, b=None)),
         case("pack distinct", "a9 b8 b9", 1, "a9", "unknown: what is not available", loads=gpus(a=None, b=None)),
+        case(
+            "spread distinct",
+            "a0 b0",
+            1,
+            "b0",
+            "not the one that another plugin gave out",
+            loads={**gpus(b=11), "GPU-a": UnitLoad(0, 12, others=12)},
+        ),
         # Distinct shares come from as many GPUs as possible, and evenly when there are too few.
         case("spread distinct", "a0 b0 c0", 2, "b0 c0", "the best of them", loads=gpus(a=9, b=0, c=1)),
         case("spread distinct", "a0 a1 b0 b1", 3, "a0 a1 b0", "more than there are GPUs"),

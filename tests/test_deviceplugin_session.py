@@ -17,7 +17,7 @@ from sgpu import rpc
 from sgpu.config.settings import endpoint
 from sgpu.deviceplugin import registration
 from sgpu.deviceplugin.servicer import PluginContext
-from sgpu.deviceplugin.session import is_removed, loop_name, stay_registered
+from sgpu.deviceplugin.session import DirectoryRemovedError, is_removed, loop_name, stay_registered
 from sgpu.driver.simulated import simulated_gpus
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.policy import Policy
@@ -117,6 +117,22 @@ def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.Mon
                 nursery.cancel_scope.cancel()
 
     trio.run(check)
+
+
+def test_a_directory_that_is_removed_below_its_mount(tmp_path: Path) -> None:
+    """End: a new directory on the host is never seen from here, so that only a restart helps."""
+    (tmp_path / "d").mkdir()
+    descriptor = os.open(tmp_path / "d", os.O_RDONLY)
+    (tmp_path / "d").rmdir()
+
+    async def check() -> None:
+        with trio.fail_after(TIMEOUT), pytest.raises(DirectoryRemovedError):
+            await Plugin().run(Path(f"/proc/self/fd/{descriptor}"))
+
+    try:
+        trio.run(check)
+    finally:
+        os.close(descriptor)
 
 
 def test_is_removed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,14 @@ class TestLoad:
         assert record.levelno == logging.WARNING
         assert str(path) in record.getMessage()
 
-    def test_directory(self, path: Path) -> None:
-        """Set aside a directory too, as Kubernetes makes one for a hostPath: then a save works."""
-        path.mkdir(parents=True)
+    @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+    def test_directory(self, path: Path, make: Callable[[Path], None]) -> None:
+        """Set aside what is no file, as a directory that Kubernetes makes for a hostPath: then a save works."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
         assert fault_file.load(path, BOOT) == FaultRecord()
-        assert aside(path).is_dir()
+        assert not aside(path).is_file()
+        assert os.path.lexists(aside(path))
         fault_file.save(path, BOOT, RECORD)
         assert fault_file.load(path, BOOT) == RECORD
 

@@ -278,9 +278,13 @@ class TestEvents:
         assert list(two.unhealthy) == ["GPU-a"]
         assert all(fact in two.unhealthy["GPU-a"] for fact in (f"XID {xid.number}", xid.meaning, xid.action))
 
-    @pytest.mark.parametrize("xid_class", [XidClass.APPLICATION, XidClass.RESET], ids=["application", "told to ignore"])
-    def test_ignored_xid(self, caplog: pytest.LogCaptureFixture, xid_class: XidClass) -> None:
-        """Only log an XID that is the application's fault, or that the operator ignores."""
+    @pytest.mark.parametrize(
+        ("xid_class", "why"),
+        [(XidClass.APPLICATION, "the application's fault"), (XidClass.RESET, "-ignore-xids")],
+        ids=["application", "told to ignore"],
+    )
+    def test_ignored_xid(self, caplog: pytest.LogCaptureFixture, xid_class: XidClass, why: str) -> None:
+        """Only log an XID that is the application's fault, or that the operator ignores, and which it is."""
         number = XID[xid_class].number
         watched = Watched(policy=XidPolicy(ignored=frozenset({XID[XidClass.RESET].number})))
         watched.report(FIRST)
@@ -289,7 +293,7 @@ class TestEvents:
         assert (watched.faults, watched.unhealthy) == ({}, {})
         (record,) = caplog.records
         assert record.levelno == logging.INFO
-        assert re.search(rf"GPU-a.*XID {number}\b", record.getMessage())
+        assert re.search(rf"GPU-a.*XID {number}\b.*{why}", record.getMessage())
 
     @pytest.mark.parametrize(("kind", "xid"), [(EventKind.XID, RECOVERY_XID), (EventKind.RECOVERY_ACTION, 0)])
     def test_changed_recovery_action(self, kind: EventKind, xid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from sgpu.driver.nvml import (
     NvmlError,
     RemappedRows,
     open_library,
+    search,
 )
 from sgpu.driver.nvml.constants import TEXT_SIZE, VARIANTS
 from sgpu.driver.nvml.search import DIRECTORIES, candidates
@@ -93,6 +95,14 @@ class TestSearch:
         for path in paths:
             assert found(tmp_path / "host") == path
             path.unlink()
+
+    def test_other_machines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Look in the directories that Debian has for this machine's kind, and not in those of others."""
+        machine = os.uname_result(("Linux", "node", "6.1", "#1", "aarch64"))
+        monkeypatch.setattr(os, "uname", lambda: machine)
+        directories = runpy.run_path(str(search.__file__))["DIRECTORIES"]
+        assert "usr/lib/aarch64-linux-gnu" in directories
+        assert not [directory for directory in directories if "x86_64" in directory]
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         """Name every directory that was looked in."""

@@ -345,6 +345,18 @@ class TestSharedNodes:
         assert "nvidia-modprobe -c 255" in str(caught.value)
         assert "-u" not in str(caught.value)
 
+    def test_driver_container(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the GPU operator's driver container has them, name the setting, and nothing that makes others."""
+        monkeypatch.setattr(poll, "CONTAINER_DEV", node.dev.with_name("container"))
+        (node.dev / "nvidiactl").unlink()
+        poll.CONTAINER_DEV.mkdir()
+        (poll.CONTAINER_DEV / "nvidiactl").touch()
+        with pytest.raises(NotReadyError) as caught:
+            read(node)
+        assert str(poll.CONTAINER_DEV) in str(caught.value)
+        assert "-dev-directory" in str(caught.value)
+        assert "nvidia-modprobe" not in str(caught.value)
+
     def test_optional(self, node: Node) -> None:
         """Report those that are there, in the same order each time."""
         (node.dev / "nvidia-uvm-tools").unlink()

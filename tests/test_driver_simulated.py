@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -66,9 +67,10 @@ def test_read_faults(tmp_path: Path, content: bytes, faults: dict[int, str]) -> 
     assert all(read[number] == reason if reason else "simulated" in read[number] for number, reason in faults.items())
 
 
-@pytest.mark.parametrize("name", [".", "missing/faults"], ids=["a directory", "missing"])
+@pytest.mark.parametrize("name", [".", "missing/faults", "pipe"], ids=["a directory", "missing", "a pipe"])
 def test_no_file(tmp_path: Path, name: str) -> None:
     """Read no fault where there is no file: it may be made later."""
+    os.mkfifo(tmp_path / "pipe")
     assert read_faults(tmp_path / name) == {}
 
 

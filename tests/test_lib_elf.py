@@ -14,6 +14,7 @@ import pytest
 from stub_driver import StubDriver
 
 from sgpu.lib.elf import Elf, ElfError, is_cut_short, ours, read_elf
+from sgpu.lib.files import NotRegularError
 
 
 def made(bits: int, order: str, machine: int, soname: bytes) -> bytes:
@@ -67,6 +68,13 @@ def test_other_machines(tmp_path: Path, bits: int, order: str, machine: int, nam
     elf = read_elf(path)
     assert elf == Elf(bits, name, "libx.so.1")
     assert elf.kind != ours().kind
+
+
+def test_pipe(tmp_path: Path) -> None:
+    """What is no file is refused, and not waited for."""
+    os.mkfifo(tmp_path / "library")
+    with pytest.raises(NotRegularError):
+        read_elf(tmp_path / "library")
 
 
 @pytest.mark.parametrize(

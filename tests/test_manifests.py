@@ -156,6 +156,16 @@ class TestRendered:
             assert f"k8s/overlays/{path.name}" in readme
         assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in readme
 
+    def test_the_readme_names_what_to_look_at(self) -> None:
+        """The labels of nodes that a DaemonSet selects, and the container that a pod which does not start waits for."""
+        readme = (K8S.parent / "README.md").read_text()
+        affinity = daemon_set(BASE)["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+        labels = {each["key"] for each in term["matchExpressions"]}
+        assert set(re.findall(r"get nodes -L (\S+)", readme)[0].split(",")) == labels
+        (init,) = pod_spec(K8S / "overlays/host-driver")["initContainers"]
+        assert f"logs POD -c {init['name']}`" in readme
+
 
 class TestPlugin:
     @each_running
@@ -201,7 +211,10 @@ class TestPlugin:
         assert address
         assert found["ports"] == [{"name": "metrics", "containerPort": address[1]}]
         assert found["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
-        assert found["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+        readiness = found["readinessProbe"]
+        assert readiness["httpGet"] == {"path": "/readyz", "port": "metrics"}
+        # sgpu listens after a second: no earlier, or a new pod has a failed probe, and soon, or it is Ready late.
+        assert (readiness["initialDelaySeconds"], readiness["periodSeconds"]) == (2, 2)
         annotations = daemon_set(directory)["spec"]["template"]["metadata"]["annotations"]
         assert (annotations["prometheus.io/port"], annotations["prometheus.io/path"]) == (str(address[1]), "/metrics")
 

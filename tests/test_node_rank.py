@@ -28,6 +28,7 @@ def load(allocated: int, memory: int | None = None, utilization: int | None = No
         pytest.param(SPREAD, load(1, 8, 9), load(1, 8, None), "a", id="spread: utilization unknown for one"),
         pytest.param(PACK, load(1, 1, 99), load(2, 9, 0), "b", id="pack: most allocated, whatever the figures"),
         pytest.param(PACK, load(5, shares=100), load(2, shares=4), "b", id="pack: by the part that is allocated"),
+        pytest.param(PACK, UnitLoad(5, 12, others=12), load(1), "b", id="pack: not what another plugin gave away"),
         pytest.param(PACK, load(1, 1, 9), load(1, 9, 0), "a", id="pack: ties as given, whatever the figures"),
     ],
 )

@@ -243,7 +243,7 @@ class TestRefused:
         (offer,) = node.offered(SHARED)
         assert offer.unit.health is Health.UNHEALTHY
         with pytest.raises(UnhealthyShareError):
-            node.allocate(SHARED, ["GPU-a::0"], OPTIONS)
+            node.allocate(SHARED, [["GPU-a::0"]], OPTIONS)
 
 
 class TestSetPolicy:
@@ -396,7 +396,7 @@ class TestAllocate:
         """A container gets what its shares bring, in the order asked for."""
         node.set_policy(policy())
         a, b = node.offered(SHARED)
-        edits = node.allocate(SHARED, ["GPU-b::0", "GPU-a::3", "GPU-b::2"], OPTIONS)
+        (edits,) = node.allocate(SHARED, [["GPU-b::0", "GPU-a::3", "GPU-b::2"]], OPTIONS)
         assert edits == container_edits([b, a, b], OPTIONS)
 
     @pytest.mark.parametrize("position", [0, 1], ids=["first", "last"])
@@ -415,13 +415,13 @@ class TestAllocate:
     def test_refused(
         self, node: NodeState, share_id: str, error: type[AllocationError], fact: str, position: int
     ) -> None:
-        """One share that can't be had refuses the container, wherever it stands, and nothing counts as granted."""
+        """One share that can't be had refuses all containers, wherever it stands, and nothing counts as granted."""
         node.set_gpus((A, B, sick(C)))
         hold(node)
         share_ids = ["GPU-a::0"]
         share_ids.insert(position, share_id)
         with pytest.raises(error) as refused:
-            node.allocate(SHARED, share_ids, STRICT)
+            node.allocate(SHARED, [["GPU-a::2"], share_ids], STRICT)
         assert share_id in str(refused.value) or error is NotDistinctError
         assert fact in str(refused.value)
         assert node.usage.allocated(0) == frozenset()
@@ -431,21 +431,21 @@ class TestAllocate:
         node.set_gpus((sick(A), B))
         node.set_gpus((A, B))
         hold(node, shared="a9")
-        node.allocate(SHARED, ["GPU-a::0", "GPU-a::9"], OPTIONS)
+        node.allocate(SHARED, [["GPU-a::0", "GPU-a::9"]], OPTIONS)
         node.set_gpus((B,))
         for resource in (SHARED, "example.com/none"):
             with pytest.raises(UnknownShareError):
-                node.allocate(resource, ["GPU-a::0"], OPTIONS)
+                node.allocate(resource, [["GPU-a::0"]], OPTIONS)
 
     def test_granted(self, node: NodeState, clock: Clock) -> None:
         """Shares count as allocated at once, and their parts of the memory as used, until both are seen."""
         hold(node)
         node.usage.set_figures({"GPU-a": Figures(1000, 900, 5), "GPU-b": Figures(1000, 900, 5)}, 0)
-        node.allocate(SHARED, ["GPU-a::0", "GPU-a::1"], OPTIONS)
+        node.allocate(SHARED, [["GPU-a::0", "GPU-a::1"]], OPTIONS)
         assert node.loads(SHARED) == {"GPU-a": UnitLoad(2, 4, 400, 5)}
         assert node.loads(WHOLE) == {"GPU-b": UnitLoad(0, 1, 900, 5)}
         node.set_gpus((A, attrs.evolve(B, memory_bytes=None)))
-        node.allocate(WHOLE, ["GPU-b::0"], OPTIONS)
+        node.allocate(WHOLE, [["GPU-b::0"]], OPTIONS)
         assert node.loads(WHOLE) == {"GPU-b": UnitLoad(1, 1, 900, 5)}
         clock.now = SETTLING_TIME
         assert node.loads(SHARED)["GPU-a"].allocated == 0
@@ -455,8 +455,8 @@ class TestAllocate:
         fill(node, 99, A)
         hold(node, shared="a0")
         node.update_pressure(0.95)
-        assert notifies(node, lambda: node.allocate(SHARED, ["GPU-a::2"], OPTIONS))
+        assert notifies(node, lambda: node.allocate(SHARED, [["GPU-a::2"]], OPTIONS))
         assert withheld(node) == {"a": {1, 3}}
-        assert notifies(node, lambda: node.allocate(SHARED, ["GPU-a::0", "GPU-a::1"], OPTIONS))
+        assert notifies(node, lambda: node.allocate(SHARED, [["GPU-a::0", "GPU-a::1"]], OPTIONS))
         assert withheld(node) == {"a": {3}}
-        assert not notifies(node, lambda: node.allocate(SHARED, ["GPU-a::2"], OPTIONS))
+        assert not notifies(node, lambda: node.allocate(SHARED, [["GPU-a::2"]], OPTIONS))

@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 
 from sgpu.lib.sizes import GIB
+from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.counters import Counters
 from sgpu.observe.metrics import page
@@ -56,10 +57,11 @@ NODE = attrs.evolve(
     SNAPSHOT,
     time=1000.0,
     sampled_at=997.5,
+    stale_answers=(StaleAnswer("team/web", ("/dev/nvidia1",), ("/dev/nvidia0",)),),
     resources=(ResourceSnapshot(RESOURCE, True, 1), ResourceSnapshot("example.com/none", False, 0)),
     gpus=(UP, DOWN),
 )
-UNKNOWN = attrs.evolve(NODE, sampled_at=None, gpus=(attrs.evolve(DOWN, healthy=True, reason=""),))
+UNKNOWN = attrs.evolve(NODE, sampled_at=None, stale_answers=None, gpus=(attrs.evolve(DOWN, healthy=True, reason=""),))
 
 
 def counted() -> Counters:
@@ -128,6 +130,7 @@ class TestSeries:
             ("sgpu_rpc_duration_seconds_bucket{code=OK,le=+Inf,method=Allocate}", 3),
             ("sgpu_rpc_duration_seconds_count{code=OK,method=Allocate}", 3),
             ("sgpu_rpc_duration_seconds_sum{code=OK,method=Allocate}", 30.0039),
+            ("sgpu_stale_answers{}", 1),
             ("sgpu_sample_age_seconds{}", 2.5),
             ("sgpu_nvml_errors_total{code=15,function=nvmlDeviceGetMemoryInfo}", 4),
             ("sgpu_guard_actions_total{action=warn,container=main,namespace=team,pod=web,uuid=GPU-a}", 2),
@@ -150,6 +153,7 @@ class TestSeries:
             "sgpu_gpu_shares_allocated",
             "sgpu_gpu_unhealthy_info",
             "sgpu_sample_age_seconds",
+            "sgpu_stale_answers",
         }
         found = series(NODE, counted(), accept)
         train = {name.partition("{")[0] for name in found if "pod=train" in name}

@@ -155,6 +155,9 @@ class TestNode:
         world.node.set_holders({})
         world.node.usage.set_owners({}, None, "no /proc")
         assert world.snapshot().holders_known
+        assert world.snapshot().stale_answers is None
+        world.node.usage.stale_answers = ()
+        assert world.snapshot().stale_answers == ()
         assert world.snapshot().processes_problem == "no /proc"
 
     def test_resources(self, world: World) -> None:

@@ -6,6 +6,7 @@ import attrs
 import pytest
 from fake_status import GPU, SNAPSHOT
 
+from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.snapshot import Snapshot, decode, encode
 
@@ -20,6 +21,7 @@ UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, 
     [
         pytest.param(attrs.evolve(SNAPSHOT, gpus=(GPU, UNKNOWN), sampled_at=None), id="full"),
         pytest.param(attrs.evolve(SNAPSHOT, gpus=(), resources=()), id="empty"),
+        pytest.param(attrs.evolve(SNAPSHOT, stale_answers=(StaleAnswer("a/b", ("/x",), ("/y", "/z")),)), id="stale"),
     ],
 )
 def test_round_trip(snapshot: Snapshot) -> None:

@@ -35,7 +35,9 @@ def kubelet(path: Path) -> Iterator[FakePodResources]:
 def listed(path: Path, *resources: str) -> Mapping[str, Mapping[str, Container]]:
     """The containers by resource and id."""
     answer = trio.run(list_holders, path, resources or (RESOURCE,))
-    return {resource: {str(share): holder for share, holder in each.items()} for resource, each in answer.items()}
+    return {
+        resource: {str(share): holder for share, holder in each.items()} for resource, each in answer.shares.items()
+    }
 
 
 def refusal(path: Path) -> str:

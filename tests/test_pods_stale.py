@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from sgpu.api import v1beta1_pb2
-from sgpu.node.container import Container
+from sgpu.node.container import Container, StaleAnswer
 from sgpu.node.gpu import Gpu
 from sgpu.node.shares import Share
 from sgpu.pods.checkpoint import FILE, read_checkpoint
-from sgpu.pods.stale import StaleAnswer, stale_answers
+from sgpu.pods.stale import stale_answers
 
 RESOURCE = "example.com/gpu"
 HELD = {RESOURCE: {Share(f"GPU-{name}", 0): Container("team", "trainer", "main") for name in "abc"}}

@@ -12,6 +12,7 @@ import pytest
 from sgpu.node.container import Container
 from sgpu.node.shares import Share
 from sgpu.pods.checkpoint import FILE
+from sgpu.pods.held import Held, OtherDevice
 from sgpu.pods.processes import Places
 from sgpu.pods.unlisted import Unlisted
 
@@ -43,13 +44,13 @@ class FakeNode:
         (self.logs / f"{pod}.log").symlink_to(f"/var/log/pods/{namespace}_{pod}_{uid}/init/0.log")
 
     def found(self) -> dict[str, dict[Share, Container]]:
-        may_find = self.unlisted.may_find({RESOURCE: LISTED})
-        found = self._found()
-        assert may_find or not found
-        return found
+        may_find = self.unlisted.may_find(Held({RESOURCE: LISTED}))
+        found = self.find()
+        assert may_find or not (found.shares[RESOURCE] or found.others)
+        return {resource: dict(held) for resource, held in found.shares.items() if held}
 
-    def _found(self) -> dict[str, dict[Share, Container]]:
-        return {resource: dict(held) for resource, held in self.unlisted.find({RESOURCE: LISTED}).items()}
+    def find(self) -> Held:
+        return self.unlisted.find(Held({RESOURCE: LISTED}))
 
 
 @pytest.fixture
@@ -104,17 +105,22 @@ def test_without_a_name(node: FakeNode) -> None:
 
 
 def test_other_resources(node: FakeNode) -> None:
-    """Another plugin's are not ours."""
-    node.hand_out("GPU-a::1", resource="example.com/other")
-    assert node.found() == {}
+    """Another plugin's are not ours, and may be a GPU of ours."""
+    node.hand_out("GPU-a::1", "fpga-7", resource="example.com/other")
+    found = node.find()
+    assert found.shares == {RESOURCE: {}}
+    assert found.others == {OtherDevice("example.com/other", "GPU-a::1"): Container("team", "trainer", "init")}
 
 
 def test_changes(node: FakeNode) -> None:
-    """Read it again when it changes; without one, nothing is unlisted."""
+    """Read it again when it is outdated, and then alone; without one, nothing is unlisted."""
     assert node.found() == INIT
     node.hand_out("GPU-b::3")
+    assert node.found() == INIT
+    node.unlisted.outdated = True
     assert node.found()[RESOURCE].keys() == {Share("GPU-b", 3)}
     (node.plugins / FILE).unlink()
+    node.unlisted.outdated = True
     assert node.found() == {}
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import itertools
 import json
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import attrs
+import inotify_simple
 import pytest
 import trio
 from virtual_clock import virtual
@@ -29,6 +33,7 @@ from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
 from sgpu.pods import watch
 from sgpu.pods.checkpoint import FILE
+from sgpu.pods.held import Held, OtherDevice
 from sgpu.pods.holders import TIMEOUT, PodResourcesError
 from sgpu.pods.processes import HOST_NAMESPACE, Places
 from sgpu.pods.watch import TOLERATED, WatchOptions, watch_pods, withhold
@@ -66,15 +71,16 @@ class FakeKubelet:
     """Answers as a test tells it to, or fails. `calls` has the time and the resources of each call."""
 
     answer: Mapping[Share, Container] | str = attrs.field(factory=dict)
+    others: Mapping[OtherDevice, Container] = attrs.field(factory=dict)
     delay: float = 0.0
     calls: list[tuple[float, list[str]]] = attrs.field(factory=list)
 
-    async def list_holders(self, _: Path, resources: Collection[str]) -> Mapping[str, Mapping[Share, Container]]:
+    async def list_holders(self, _: Path, resources: Collection[str]) -> Held:
         await trio.sleep(self.delay)
         self.calls.append((trio.current_time(), sorted(resources)))
         if isinstance(self.answer, str):
             raise PodResourcesError(self.answer)
-        return {RESOURCE: self.answer}
+        return Held({RESOURCE: self.answer}, self.others)
 
 
 @attrs.define
@@ -130,7 +136,7 @@ def kubelet(monkeypatch: pytest.MonkeyPatch) -> FakeKubelet:
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """Return what the loop has logged, at any level."""
     with caplog.at_level(logging.DEBUG, "sgpu"):
-        yield lambda: [record.getMessage() for record in caplog.records if record.name == watch.logger.name]
+        yield lambda: [record.getMessage() for record in caplog.records if record.name.startswith("sgpu.pods")]
 
 
 Messages = Callable[[], list[str]]
@@ -301,6 +307,7 @@ class TestCheckpoint:
         assert ["/dev/nvidia0" in message for message in stale] == [True, False]
         assert ["/dev/nvidia2" in message for message in stale] == [False, True]
         assert all("team/one" in message for message in stale)
+        assert [answer.right for answer in world.node.usage.stale_answers or ()] == [("/dev/nvidia2",)]
 
     @watched
     async def test_unusable(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
@@ -310,7 +317,87 @@ class TestCheckpoint:
         await world.round()
         await world.round()
         assert world.node.usage.holders == held("a0")
+        assert world.node.usage.stale_answers is None
         assert len([message for message in messages() if "checkpoint" in message]) == 1
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["inotify", "without inotify"])
+def test_allocations_are_noticed_at_once(
+    tmp_path: Path, kubelet: FakeKubelet, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """List again when the kubelet replaces its checkpoint, in a directory that comes later and is replaced, too.
+
+    The interval is longer than the test may take. Where nothing changes, list no more often.
+    """
+    if refused:
+        monkeypatch.setattr(inotify_simple, "INotify", functools.partial(_refuse, errno.EMFILE))
+    monkeypatch.setattr(watch, "SHORTEST_PAUSE", 0.0)
+    options = attrs.evolve(World(plugins=tmp_path / "plugins").options, interval=1000.0)
+
+    async def wait_calls(count: int) -> None:
+        while len(kubelet.calls) < count:
+            await trio.to_thread.run_sync(sleep, 0.01)
+
+    def allocate() -> None:
+        (options.plugin_directory / "new").write_text("{}")
+        (options.plugin_directory / "new").rename(options.plugin_directory / FILE)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_pods, options, new_node())
+            with trio.fail_after(60):
+                await wait_calls(1)
+                options.plugin_directory.mkdir()
+                for count in (2, 3, 4):
+                    allocate()
+                    await wait_calls(count)
+                options.plugin_directory.rename(tmp_path / "old")
+                options.plugin_directory.mkdir()
+                await wait_calls(5)
+                allocate()
+                await wait_calls(6)
+                await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert len(kubelet.calls) == 6
+
+
+def _refuse(number: int, *_: object, **__: object) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+class TestOtherPlugins:
+    UUID = "GPU-bf428e1d-f221-55de-a77f-a61755a4d727"
+
+    @pytest.fixture
+    def world(self) -> World:
+        return World()
+
+    @watched
+    async def test_counted(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
+        """Placement counts a GPU that another plugin gave out, as long as it is; the log names each resource once."""
+        world.node.set_gpus((attrs.evolve(world.node.gpus[0], uuid=self.UUID), world.node.gpus[1]))
+        whole, replicas = (
+            OtherDevice("nvidia.com/gpu", self.UUID),
+            OtherDevice("nvidia.com/gpu.shared", f"{self.UUID}::1"),
+        )
+        pod, other = Container("team", "whole", "main"), Container("team", "part", "main")
+        for others, count in (({replicas: other}, 1), ({whole: pod, replicas: other}, 5), ({}, 0), ({whole: pod}, 4)):
+            kubelet.others = others
+            await world.round()
+            assert {uuid: load.others for uuid, load in world.node.loads(RESOURCE).items()} == {
+                self.UUID: count,
+                "GPU-b": 0,
+            }
+        part, first, again = messages()
+        assert all(fact in part for fact in (self.UUID, "nvidia.com/gpu.shared", "team/part"))
+        assert first == again
+        assert all(fact in first for fact in (self.UUID, "nvidia.com/gpu,", "team/whole"))
+        kubelet.answer = "nobody there"
+        for _ in range(TOLERATED):
+            await world.round()
+        assert world.node.loads(RESOURCE)[self.UUID].others == 0
 
 
 class TestAttribution:

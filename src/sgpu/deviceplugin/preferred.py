@@ -42,7 +42,7 @@ def preferred(
         own = map(uuid.__add__, endings[: load.shares])
         if some := list(islice(filter(free.__contains__, own), limit)):
             choice[uuid] = some
-            allocated[uuid] = load.allocated if load.allocated is not None else load.shares - len(some)
+            allocated[uuid] = load.others + (load.shares - len(some) if load.allocated is None else load.allocated)
     ranked = rank({uuid: loads[uuid] for uuid in sorted(choice)}, allocated, placement)
     rooms = {uuid: len(choice[uuid]) for uuid in ranked}
     used = Counter(map(unit_of, chosen))

@@ -114,8 +114,8 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
         self, request: v1beta1_pb2.AllocateRequest
     ) -> v1beta1_pb2.AllocateResponse:
         response = v1beta1_pb2.AllocateResponse()
-        for container in request.container_requests:
-            fields = messages.allocate_fields(v1beta1_pb2, _allocate(self._context, container.devices_ids))
+        for edits in _allocate(self._context, [container.devices_ids for container in request.container_requests]):
+            fields = messages.allocate_fields(v1beta1_pb2, edits)
             response.container_responses.append(v1beta1_pb2.ContainerAllocateResponse(**fields))
         return response
 
@@ -145,7 +145,7 @@ class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
     def Allocate(  # type: ignore[override]  # purerpc's base waits
         self, request: v1alpha_pb2.AllocateRequest
     ) -> v1alpha_pb2.AllocateResponse:
-        edits = _allocate(self._context, request.devicesIDs)
+        (edits,) = _allocate(self._context, [request.devicesIDs])
         return v1alpha_pb2.AllocateResponse(**messages.allocate_fields(v1alpha_pb2, edits))
 
 
@@ -185,12 +185,12 @@ async def _watch(context: PluginContext, streams: Streams) -> AsyncGenerator[Seq
             await race(changed.wait, streams.ending.wait)
 
 
-def _allocate(context: PluginContext, share_ids: Sequence[str]) -> ContainerEdits:
+def _allocate(context: PluginContext, containers: Sequence[Sequence[str]]) -> list[ContainerEdits]:
     try:
-        edits = context.node.allocate(context.resource, share_ids, context.options)
+        edits = context.node.allocate(context.resource, containers, context.options)
     except AllocationError as error:
         logger.warning("refused an allocation: %s", error)
         unknown = isinstance(error, UnknownShareError)
         raise RpcError(StatusCode.NOT_FOUND if unknown else StatusCode.FAILED_PRECONDITION, str(error)) from error
-    logger.debug("allocated %s", ", ".join(share_ids))
+    logger.debug("allocated %s", ", ".join(share_id for share_ids in containers for share_id in share_ids))
     return edits

@@ -79,10 +79,14 @@ class Report:
 
 @attrs.frozen
 class NotReady:
-    """There is no driver to ask: why not, and what to do. `gone`: whatever is there afterwards was reset."""
+    """There is no driver to ask: why not, and what to do. `gone`: whatever is there afterwards was reset.
+
+    `code` is NVML's, where it is NVML that says so.
+    """
 
     reason: str
     gone: bool = False
+    code: int | None = None
 
 
 class EventKind(enum.Enum):

@@ -146,7 +146,9 @@ class Monitor:
             xid_class = self._policy.classify(event.xid)
             description = f"XID {event.xid}: {xid.meaning}"
             if xid_class is XidClass.APPLICATION:
-                self._log_ignored(event.uuid, event.xid, description)
+                ignored = event.xid in self._policy.ignored
+                why = "ignored by -ignore-xids" if ignored else "the application's fault, ignored"
+                self._log_ignored(event.uuid, event.xid, f"{description}; {why}")
                 return None
             clearance = Clearance.QUARANTINE if xid_class is XidClass.TRANSIENT else Clearance.RESET
             return Fault(f"{description}; {xid.action}", self._clock(), clearance)
@@ -154,7 +156,7 @@ class Monitor:
         return Fault(reason, self._clock(), clearance)
 
     def _log_ignored(self, uuid: str, xid: int, description: str) -> None:
-        """Log an application's fault, at most once a minute for each GPU and XID: a program can cause thousands."""
+        """Log an ignored XID, at most once a minute for each GPU and XID: a program can cause thousands."""
         now = self._clock()
         since, count = self._ignored.get((uuid, xid), (float("-inf"), 0))
         if now - since < LOG_INTERVAL:
@@ -162,7 +164,7 @@ class Monitor:
             return
         self._ignored[uuid, xid] = now, 0
         more = f" ({count} more since the last line)" if count else ""
-        logger.info("GPU %s: %s; the application's fault, ignored%s", uuid, description, more)
+        logger.info("GPU %s: %s%s", uuid, description, more)
 
     def _publish(self) -> None:
         self._gpus = {uuid: self._gpu(report) for uuid, report in self._reports.items()}

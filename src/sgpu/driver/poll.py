@@ -15,14 +15,15 @@ import attrs
 from sgpu.driver import nvml, plausible
 from sgpu.driver.messages import GpuReport, Report
 from sgpu.driver.nvml import GPU_LOST, NO_ANSWER, Handle, Library, NvmlError
+from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.node.figures import Figures, ProcessUse
 
 #: It appears only when something first asks for it.
 UVM_NODE: Final = "nvidia-uvm"
 #: Without these no CUDA program starts.
 REQUIRED_NODES: Final = ("nvidiactl", UVM_NODE)
-#: What makes nvidiactl, where something removed it.
-MAKE_CONTROL_NODE: Final = "`nvidia-modprobe -c 255` on the host makes it"
+#: What `nvidia-modprobe` takes to make them, where something removed them; of a GPU's own node, its minor number.
+_MAKES: Final = {"nvidiactl": "-c 255", UVM_NODE: "-u -c 0"}
 #: Where the GPU operator's driver container has its device nodes.
 CONTAINER_DEV: Final = Path("/run/nvidia/driver/dev")
 #: Given to containers where the host has them: debuggers and profilers, display.
@@ -114,27 +115,31 @@ def poll(
 
 def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[str, ...]:
     """Return the device nodes that every container needs, whichever GPU it gets."""
-    hint = ""
-    if not (dev_directory / UVM_NODE).exists():
-        outcome = ask_for_uvm()
-        hint = f"; `nvidia-modprobe -u -c 0` on the host makes it{outcome and f' ({outcome})'}"
+    if is_wsl(dev_directory):
+        raise NotReadyError(UNSUPPORTED)
+    outcome = ask_for_uvm() if not (dev_directory / UVM_NODE).exists() else ""
     missing = [name for name in REQUIRED_NODES if not (dev_directory / name).exists()]
     if missing:
-        hint = hint if UVM_NODE in missing else f"; {MAKE_CONTROL_NODE}"
-        if dev_directory != CONTAINER_DEV and (CONTAINER_DEV / missing[0]).exists():
-            hint = f"; the driver container has them in {CONTAINER_DEV}: set -dev-directory to it"
-        raise NotReadyError(f"{' and '.join(str(dev_directory / name) for name in missing)} not there yet{hint}")
+        names = " and ".join(str(dev_directory / name) for name in missing)
+        hints = "; ".join(dict.fromkeys(how_to_make(dev_directory, name) for name in missing))
+        raise NotReadyError(f"{names} not there yet; {hints}{outcome and f' ({outcome})'}")
     return REQUIRED_NODES + tuple(name for name in OPTIONAL_NODES if (dev_directory / name).exists())
+
+
+def how_to_make(dev_directory: Path, name: str) -> str:
+    """Say what to do about a device node that is not there."""
+    if dev_directory != CONTAINER_DEV and (CONTAINER_DEV / name).exists():
+        return f"the driver container has its device nodes in {CONTAINER_DEV}: set -dev-directory to that"
+    flags = _MAKES.get(name) or f"-c {name.removeprefix('nvidia')}"
+    return f"`nvidia-modprobe {flags}` on the host makes it"
 
 
 def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nodes: tuple[str, ...]) -> GpuReport:
     """Report one GPU. Without its identity it can't be offered; an answer about its state that fails is reported."""
     node = f"nvidia{library.minor_number(handle)}"
     if not (places.dev_directory / node).exists():
-        minor = node.removeprefix("nvidia")
-        raise NoDeviceNodeError(
-            f"{places.dev_directory / node} is not there; `nvidia-modprobe -c {minor}` on the host makes it"
-        )
+        hint = how_to_make(places.dev_directory, node)
+        raise NoDeviceNodeError(f"{places.dev_directory / node} is not there; {hint}")
     bus_id = library.pci_bus_id(handle)
     identity = GpuReport(
         uuid=uuid,

@@ -36,6 +36,7 @@ from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
 from sgpu.driver.poll import NotReadyError, Places, poll
 from sgpu.driver.uvm import UvmNodes
+from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.files import content_identity
 from sgpu.lib.retry import growing_delays
 from sgpu.node.cgroup_limit import WantedLimit
@@ -98,13 +99,14 @@ class Worker:
                         delays = self._growing_delays()
                 loaded, delay = True, 0.0
             except nvml.LibraryNotFoundError as error:
-                self._emit(NotReady(f"{error}; install the driver, or set -host-path to where its libraries are"))
+                self._emit(NotReady(self._no_library(error)))
                 delay = next(delays)
             except NotReadyError as error:
                 self._emit(NotReady(str(error), gone=isinstance(error, NoGpuError)))
                 loaded, delay = True, next(delays)
             except NvmlError as error:
-                self._emit(NotReady(f"the NVIDIA driver is not ready: {error}", gone=error.code in NOT_LOADED))
+                reason = f"the NVIDIA driver is not ready: {error}"
+                self._emit(NotReady(reason, gone=error.code in NOT_LOADED, code=error.code))
                 loaded, delay = True, next(delays)
             if self._config.once:
                 return
@@ -112,6 +114,11 @@ class Worker:
             before, files = files, self._files()
             if loaded and files != before:
                 return
+
+    def _no_library(self, error: nvml.LibraryNotFoundError) -> str:
+        if is_wsl(self._places.dev_directory):
+            return UNSUPPORTED
+        return f"{error}; install the driver, or set -host-path to where its libraries are"
 
     def _call_started(self, uuid: str) -> None:
         """Say that a call begins that may not return. The parent takes it to go on until the next message."""

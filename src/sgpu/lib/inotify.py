@@ -16,6 +16,7 @@ import inotify_simple
 import trio
 
 from sgpu.lib.concurrency import Broadcast, wait_until
+from sgpu.lib.logs import OnChange
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _CHANGES: Final = (
 #: Seconds between two looks where inotify can't be used.
 POLL_INTERVAL: Final = 0.5
 #: What the kernel refuses with, and which limit that is (inotify(7)).
-_LIMITS: Final = {
+LIMITS: Final = {
     errno.EMFILE: "fs.inotify.max_user_instances (or this process's open files)",
     errno.ENFILE: "fs.file-max",
     errno.ENOSPC: "fs.inotify.max_user_watches",
@@ -48,6 +49,7 @@ class Directory:
         self.changed = Broadcast()
         self._inotify = inotify
         self._watched = False
+        self._limit = OnChange(logger, logging.WARNING)
 
     def renew(self) -> None:
         """Watch what is at the path now, which may be a new directory. Raises OSError when it can't be watched.
@@ -60,7 +62,7 @@ class Directory:
                 self._inotify.add_watch(self.path, _CHANGES)
                 self._watched = True
             except OSError as error:
-                report_limit(self.path, error)
+                self._limit.report(limit_reached(self.path, error))
         if not self._watched and not self.path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self.path))
 
@@ -85,7 +87,7 @@ def open_directory(path: Path) -> Iterator[Directory]:
     try:
         inotify = inotify_simple.INotify(nonblocking=True)
     except OSError as error:
-        report_limit(path, error)
+        logger.warning("%s", limit_reached(path, error))
         directory = Directory(path, None)
         directory.renew()
         yield directory
@@ -96,13 +98,8 @@ def open_directory(path: Path) -> Iterator[Directory]:
         yield directory
 
 
-def report_limit(path: Path, error: OSError) -> None:
-    """Log which limit of the kernel is reached. Raises any other error."""
-    if error.errno not in _LIMITS:
+def limit_reached(path: Path, error: OSError) -> str:
+    """Say which limit of the kernel is reached. Raises any other error."""
+    if error.errno not in LIMITS:
         raise error
-    logger.warning(
-        "cannot watch %s with inotify (%s), polling it: raise %s on the node",
-        path,
-        error.strerror,
-        _LIMITS[error.errno],
-    )
+    return f"cannot watch {path} with inotify ({error.strerror}), polling it: raise {LIMITS[error.errno]} on the node"

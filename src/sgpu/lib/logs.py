@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Collection
 from typing import Final
 
 #: From this verbosity on, sgpu's own debugging messages are shown. Libraries' never are: h2 writes dozens a call.
 DEBUG_VERBOSITY: Final = 1
+#: Names in a line that could have hundreds.
+MOST_NAMES: Final = 5
 
 
 def configure(log_format: str, verbosity: int) -> None:
@@ -45,6 +48,13 @@ class JsonFormatter(logging.Formatter):
 def printable(text: str) -> str:
     """Return the text on one line: what a message quotes can have line breaks, or bytes that are not UTF-8."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def few(names: Collection[str]) -> str:
+    """Return names for people, each once: the first ones, and how many more there are."""
+    distinct = sorted(set(names))
+    more = f" and {len(distinct) - MOST_NAMES} more" if len(distinct) > MOST_NAMES else ""
+    return ", ".join(distinct[:MOST_NAMES]) + more
 
 
 class OnChange:

@@ -1,4 +1,4 @@
-"""Containers of pods, and the processes in them. Values."""
+"""Containers of pods, the processes in them, and what they may have beside shares. Values."""
 
 from __future__ import annotations
 
@@ -40,6 +40,27 @@ class Owners:
     unknown: frozenset[int]
     mps: frozenset[int]
     processes: Mapping[int, Process]
+
+
+@attrs.frozen
+class OtherUse:
+    """A container to which another device plugin gave a GPU, as this resource; `whole`: all of it, and not a part."""
+
+    container: Container
+    resource: str
+    whole: bool
+
+
+@attrs.frozen(order=True)
+class StaleAnswer:
+    """A pod, and the GPUs that one of its containers gets at its next start and should get, as sorted paths."""
+
+    pod: str
+    stored: tuple[str, ...]
+    right: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.pod} ({', '.join(self.stored)} instead of {', '.join(self.right)})"
 
 
 #: Stands for all processes that belong to no pod.

@@ -32,13 +32,20 @@ class UnitLoad:
 
     `allocated`: how many of its `shares` containers have; None: unknown, then those that are not free count.
     `free_memory`: bytes, as last sampled, less what the shares handed out moments ago will still take.
-    `utilization`: percent. Both are None where the driver does not say or the figures are old.
+    `utilization`: percent. Both are None where the driver does not say or the figures are old. `others`: how many of
+    its shares stand for what other device plugins gave out of it; all of them for a whole unit.
     """
 
     allocated: int | None
     shares: int
     free_memory: int | None = None
     utilization: int | None = None
+    others: int = 0
+
+    @property
+    def is_given_away(self) -> bool:
+        """Return whether others have all of it."""
+        return self.others >= self.shares
 
 
 def rank(candidates: Mapping[str, UnitLoad], allocated: Mapping[str, int], placement: Placement) -> list[str]:
@@ -47,7 +54,8 @@ def rank(candidates: Mapping[str, UnitLoad], allocated: Mapping[str, int], place
     A figure that is unknown for one is compared for none: else the order would depend on which two are compared first.
     """
     if placement is Placement.PACK:
-        return sorted(candidates, key=lambda uuid: -allocated[uuid] / candidates[uuid].shares)
+        loads = candidates  # one that is full of others' containers is not to be filled up
+        return sorted(loads, key=lambda uuid: (loads[uuid].is_given_away, -allocated[uuid] / loads[uuid].shares))
     memory = _if_known({uuid: load.free_memory for uuid, load in candidates.items()})
     utilization = _if_known({uuid: load.utilization for uuid, load in candidates.items()})
     return sorted(candidates, key=lambda uuid: (allocated[uuid], -memory[uuid], utilization[uuid]))

@@ -134,26 +134,33 @@ class NodeState:
         """Return how each unit of a resource is used, by UUID."""
         return self.usage.loads(self.offered(resource), self._clock())
 
-    def allocate(self, resource: str, share_ids: Sequence[str], options: AllocationOptions) -> ContainerEdits:
-        """Hand these shares to one container, and return what it needs. Raises AllocationError."""
-        now, units_of = self._clock(), self._by_unit.get(resource, {})
-        shares, allocated = [], []
-        for share_id in share_ids:
-            share = Share.parse(share_id)
-            offer = units_of.get(share.uuid) if share else None
-            if share is None or offer is None or not offer.has(share):
-                raise UnknownShareError(f"share {share_id} is not one of this node's")
-            if offer.unit.health is not Health.HEALTHY:
-                reason = offer.unit.gpu.reason
-                raise UnhealthyShareError(f"share {share_id}: GPU {offer.unit.uuid} is unhealthy ({reason})")
-            shares.append(share)
-            allocated.append(offer)
-        edits = container_edits(allocated, options)
-        for share, offer in zip(shares, allocated, strict=True):
+    def allocate(
+        self, resource: str, containers: Sequence[Sequence[str]], options: AllocationOptions
+    ) -> list[ContainerEdits]:
+        """Hand each of these containers its shares, and return what each needs.
+
+        Raises AllocationError, and then hands out none.
+        """
+        now = self._clock()
+        wanted = [[self._find(resource, share_id) for share_id in share_ids] for share_ids in containers]
+        edits = [container_edits([offer for _, offer in each], options) for each in wanted]
+        granted = [pair for each in wanted for pair in each]
+        for share, offer in granted:
             self.usage.grants.add(share, (offer.unit.memory_bytes or 0) // offer.shares, now)
-        if any(share.number in offer.withheld for share, offer in zip(shares, allocated, strict=True)):
+        if any(share.number in offer.withheld for share, offer in granted):
             self._refresh_offers()  # in use from now on
         return edits
+
+    def _find(self, resource: str, share_id: str) -> tuple[Share, Offer]:
+        """Return the share of this id that can be handed out, with its offer. Raises AllocationError."""
+        share = Share.parse(share_id)
+        offer = self._by_unit.get(resource, {}).get(share.uuid) if share else None
+        if share is None or offer is None or not offer.has(share):
+            raise UnknownShareError(f"share {share_id} is not one of this node's")
+        if offer.unit.health is not Health.HEALTHY:
+            reason = offer.unit.gpu.reason
+            raise UnhealthyShareError(f"share {share_id}: GPU {offer.unit.uuid} is unhealthy ({reason})")
+        return share, offer
 
     # How offers are made
 

@@ -14,7 +14,7 @@ from typing import Final
 import attrs
 
 from sgpu.node.cgroup_limit import ContainerLimit, LimitState
-from sgpu.node.container import NO_CONTAINER, Container
+from sgpu.node.container import NO_CONTAINER, Container, OtherUse, StaleAnswer
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.grants import Grants
 from sgpu.node.offers import Offer
@@ -53,6 +53,10 @@ class Usage:
 
     def __init__(self, interval: float) -> None:
         self.holders: Mapping[Share, Container] | None = None
+        #: By UUID, the containers to which other plugins gave a unit.
+        self.others: Mapping[str, Collection[OtherUse]] = {}
+        #: The stored answers of the kubelet that are no longer right; None: unknown.
+        self.stale_answers: tuple[StaleAnswer, ...] | None = None
         self.figures: Mapping[str, Figures] = {}
         #: When the figures were taken.
         self.sampled_at = float("-inf")
@@ -79,7 +83,9 @@ class Usage:
 
     def set_holders(self, holders: Mapping[Share, Container] | None) -> None:
         """Take the kubelet's list of which container has which share, or that it no longer gives one (None)."""
-        if holders is not None:
+        if holders is None:
+            self.others, self.stale_answers = {}, None
+        else:
             self.grants.reconcile(holders)
         if holders == self.holders:
             return
@@ -147,6 +153,7 @@ class Usage:
                 shares=offer.shares,
                 free_memory=None if free is None else max(free - expected.get(uuid, 0), 0),
                 utilization=known.utilization,
+                others=sum(offer.shares if use.whole else 1 for use in self.others.get(uuid, ())),
             )
         return loads
 

@@ -154,6 +154,8 @@ def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
     yield _info("sgpu_build", "Versions.", ("version", "driver_version"), [(snapshot.version, snapshot.driver_version)])
     age = None if snapshot.sampled_at is None else max(snapshot.time - snapshot.sampled_at, 0)
     yield _gauge("sgpu_sample_age_seconds", "Time since the driver last answered.", (), [((), age)])
+    stale = None if snapshot.stale_answers is None else len(snapshot.stale_answers)
+    yield _gauge("sgpu_stale_answers", "Pods that would get wrong GPUs if they started again.", (), [((), stale)])
     yield _gauge(
         "sgpu_registered",
         "Whether the kubelet took the last registration of a resource.",

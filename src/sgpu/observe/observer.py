@@ -58,6 +58,7 @@ class Observer:
             resources=tuple(map(self._resource, self.node.offers if gpus else ())),
             gpus=tuple(gpus),
             simulated=self.monitor is None,
+            stale_answers=usage.stale_answers,
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:

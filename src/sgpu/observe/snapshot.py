@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 
 
@@ -53,7 +54,7 @@ class Snapshot:
     `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
     if never. `holders_known`: the kubelet lists which container has which share. `processes_problem`: why processes
     can't be attributed to containers, empty if they can or there are none. `simulated`: there is no driver, and no
-    process uses the GPUs.
+    process uses the GPUs. `stale_answers`: pods that would get other GPUs than theirs if they started again.
     """
 
     version: str
@@ -66,6 +67,7 @@ class Snapshot:
     resources: tuple[ResourceSnapshot, ...]
     gpus: tuple[GpuSnapshot, ...]
     simulated: bool = False
+    stale_answers: tuple[StaleAnswer, ...] | None = None
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -82,6 +84,12 @@ def decode(text: bytes) -> Snapshot:
             GpuSnapshot(**{**gpu, "containers": tuple(ContainerUse(**use) for use in gpu["containers"])})
             for gpu in fields.pop("gpus")
         )
-        return Snapshot(**fields, resources=resources, gpus=gpus)
+        stale = fields.pop("stale_answers")
+        answers = None if stale is None else tuple(_stale_answer(**each) for each in stale)
+        return Snapshot(**fields, resources=resources, gpus=gpus, stale_answers=answers)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not what a daemon of this version says: {error}") from error
+
+
+def _stale_answer(pod: str, stored: list[str], right: list[str]) -> StaleAnswer:
+    return StaleAnswer(pod, tuple(stored), tuple(right))

@@ -18,7 +18,8 @@ import inotify_simple
 import trio
 
 from sgpu.lib.concurrency import Broadcast
-from sgpu.lib.inotify import report_limit
+from sgpu.lib.inotify import limit_reached
+from sgpu.lib.logs import OnChange
 from sgpu.node.limits import PodCgroups
 from sgpu.pods import cgroups
 
@@ -41,6 +42,7 @@ class CgroupTree:
         self.changed = Broadcast()
         self._root = str(root)
         self._inotify = inotify
+        self._limit = OnChange(logger, logging.WARNING)
         self._watched: dict[int, str] = {}
         self._parents: set[str] = set()  # directories that have pods
         self._pods: dict[str, dict[str, str]] = {}  # containers by id, by the pod's directory
@@ -123,7 +125,7 @@ class CgroupTree:
             self._watched[self._inotify.add_watch(directory, _CHANGES)] = directory
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # it is gone again
-                report_limit(Path(directory), error)
+                self._limit.report(limit_reached(Path(self._root), error))
 
 
 @contextmanager
@@ -132,7 +134,7 @@ def open_tree(root: Path) -> Iterator[CgroupTree]:
     try:
         inotify = inotify_simple.INotify(nonblocking=True)
     except OSError as error:
-        report_limit(root, error)
+        logger.warning("%s", limit_reached(root, error))
         yield CgroupTree(root, None)
         return
     with inotify:

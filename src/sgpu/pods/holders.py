@@ -1,8 +1,8 @@
-"""The containers that have shares, by the kubelet's PodResources API: nothing reports deallocations. Knows no GPU."""
+"""The containers that have devices, by the kubelet's PodResources API: nothing reports deallocations. Knows no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +12,7 @@ from purerpc import StatusCode
 from sgpu import rpc
 from sgpu.api import podresources_pb2
 from sgpu.node.container import Container
-from sgpu.node.shares import Share
+from sgpu.pods.held import Held, collect
 
 #: Seconds. The kubelet answers from memory.
 TIMEOUT: Final = 5.0
@@ -27,11 +27,8 @@ class PodResourcesError(Exception):
     """The kubelet does not list which container has which share. The message says why and, if known, what to do."""
 
 
-async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str, Mapping[Share, Container]]:
-    """Return, for each of these resources, the container that has each share. Ids that are no share's are left out.
-
-    Raises PodResourcesError.
-    """
+async def list_holders(socket: Path, resources: Collection[str]) -> Held:
+    """Return what containers have: shares of these resources, and other devices. Raises PodResourcesError."""
     try:
         with trio.fail_after(TIMEOUT):
             answer = await rpc.unary_call(
@@ -48,12 +45,12 @@ async def list_holders(socket: Path, resources: Collection[str]) -> Mapping[str,
         raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}{_WHICH_SOCKET}") from error
     except trio.TooSlowError as error:
         raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
-    held: dict[str, dict[Share, Container]] = {resource: {} for resource in resources}
+    return collect(_devices(answer), resources)
+
+
+def _devices(answer: podresources_pb2.ListPodResourcesResponse) -> Iterator[tuple[str, Iterable[str], Container]]:
     for pod in answer.pod_resources:
         for container in pod.containers:
-            holder = Container(pod.namespace, pod.name, container.name)  # one for all its shares
+            holder = Container(pod.namespace, pod.name, container.name)  # one for all its devices
             for devices in container.devices:
-                if devices.resource_name in held:
-                    shares = filter(None, map(Share.parse, devices.device_ids))
-                    held[devices.resource_name].update(dict.fromkeys(shares, holder))
-    return held
+                yield devices.resource_name, devices.device_ids, holder

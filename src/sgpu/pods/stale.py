@@ -9,27 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-import attrs
-
+from sgpu.node.container import StaleAnswer
 from sgpu.node.gpu import Gpu
 from sgpu.node.shares import Share
 from sgpu.pods.checkpoint import Checkpoint
-from sgpu.pods.unlisted import Holders
+from sgpu.pods.held import Holders
 
 #: What the operator can do.
 ADVICE: Final = "delete these pods: new ones get new answers"
-
-
-@attrs.frozen(order=True)
-class StaleAnswer:
-    """A pod, and the GPUs that one of its containers gets at its next start and should get, as sorted paths."""
-
-    pod: str
-    stored: tuple[str, ...]
-    right: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.pod} ({', '.join(self.stored)} instead of {', '.join(self.right)})"
 
 
 def stale_answers(checkpoint: Checkpoint, held: Holders, gpus: Iterable[Gpu]) -> list[StaleAnswer]:

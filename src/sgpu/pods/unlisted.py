@@ -1,4 +1,4 @@
-"""Shares that the kubelet has handed out and does not list: those of ordinary init containers, by its checkpoint.
+"""Devices that the kubelet has handed out and does not list: those of ordinary init containers, by its checkpoint.
 
 The kubelet frees what finished pods had in memory without writing the file: an entry counts while a process runs in its
 pod's cgroup. Blocks as files do. Knows neither trio nor GPUs.
@@ -8,68 +8,67 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from sgpu.lib.files import content_identity
 from sgpu.node.container import Container
-from sgpu.node.shares import Share
-from sgpu.pods.checkpoint import FILE, Checkpoint, Entry, read_checkpoint
+from sgpu.pods.checkpoint import Checkpoint, Entry, read_checkpoint
+from sgpu.pods.held import Held, collect, gpus_in
 from sgpu.pods.processes import Places
-
-Holders = Mapping[str, Mapping[Share, Container]]
 
 #: A pod's uid in the name of its cgroup: systemd has no dashes, static pods' uids neither.
 _POD_UID: Final = re.compile(r"[/-]pod([0-9a-f]{8}[-_0-9a-f]{24,28})(?:\.slice)?(?:/|$)", re.MULTILINE)
 
 
 class Unlisted:
-    """Reads the checkpoint when it changes."""
+    """Reads the checkpoint if it is `outdated`, which whoever watches the file sets."""
 
     def __init__(self, plugin_directory: Path, places: Places) -> None:
         self._directory = plugin_directory
         self._places = places
-        self._seen: tuple[int, ...] | None = None
+        self.outdated = True
         self.checkpoint = Checkpoint({}, ())  # as last read
+        self._devices: tuple[tuple[Entry, str], ...] = ()  # those of it that may be GPUs
 
-    def may_find(self, listed: Holders) -> bool:
+    def may_find(self, listed: Held) -> bool:
         """Return whether `find` is worth a thread: mostly the file is the same, and everything in it is listed."""
-        return content_identity(self._directory / FILE) != self._seen or bool(self._missing(listed))
+        return self.outdated or any(True for _ in self._missing(listed))
 
-    def find(self, listed: Holders) -> Holders:
-        """Return the shares of these resources that living pods have and that are not listed.
+    def find(self, listed: Held) -> Held:
+        """Return the devices that living pods have and that are not listed.
 
         Raises OSError or ValueError where the checkpoint can't be read.
         """
-        seen = content_identity(self._directory / FILE)
-        if seen != self._seen:
-            self.checkpoint = read_checkpoint(self._directory) if seen else Checkpoint({}, ())
-            self._seen = seen
-        missing = self._missing(listed)
-        if not missing:
-            return {}
-        living = _living(self._places.proc, {_plain(entry.pod_uid) for entry, _ in missing})
+        if self.outdated:
+            self.outdated = False  # before it is read: what changes from now on is read the next time
+            try:
+                self._read()
+            except (OSError, ValueError):
+                self.outdated = True
+                raise
+        missing = list(self._missing(listed))
+        living = _living(self._places.proc, {_plain(entry.pod_uid) for entry, _ in missing}) if missing else set()
         names = _names(self._places.container_logs) if living else {}
-        found: dict[str, dict[Share, Container]] = {}
-        for entry, share in missing:
-            if _plain(entry.pod_uid) in living:
-                found.setdefault(entry.resource, {})[share] = _container(entry, names)
-        return found
+        found = (
+            (entry.resource, [device_id], _container(entry, names))
+            for entry, device_id in missing
+            if _plain(entry.pod_uid) in living
+        )
+        return collect(found, listed.shares)
 
-    def _missing(self, listed: Holders) -> list[tuple[Entry, Share]]:
-        return [
-            (entry, share)
-            for entry in self.checkpoint.entries
-            if entry.resource in listed
-            for share in filter(None, map(Share.parse, entry.ids))
-            if share not in listed[entry.resource]
-        ]
+    def _read(self) -> None:
+        try:
+            self.checkpoint = read_checkpoint(self._directory)
+        except FileNotFoundError:  # as on a new node
+            self.checkpoint = Checkpoint({}, ())
+        entries = self.checkpoint.entries
+        self._devices = tuple((entry, device_id) for entry in entries for device_id in gpus_in(entry.ids))
 
-
-def merge(listed: Holders, found: Holders) -> Holders:
-    """Return the holders that are listed and those that `find` found."""
-    return {resource: {**each, **found.get(resource, {})} for resource, each in listed.items()} if found else listed
+    def _missing(self, listed: Held) -> Iterator[tuple[Entry, str]]:
+        for entry, device_id in self._devices:
+            if not listed.has(entry.resource, device_id):
+                yield entry, device_id
 
 
 def _container(entry: Entry, names: Mapping[str, tuple[str, str]]) -> Container:

@@ -6,30 +6,31 @@ Knows neither NVML nor what a session is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
 import attrs
 import trio
 
-from sgpu.lib.logs import OnChange
+from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
-from sgpu.node.container import NO_POD
+from sgpu.node.container import NO_POD, OtherUse
 from sgpu.node.figures import Figures
-from sgpu.node.gpu import Gpu
 from sgpu.node.guard import Sample
 from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
+from sgpu.pods.held import other_uses
 from sgpu.pods.holders import TIMEOUT, PodResourcesError, list_holders
-from sgpu.pods.stale import ADVICE, stale_answers
-from sgpu.pods.unlisted import Holders, Unlisted, merge
+from sgpu.pods.recorded import Recorded
 
 logger = logging.getLogger(__name__)
 
 #: Failures in a row after which the kubelet's last list no longer counts.
 TOLERATED: Final = 3
+#: Seconds between two looks, however often the kubelet gives out devices meanwhile.
+SHORTEST_PAUSE: Final = 1.0
 
 
 @attrs.frozen
@@ -49,24 +50,40 @@ async def watch_pods(
     expect: Callable[[float], None] = lambda seconds: None,
     look: Callable[[Sample | None], None] = lambda sample: None,
 ) -> NoReturn:
-    """List holders, attribute processes and withhold the free shares of full GPUs, each interval.
+    """List holders, attribute processes and withhold the free shares of full GPUs, each interval and at each Allocate.
 
     `expect` is called each time with the seconds until it is called again at the latest, and `look` with the attributed
     processes; None where they or the holders are unknown.
     """
+    recorded = Recorded(options.plugin_directory, options.places)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(recorded.watch)
+        await _look_again_and_again(options, node, recorded, expect, look)
+
+
+async def _look_again_and_again(
+    options: WatchOptions,
+    node: NodeState,
+    recorded: Recorded,
+    expect: Callable[[float], None],
+    look: Callable[[Sample | None], None],
+) -> NoReturn:
     problem = OnChange(logger, logging.WARNING)
     attribution = _Attribution(options.places, node.usage)
-    checkpoint = _Checkpoint(options)
+    others = _OtherPlugins()
     resources: tuple[str, ...] = ()
     failures = 0
     while True:
+        changed = recorded.changed.next
         try:
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.policy.resources(), *resources)))
-            holders = await checkpoint.add(await list_holders(options.socket, resources))
-            node.set_holders(holders)
-            checkpoint.report_stale(holders, node.gpus)
+            held = await recorded.add(await list_holders(options.socket, resources))
+            node.set_holders(held.shares)
+            node.usage.stale_answers = recorded.stale(held, node.gpus)
+            node.usage.others = other_uses(held.others, node.gpus)
+            others.report(node.usage.others)
             problem.clear()
             failures = 0
         except PodResourcesError as error:
@@ -78,44 +95,33 @@ async def watch_pods(
         look(None if failures else sample)
         if node.usage.holders is None or not failures:  # else a kubelet restarts; its last list counts a while longer
             withhold(options.watermark, node)
-        await trio.sleep(options.interval)
+        # A kubelet that restarts is given its time, whatever it writes meanwhile.
+        await _wait(trio.Event() if failures else changed, options.interval)
 
 
-class _Checkpoint:
-    """Adds the holders that only the kubelet's checkpoint has, and reports stored answers that are no longer right."""
+async def _wait(changed: trio.Event, interval: float) -> None:
+    """Wait for an interval, or until what containers have has changed."""
+    with trio.move_on_after(interval):
+        await trio.sleep(min(SHORTEST_PAUSE, interval))
+        await changed.wait()
 
-    def __init__(self, options: WatchOptions) -> None:
-        self._unlisted = Unlisted(options.plugin_directory, options.places)
-        self._found = OnChange(logger, logging.INFO)
-        self._problem = OnChange(logger, logging.WARNING)
-        self._stale = OnChange(logger, logging.WARNING)
 
-    async def add(self, listed: Holders) -> Holders:
-        """Return these holders and those that the kubelet does not list."""
-        found: Holders = {}
-        try:
-            if self._unlisted.may_find(listed):
-                found = await trio.to_thread.run_sync(self._unlisted.find, listed, abandon_on_cancel=True)
-        except (OSError, ValueError) as error:
-            self._problem.report(
-                f"cannot read the kubelet's checkpoint: {error}; shares that init containers have may be withheld"
-            )
-            return listed
-        self._problem.clear()
-        pods = ", ".join(sorted({str(container) for each in found.values() for container in each.values()}))
-        self._found.update(f"the kubelet does not list the shares of init containers: {pods}" if pods else "")
-        return merge(listed, found)
+class _OtherPlugins:
+    """Logs which GPUs another plugin gave out: once for each GPU and resource, with the pods that have it then."""
 
-    def report_stale(self, holders: Holders, gpus: Iterable[Gpu]) -> None:
-        """Log the pods to which the kubelet would give other GPUs than those of their shares."""
-        stale = stale_answers(self._unlisted.checkpoint, holders, gpus)
-        pods = ", ".join(map(str, stale))
-        self._stale.update(
-            f"GPUs have other device nodes than in the kubelet's stored answers: containers that start again get the "
-            f"wrong GPU in {pods}; {ADVICE}"
-            if stale
-            else ""
-        )
+    def __init__(self) -> None:
+        self._known: frozenset[tuple[str, str]] = frozenset()
+
+    def report(self, uses: Mapping[str, Collection[OtherUse]]) -> None:
+        pods: dict[tuple[str, str], list[str]] = {}
+        for uuid, each in uses.items():
+            for use in each:
+                pods.setdefault((uuid, use.resource), []).append(str(use.container))
+        for (uuid, resource), names in sorted(pods.items()):
+            if (uuid, resource) not in self._known:
+                message = "GPU %s: also given out as %s, not by this daemon, to %s; placement counts that"
+                logger.warning(message, uuid, resource, few(names))
+        self._known = frozenset(pods)
 
 
 class _Attribution:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -12,7 +12,7 @@ import trio
 
 from sgpu.commands.doctor import configured, driver, guard, kubelet, libraries, limits, nodes, served, surroundings
 from sgpu.commands.doctor.driver import Answer
-from sgpu.commands.doctor.finding import Finding, Level, fail, ok, skip
+from sgpu.commands.doctor.finding import Finding, fail, ok, skip
 from sgpu.commands.doctor.host import Host
 from sgpu.commands.doctor.kubelet import Daemon
 from sgpu.commands.doctor.libraries import Library
@@ -20,6 +20,8 @@ from sgpu.commands.doctor.peer import failure
 from sgpu.config.load import Loaded
 from sgpu.driver import simulated
 from sgpu.lib.concurrency import find_error
+from sgpu.node.gpu import Gpu
+from sgpu.pods.held import Held
 from sgpu.pods.processes import Places
 from sgpu.pods.unlisted import Unlisted
 
@@ -37,8 +39,10 @@ class Facts:
     host: Host
     library: Library | None = None
     answer: Answer = attrs.Factory(Answer)
+    gpus: Sequence[Gpu] | None = None  # None: unknown
+    gpus_asked: trio.Event = attrs.Factory(trio.Event)
+    held: Held | None = None
     daemons: list[Daemon] = attrs.Factory(list)  # those that serve a resource
-    listed: bool = False  # whether the kubelet lists which container has which share
 
 
 @attrs.frozen
@@ -57,6 +61,7 @@ def checks(loaded: Loaded) -> list[Check]:
         [Check("driver", _simulated)]
         if loaded.settings.simulate
         else [
+            Check("WSL", _blocking(lambda facts: driver.check_wsl(_dev(facts)))),
             Check("libraries", _libraries),
             Check("driver", _driver, ("libraries",)),
             Check("device nodes", _nodes, ("driver",)),
@@ -67,24 +72,26 @@ def checks(loaded: Loaded) -> list[Check]:
         []
         if loaded.settings.simulate
         else [
-            Check("host's processes", _blocking(lambda facts: [surroundings.check_processes(_proc(facts))])),
+            Check("host's processes", _processes, ("driver",)),
             Check("container logs", _blocking(lambda facts: [surroundings.check_container_logs(_logs(facts))])),
-            Check("stored answers", _stored_answers, ("driver", "PodResources")),
             Check(limits.SUBJECT, _limits, ("driver",)),
+            Check("stored answers", _held, ("driver", "PodResources")),
         ]
     )
     if loaded.settings.memory_guard != "off" and not loaded.settings.simulate:
         of_containers.append(Check(guard.SUBJECT, _guard, ("driver", "PodResources")))
     return [
+        Check("open files", _blocking(lambda facts: surroundings.check_open_files())),
         *of_driver,
+        Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
         Check("kubelet.sock", _kubelet),
         *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
         Check("other plugins", _others),
         Check("PodResources", _pod_resources),
         Check("metrics and probes", _served, tuple(daemons)),
-        Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("settings", _blocking(lambda facts: configured.check_settings(facts.loaded, facts.host))),
+        Check("inotify", _blocking(lambda facts: surroundings.check_inotify())),
         Check("memory limit", _blocking(lambda facts: [surroundings.check_memory(facts.host)])),
         *of_containers,
     ]
@@ -149,6 +156,10 @@ def _proc(facts: Facts) -> Path:
     return Path(facts.loaded.settings.proc_directory)
 
 
+def _dev(facts: Facts) -> Path:
+    return Path(facts.loaded.settings.dev_directory)
+
+
 def _logs(facts: Facts) -> Path:
     return Path(facts.loaded.settings.container_log_directory)
 
@@ -159,7 +170,9 @@ def _logs(facts: Facts) -> Path:
 async def _simulated(facts: Facts) -> Iterable[Finding]:
     count = facts.loaded.settings.simulate
     finding = ok("driver", f"-simulate {count}: the GPUs are simulated, and no driver is asked")
-    return [finding, *configured.check_rules(facts.loaded, simulated.simulated_gpus(count))]
+    facts.gpus = simulated.simulated_gpus(count)
+    facts.gpus_asked.set()
+    return [finding, *configured.check_rules(facts.loaded, facts.gpus)]
 
 
 async def _libraries(facts: Facts) -> Iterable[Finding]:
@@ -173,6 +186,9 @@ async def _driver(facts: Facts) -> Iterable[Finding]:
     settings = facts.loaded.settings
     if facts.library:
         facts.answer = await driver.ask(settings)
+    report = facts.answer.report
+    facts.gpus = configured.gpus(report.gpus) if report else None
+    facts.gpus_asked.set()
 
     def look() -> Iterator[Finding]:
         yield from driver.check_kernel(facts.host, facts.library, facts.answer)
@@ -183,7 +199,7 @@ async def _driver(facts: Facts) -> Iterable[Finding]:
 
 
 async def _nodes(facts: Facts) -> Iterable[Finding]:
-    dev = Path(facts.loaded.settings.dev_directory)
+    dev = _dev(facts)
     report = facts.answer.report
 
     def look() -> Iterator[Finding]:
@@ -195,8 +211,14 @@ async def _nodes(facts: Facts) -> Iterable[Finding]:
 
 
 async def _rules(facts: Facts) -> Iterable[Finding]:
+    return configured.check_rules(facts.loaded, facts.gpus)
+
+
+async def _processes(facts: Facts) -> Iterable[Finding]:
     report = facts.answer.report
-    return configured.check_rules(facts.loaded, configured.gpus(report.gpus) if report else None)
+    pids = {process.pid for gpu in (report.gpus if report else ()) for process in gpu.figures.processes or ()}
+    places = Places(_proc(facts), _logs(facts))
+    return [await _look(lambda: surroundings.check_processes(places, pids))]
 
 
 # The kubelet and the daemon
@@ -209,7 +231,9 @@ async def _kubelet(facts: Facts) -> Iterable[Finding]:
 async def _daemon(resource: str, facts: Facts) -> Iterable[Finding]:
     """Check the daemon that serves a resource, and what the kubelet has of it."""
     directory = _plugins(facts)
-    daemon = await kubelet.find_daemon(directory, resource)
+    daemon = await kubelet.find_daemon(directory, resource, facts.host.proc)
+    if daemon.peer.absent and not await _may_be_offered(facts, resource):
+        return [skip(f"daemon for {resource}", "because no GPU of this node is offered as it")]
     findings = [daemon.finding]
     if daemon.serves:
         facts.daemons.append(daemon)
@@ -217,6 +241,14 @@ async def _daemon(resource: str, facts: Facts) -> Iterable[Finding]:
             check = partial(configured.check_daemon_settings, facts.loaded, facts.host.proc, pid)
             findings.append(await _look(check))
     return findings + await _look(lambda: list(kubelet.check_registration(directory, daemon)))
+
+
+async def _may_be_offered(facts: Facts, resource: str) -> bool:
+    """Return whether the rules offer a GPU as this resource: the daemon registers no others."""
+    if len(facts.loaded.policy.resources()) > 1:
+        with trio.move_on_after(driver.DEADLINE + driver.REAP_TIMEOUT):
+            await facts.gpus_asked.wait()
+    return facts.gpus is None or configured.is_offered(facts.loaded.policy, facts.gpus, resource)
 
 
 async def _others(facts: Facts) -> Iterable[Finding]:
@@ -228,18 +260,17 @@ async def _others(facts: Facts) -> Iterable[Finding]:
 
 
 async def _pod_resources(facts: Facts) -> Iterable[Finding]:
-    finding = await kubelet.check_pod_resources(facts.loaded.settings, facts.loaded.policy.resources())
-    facts.listed = finding.level is Level.OK
+    settings, resources = facts.loaded.settings, facts.loaded.policy.resources()
+    finding, facts.held = await kubelet.check_pod_resources(settings, resources)
     return [finding]
 
 
-async def _stored_answers(facts: Facts) -> Iterable[Finding]:
-    settings, report = facts.loaded.settings, facts.answer.report
-    if report is None:
+async def _held(facts: Facts) -> Iterable[Finding]:
+    gpus = facts.gpus
+    if gpus is None:
         return [skip("stored answers", "because the driver lists no GPUs")]
     unlisted = Unlisted(_plugins(facts), Places(_proc(facts), _logs(facts)))
-    gpus = configured.gpus(report.gpus)
-    return [await kubelet.check_stored_answers(settings, facts.loaded.policy.resources(), unlisted, gpus)]
+    return await _look(lambda: list(kubelet.check_held(facts.held, unlisted, gpus)))
 
 
 async def _limits(facts: Facts) -> Iterable[Finding]:
@@ -249,7 +280,9 @@ async def _limits(facts: Facts) -> Iterable[Finding]:
 async def _guard(facts: Facts) -> Iterable[Finding]:
     report = facts.answer.report
     gpus = report.gpus if report else None
-    return await _look(partial(guard.check_guard, facts.loaded.settings, facts.host, gpus, listed=facts.listed))
+    return await _look(
+        partial(guard.check_guard, facts.loaded.settings, facts.host, gpus, listed=facts.held is not None)
+    )
 
 
 async def _served(facts: Facts) -> Iterable[Finding]:

@@ -14,7 +14,7 @@ from sgpu.deviceplugin.messages import TooManySharesError, check_size
 from sgpu.driver.messages import GpuReport
 from sgpu.node.gpu import Gpu, units
 from sgpu.node.offers import offers
-from sgpu.node.policy import PolicyConflictError
+from sgpu.node.policy import Policy, PolicyConflictError
 
 #: Directories that every image has: what is mounted over one hides what is in it.
 OF_IMAGES: Final = frozenset("/ /bin /dev /etc /lib /lib64 /proc /root /sbin /sys /tmp /usr /var".split())
@@ -27,7 +27,8 @@ _ABOUT_THE_LOG: Final = frozenset({"log-format", "v", "logtostderr"})
 
 def check_settings(loaded: Loaded, host: Host) -> Iterator[Finding]:
     """Check for settings that contradict each other, whichever GPUs there are."""
-    warnings = [warn("settings", warning, "set only one of them") for warning in loaded.warnings]
+    parts = (warning.rpartition("; ") for warning in loaded.warnings)
+    warnings = [warn("settings", problem, advice) for problem, _, advice in parts]
     yield from [*warnings, *_contradictions(loaded, host)] or [ok("settings", "no contradictions")]
 
 
@@ -42,6 +43,9 @@ def _contradictions(loaded: Loaded, host: Host) -> Iterator[Finding]:
     if settings.simulate_faults and not settings.simulate:
         yield warn(subject, "-simulate-faults does nothing without -simulate", "set both, or neither")
     yield from _guard_contradictions(loaded)
+    faults = Path(settings.simulate_faults or "/nowhere")
+    if faults.exists() and not faults.is_file():
+        yield warn(subject, f"-simulate-faults {faults} is no file, so that no GPU is faulty", "make it a file")
     if settings.multi_share == "strict-distinct":
         message = "-multi-share strict-distinct refuses pods (UnexpectedAdmissionError) that the scheduler sends again"
         yield warn(subject, message, "use it only where no container asks for more shares than a node has GPUs")
@@ -108,6 +112,14 @@ def check_rules(loaded: Loaded, gpus: Sequence[Gpu] | None) -> Iterator[Finding]
         yield ok(subject, f"{len(gpus)} GPU(s) are offered as {total}")
     else:
         yield fail(subject, "every GPU is excluded, so nothing is offered", "see `gpus` in the -config file")
+
+
+def is_offered(policy: Policy, gpus: Sequence[Gpu], resource: str) -> bool:
+    """Return whether any of these GPUs is offered as this resource. Of rules that contradict each other, it may be."""
+    try:
+        return bool(offers(policy, gpus, {})[resource])
+    except PolicyConflictError:
+        return True
 
 
 def gpus(reports: Sequence[GpuReport]) -> list[Gpu]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -14,7 +15,9 @@ from sgpu.commands.doctor.libraries import Library
 from sgpu.config.settings import Settings
 from sgpu.driver.health import polled_problems
 from sgpu.driver.messages import CallStarted, GpuReport, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.nvml import Code
 from sgpu.driver.process import run_worker
+from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.sizes import part_of
 
 #: Seconds that the driver gets to answer. A driver that nobody holds open takes some of them to wake its GPUs.
@@ -25,25 +28,33 @@ _MISMATCH: Final = (
     "the driver was upgraded and its kernel module was not reloaded, or -host-path has an old copy: reboot the "
     "node (drained), or unload and load the nvidia modules; then restart this pod"
 )
+#: What to do in WSL.
+ON_WSL: Final = "use a node with Linux' own NVIDIA driver; to try sgpu without one, set -simulate"
 _LOG: Final = "see `dmesg | grep -iE 'nvrm|xid'` on the host"
-#: In an answer of NVML → what to do about it.
+_LOAD: Final = f"load the kernel module: `modprobe nvidia` on the host; if that fails {_LOG}"
+#: NVML's code → what to do about it.
 _ADVICE: Final = {
-    "Driver Not Loaded": f"load the kernel module: `modprobe nvidia` on the host; if that fails {_LOG}",
-    "version mismatch": _MISMATCH,
-    "Insufficient Permissions": "the container may not open the device nodes: it has to be privileged",
-    "Unknown Error": "the container may not open the device nodes: it has to be privileged, with the host's /dev",
+    Code.DRIVER_NOT_LOADED: _LOAD,
+    Code.LIB_RM_VERSION_MISMATCH: _MISMATCH,
+    Code.NO_PERMISSION: "the container may not open the device nodes: it has to be privileged",
+    Code.UNKNOWN: "the container may not open the device nodes: it has to be privileged, with the host's /dev",
+}
+#: In what sgpu itself says where NVML was not asked → what to do about it.
+_OWN_ADVICE: Final = {
+    " is not there; ": "each GPU is offered once its device node is there; in a pod, mount the host's /dev",
     "not there yet": "see the device nodes below",
     "no libnvidia-ml could be loaded": "it is there and the loader refuses it: install the driver again",
     "no GPU to offer": f"the driver finds no GPU, or none that answers: {_LOG}",
+    UNSUPPORTED: ON_WSL,
 }
 
 
 @attrs.frozen
 class Answer:
-    """NVML's answer: a report, or why there is none. `in_call` is the GPU of the last call."""
+    """The driver's answer: a report, or why there is none. `in_call` is the GPU of the last call."""
 
     report: Report | None = None
-    not_ready: str = ""
+    not_ready: NotReady | None = None
     problem: str = ""
     in_call: str = ""
     seconds: float = 0.0
@@ -74,8 +85,14 @@ async def ask(settings: Settings) -> Answer:
         if isinstance(message, Report):
             return attrs.evolve(answer, report=message, problem="")
         if isinstance(message, NotReady):
-            return attrs.evolve(answer, not_ready=message.reason, problem="")
+            return attrs.evolve(answer, not_ready=message, problem="")
     return answer
+
+
+def check_wsl(dev: Path) -> Iterator[Finding]:
+    """Check that the node is not WSL: there, all that follows is wrong, and nothing of it is the cause."""
+    if is_wsl(dev):
+        yield fail("WSL", UNSUPPORTED, ON_WSL)
 
 
 def check_kernel(host: Host, library: Library | None, answer: Answer) -> Iterator[Finding]:
@@ -92,7 +109,7 @@ def check_kernel(host: Host, library: Library | None, answer: Answer) -> Iterato
             yield ok("kernel module", "its version is not visible from here, but NVML answers")
         else:
             message = f"nvidia is not loaded (no {host.proc}/driver/nvidia/version)"
-            yield fail("kernel module", message, f"{_ADVICE['Driver Not Loaded']}; on GKE wait for the installer")
+            yield fail("kernel module", message, f"{_LOAD}; on GKE wait for the installer")
     elif library and library.version and library.version != version:
         message = f"nvidia {version} is loaded, and the library is of {library.version} ({library.path})"
         yield fail("kernel module", message, _MISMATCH)
@@ -113,15 +130,18 @@ def check_nvml(host: Host, library: Library | None, answer: Answer) -> Finding:
             return fail("NVML", f"{message}, but the kernel module is {version}", _MISMATCH)
         return ok("NVML", message)
     if answer.not_ready:
-        advice = next(
-            (advice for message, advice in _ADVICE.items() if message.lower() in answer.not_ready.lower()), _LOG
-        )
-        return fail("NVML", answer.not_ready, advice)
+        return fail("NVML", answer.not_ready.reason, _advice(answer.not_ready))
     about = f"; it was asked about GPU {answer.in_call}" if answer.in_call else ""
     if "not answered" in answer.problem:
         advice = "it hangs: reset the GPU or reboot the node (drained); if it is just slow, start nvidia-persistenced"
         return fail("NVML", f"{answer.problem}{about}", f"{advice}; {_LOG}")
     return fail("NVML", f"{answer.problem}{about}", f"install the driver again; {_LOG}")
+
+
+def _advice(message: NotReady) -> str:
+    if message.code is not None:
+        return _ADVICE.get(message.code, _LOG)
+    return next((advice for words, advice in _OWN_ADVICE.items() if words in message.reason), _LOG)
 
 
 def check_gpus(settings: Settings, host: Host, answer: Answer) -> Iterator[Finding]:
@@ -151,7 +171,7 @@ def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
     if problems := polled_problems(gpu):
         return fail(subject, f"{message}: {'; '.join(problems)}", f"all its shares are unhealthy until then; {_LOG}")
     if gpu.figures.memory_total is None or gpu.figures.memory_free is None:
-        return ok(subject, f"{message}, memory unknown")
+        return _unknown_memory(settings, subject, message)
     used = gpu.figures.memory_total - gpu.figures.memory_free
     part = used / gpu.figures.memory_total
     message += f", {part_of(used, gpu.figures.memory_total)} used"
@@ -161,3 +181,13 @@ def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
             subject, message, "its free shares are withheld; end pods that use it, which the daemon's log names"
         )
     return ok(subject, message)
+
+
+def _unknown_memory(settings: Settings, subject: str, message: str) -> Finding:
+    if not settings.memory_watermark:
+        return ok(subject, f"{message}, memory unknown")
+    message += ", memory unknown: its free shares are not withheld when it is full, and pods get no hint"
+    advice = (
+        "a GPU that uses the machine's memory has none of its own (-memory-watermark 0 ends this line); for others: "
+    )
+    return warn(subject, message, advice + _LOG)

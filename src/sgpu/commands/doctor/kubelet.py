@@ -17,19 +17,26 @@ from purerpc import StatusCode
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.host import why_not_writable
 from sgpu.commands.doctor.peer import Peer, call, failure
+from sgpu.commands.doctor.silence import silence
 from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin.registration import SOCKET
 from sgpu.deviceplugin.session import is_removed
+from sgpu.lib.logs import few
 from sgpu.node.gpu import Gpu
 from sgpu.pods import holders
-from sgpu.pods.checkpoint import FILE, read_checkpoint, strangers
+from sgpu.pods.checkpoint import FILE, Checkpoint, read_checkpoint, strangers
+from sgpu.pods.held import Held, other_uses
 from sgpu.pods.holders import PodResourcesError
 from sgpu.pods.stale import ADVICE, stale_answers
-from sgpu.pods.unlisted import Unlisted, merge
+from sgpu.pods.unlisted import Unlisted
 
 #: No kubelet has it: the answer to it is all that is wanted.
 HARMLESS: Final = "/v1beta1.Registration/Doctor"
 OPTIONS: Final = "/v1beta1.DevicePlugin/GetDevicePluginOptions"
+_TWO_PLUGINS: Final = (
+    "two plugins that offer one GPU give it away twice, and two with one resource name disturb each other: remove the "
+    "other one, or exclude GPUs by `gpus` rules, so that each is offered once"
+)
 #: Seconds for the PodResources API.
 TIMEOUT: Final = 3.0
 
@@ -74,8 +81,8 @@ class Daemon:
         return self.peer.answered
 
 
-async def find_daemon(directory: Path, resource: str) -> Daemon:
-    """Find the daemon that serves this resource."""
+async def find_daemon(directory: Path, resource: str, proc: Path) -> Daemon:
+    """Find the daemon that serves this resource. `proc` is where its process is visible."""
     subject = f"daemon for {resource}"
     path = directory / endpoint(resource)
     peer = await call(path, OPTIONS)
@@ -88,7 +95,9 @@ async def find_daemon(directory: Path, resource: str) -> Daemon:
     if peer.refused:
         message = f"it is gone and left {path} behind"
         return Daemon(resource, warn(subject, message, "start it; it removes what it left"), peer)
-    return Daemon(resource, fail(subject, f"{path}: {peer.message}", "restart its pod, and see its log"), peer)
+    seen = await trio.to_thread.run_sync(silence, proc, peer.pid, abandon_on_cancel=True)
+    why, advice = seen or (f"{path}: {peer.message}", "restart its pod, and see its log")
+    return Daemon(resource, fail(subject, why, advice), peer)
 
 
 def other_plugins(directory: Path, resources: Sequence[str]) -> list[Path]:
@@ -120,8 +129,7 @@ async def check_others(directory: Path, paths: Sequence[Path]) -> Finding:
         return warn(
             subject,
             f"{message}; {', '.join(rivals)} may offer the same GPUs",
-            "two plugins that offer one GPU give it away twice, and two with one resource name disturb each other: "
-            "remove the other one, or exclude GPUs by `gpus` rules, so that each is offered once",
+            _TWO_PLUGINS,
         )
     return ok(subject, message)
 
@@ -131,8 +139,13 @@ def check_registration(directory: Path, daemon: Daemon) -> Iterator[Finding]:
     subject = f"registration of {daemon.resource}"
     try:
         checkpoint = read_checkpoint(directory)
+    except FileNotFoundError:
+        yield skip(subject, f"because the kubelet has no record {directory / FILE}")
+        return
     except (OSError, ValueError) as error:
-        yield skip(subject, f"because the kubelet's record {directory / FILE} can't be read: {failure(error)}")
+        message = f"the kubelet's record {directory / FILE} can't be read: {failure(error)}"
+        advice = "is it the kubelet's? It writes it anew when a plugin registers: restart this pod"
+        yield warn(subject, f"{message}; shares that init containers have may be withheld", advice)
         return
     healthy = checkpoint.healthy.get(daemon.resource, ())
     if strange := strangers(healthy):
@@ -154,8 +167,8 @@ def check_registration(directory: Path, daemon: Daemon) -> Iterator[Finding]:
         yield warn(subject, message, advice)
 
 
-async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> Finding:
-    """Check that the kubelet lists which container has which share."""
+async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> tuple[Finding, Held | None]:
+    """Check that the kubelet lists which container has which share; returns what it lists as well."""
     subject, path = "PodResources", Path(settings.pod_resources_socket)
     off = "until then the memory watermark and per-pod figures are off, and shares in use are not kept by a reload"
     try:
@@ -164,26 +177,37 @@ async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> F
     except (PodResourcesError, trio.TooSlowError) as error:
         message = str(error) or f"the kubelet did not answer on {path} within {TIMEOUT:g} s"
         advice = "it takes Kubernetes 1.20; mount its directory, /var/lib/kubelet/pod-resources, or set"
-        return warn(subject, message, f"{advice} -pod-resources-socket; {off}")
-    containers = [container for shares in held.values() for container in shares.values()]
-    return ok(
-        subject, f"the kubelet answers on {path}: {len(set(containers))} container(s) have {len(containers)} share(s)"
-    )
+        return warn(subject, message, f"{advice} -pod-resources-socket; {off}"), None
+    containers = [container for shares in held.shares.values() for container in shares.values()]
+    message = f"the kubelet answers on {path}: {len(set(containers))} container(s) have {len(containers)} share(s)"
+    return ok(subject, message), held
 
 
-async def check_stored_answers(
-    settings: Settings, resources: Sequence[str], unlisted: Unlisted, gpus: Sequence[Gpu]
-) -> Finding:
+def check_held(held: Held | None, unlisted: Unlisted, gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Check what containers have of these GPUs: where the kubelet does not list it (None), nothing is known."""
+    if held is None:
+        yield skip("stored answers", "because the kubelet does not list which container has which share")
+        return
+    try:
+        held = held.merge(unlisted.find(held))
+        yield _stored_answers(unlisted.checkpoint, held, gpus)
+    except (OSError, ValueError) as error:
+        yield skip("stored answers", f"because the kubelet's record can't be read: {failure(error)}")
+    yield from _other_uses(held, gpus)
+
+
+def _other_uses(held: Held, gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Find GPUs that another plugin gave to containers, whatever its socket is called."""
+    for uuid, uses in other_uses(held.others, gpus).items():
+        pods = few([f"{use.container} ({use.resource})" for use in uses])
+        message = f"another device plugin gave it to containers, which placement counts: {pods}"
+        yield warn(f"GPU {uuid} of another plugin", message, _TWO_PLUGINS)
+
+
+def _stored_answers(checkpoint: Checkpoint, held: Held, gpus: Sequence[Gpu]) -> Finding:
     """Check that containers that start again get the GPUs of their shares, also after a reboot."""
     subject = "stored answers"
-    try:
-        listed = await holders.list_holders(Path(settings.pod_resources_socket), resources)
-        found = await trio.to_thread.run_sync(unlisted.find, listed, abandon_on_cancel=True)
-    except PodResourcesError:
-        return skip(subject, "because the kubelet does not list which container has which share")
-    except (OSError, ValueError) as error:
-        return skip(subject, f"because the kubelet's record can't be read: {failure(error)}")
-    if stale := stale_answers(unlisted.checkpoint, merge(listed, found), gpus):
+    if stale := stale_answers(checkpoint, held.shares, gpus):
         message = f"the kubelet gives the wrong GPU to containers that start again: {', '.join(map(str, stale))}"
         return warn(subject, message, f"GPUs have other device nodes since a reboot or a reset: {ADVICE}")
     return ok(subject, "containers that start again get the GPUs of their shares")

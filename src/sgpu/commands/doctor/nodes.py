@@ -6,15 +6,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.host import Host
 from sgpu.driver.messages import GpuReport
-from sgpu.driver.poll import OPTIONAL_NODES, REQUIRED_NODES
-
-_MAKE: Final = "`nvidia-modprobe -u -c 0` on the host makes it"
-_AGAIN: Final = "remove it, then `nvidia-modprobe -u -c 0` on the host"
+from sgpu.driver.poll import OPTIONAL_NODES, REQUIRED_NODES, UVM_NODE, how_to_make
 
 
 def check_nodes(dev: Path, gpus: Sequence[GpuReport]) -> Iterator[Finding]:
@@ -30,16 +26,18 @@ def check_nodes(dev: Path, gpus: Sequence[GpuReport]) -> Iterator[Finding]:
 def _problem(dev: Path, name: str) -> Finding | None:
     path = dev / name
     subject = f"device node {path}"
+    make = how_to_make(dev, name)
     try:
         status = path.stat()
     except OSError:
-        where = "in a pod, mount the host's /dev"
-        return fail(subject, "it is not there, so that no GPU can be offered", f"{_MAKE}; {where}")
+        message = "it is not there, so that no GPU can be offered"
+        return fail(subject, message, f"{make}; in a pod, mount the host's /dev")
     if not stat.S_ISCHR(status.st_mode):
-        return fail(subject, "it is not a character device", _AGAIN)
+        return fail(subject, "it is not a character device", f"remove it, then {make}")
     number = name.removeprefix("nvidia")
     if number.isdecimal() and os.minor(status.st_rdev) != int(number):
-        return fail(subject, f"it has minor number {os.minor(status.st_rdev)}, which is another GPU's", _AGAIN)
+        message = f"it has minor number {os.minor(status.st_rdev)}, which is another GPU's"
+        return fail(subject, message, f"remove it, then {make}")
     return None
 
 
@@ -56,7 +54,7 @@ def check_uvm(dev: Path, host: Host) -> Finding:
         return fail(subject, message, "`modprobe nvidia-uvm` on the host, or `nvidia-modprobe -u -c 0`")
     if actual != major:
         message = f"{path} has major number {major}, the module has {actual} since it was reloaded: CUDA fails"
-        return fail(subject, message, f"{_AGAIN}; start pods that use a GPU again")
+        return fail(subject, message, f"remove it, then {how_to_make(dev, UVM_NODE)}; start pods that use a GPU again")
     return ok(subject, f"loaded, major number {major}")
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
+import inotify_simple
+
 from sgpu.commands.doctor.finding import Finding, ok, warn
 from sgpu.commands.doctor.host import Host
+from sgpu.commands.doctor.peer import failure
 from sgpu.driver.kernelmodule import read_text
+from sgpu.lib.inotify import LIMITS
 from sgpu.lib.sizes import MIB
-from sgpu.pods.processes import UnattributableError, check_namespace
+from sgpu.pods.processes import Places, UnattributableError, check_namespace, find_owners
 
 #: Bytes. The daemon and the driver's process are 50 to 55 MiB, whether with 2 GPUs or with 16 of 1000 shares; further
 #: processes of 11 MiB try out GPUs that hang, and this command takes 45 MiB while it runs.
@@ -18,6 +24,9 @@ ENOUGH: Final = 100 * MIB
 NEEDED: Final = 45 * MIB
 #: Above this, a limit of cgroup v1 is none: it has no other word for that.
 _NO_LIMIT: Final = 1 << 60
+#: Open files of the daemon: some 30, and one for each connection of the kubelet, of probes and of scrapes.
+ENOUGH_FILES: Final = 128
+_NOTHING: Final = "nothing to do here; the figures of whole GPUs are right"
 
 
 def check_memory(host: Host) -> Finding:
@@ -48,15 +57,45 @@ def memory_warning(host: Host) -> str:
     return ""
 
 
-def check_processes(proc: Path) -> Finding:
-    """Check that the processes that NVML lists can be found."""
+def check_processes(places: Places, pids: Collection[int] = ()) -> Finding:
+    """Check that processes that NVML lists can be found, and that the pods of these are known."""
     subject = "host's processes"
     try:
-        check_namespace(proc)
+        check_namespace(places.proc)
     except UnattributableError as error:
         problem, _, advice = str(error).partition("; ")
-        return warn(subject, f"{problem}: GPU memory can't be attributed to pods", advice)
-    return ok(subject, f"visible in {proc}")
+        return warn(subject, f"{problem}: GPU memory can't be attributed to pods", advice or _NOTHING)
+    if unknown := _unknown(places, pids):
+        message = f"{unknown} process(es) of pods use a GPU in a pause container or a sandbox (Kata, gVisor)"
+        return warn(subject, f"{message}: what the pods on their GPUs use is unknown", _NOTHING)
+    return ok(subject, f"visible in {places.proc}")
+
+
+def _unknown(places: Places, pids: Collection[int]) -> int:
+    try:
+        return len(find_owners(places, pids, age=0.0).unknown)
+    except UnattributableError:  # another check is about the links
+        return 0
+
+
+def check_open_files() -> Iterator[Finding]:
+    """Check for a limit of open files with which much fails, in this command as in the daemon beside it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < ENOUGH_FILES:
+        advice = f"raise the container's limit to {ENOUGH_FILES} or more (ulimit -n)"
+        yield warn("open files", f"a process may have {limit}, which is too few", advice)
+
+
+def check_inotify() -> Iterator[Finding]:
+    """Check that this user has an inotify instance left, which the daemon needs some of."""
+    subject = "inotify"
+    try:
+        inotify_simple.INotify().close()
+    except OSError as error:
+        limit = LIMITS.get(error.errno or 0, "its limits")
+        yield warn(subject, f"{failure(error)}: the daemon polls directories instead", f"raise {limit} on the node")
+    else:
+        yield ok(subject, "an instance is free")
 
 
 def check_container_logs(directory: Path) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -12,6 +13,7 @@ import attrs
 
 from sgpu.commands.stage.host import Host
 from sgpu.driver.kernelmodule import module_version
+from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.elf import ElfError, ours, read_elf
 
 #: File systems that may have the driver: the host's, and that of the GPU operator's driver container.
@@ -101,7 +103,8 @@ class File:
 class Driver:
     """All of one driver's files. `directory` is where its management library is, as the host has it.
 
-    `left_out` are files that should be the driver's and are none: empty, a directory, a script.
+    `left_out` are files that should be the driver's and are none (empty, a directory, a script), if there is no other
+    of that name.
     """
 
     version: str
@@ -126,17 +129,13 @@ def find(root: Path, *, graphics: bool = False) -> Driver:
         host = Host(Host(root).here(resolved))
         for version, directory in _installed(host, loaded):
             if loaded in ("", version):
-                odd: list[str] = []
-                return Driver(
-                    version,
-                    place / directory.relative_to("/"),
-                    libraries=tuple(_libraries(host, version, directory, graphics, odd)),
-                    tools=tuple(_tools(host, directory, odd)),
-                    left_out=tuple(odd),
-                )
+                return _driver(host, version, place, directory, graphics)
             there.append(version)
     if there:
         raise OtherVersionError(loaded, " and ".join(dict.fromkeys(there)))
+    if unversioned := _unversioned(Host(root)):
+        reason = UNSUPPORTED if is_wsl(root / "dev") else "stage can't tell which driver it is of: install a package"
+        raise NoDriverError(f"{unversioned} is there and has no version in its name; {reason}")
     raise NoDriverError(
         f"no NVIDIA driver under {root}: {MANAGEMENT_LIBRARY}.1 for {os.uname().machine} is neither in the loader's "
         f"cache nor in {', '.join(map(str, DIRECTORIES))}, nor in any of these under {ROOTS[1]}; install the driver on "
@@ -144,10 +143,35 @@ def find(root: Path, *, graphics: bool = False) -> Driver:
     )
 
 
+def _driver(host: Host, version: str, place: PurePosixPath, directory: PurePosixPath, graphics: bool) -> Driver:
+    odd: list[str] = []
+    libraries = tuple(_libraries(host, version, directory, graphics, odd))
+    tools = tuple(_tools(host, directory, odd))
+    found = {file.name for file in libraries + tools}
+    left_out = tuple(path for path in odd if PurePosixPath(path).name not in found)
+    return Driver(version, place / directory.relative_to("/"), libraries, tools, left_out)
+
+
+def _management_libraries(host: Host) -> list[PurePosixPath]:
+    """Return the paths by which programs may find the management library, the loader's first."""
+    paths = [path for name, path in host.loader_cache() if name.startswith(MANAGEMENT_LIBRARY)]
+    return paths + [directory / f"{MANAGEMENT_LIBRARY}.1" for directory in DIRECTORIES]
+
+
+def _unversioned(host: Host) -> PurePosixPath | None:
+    """Return a management library for this machine whose version is not known, as it is not in its name."""
+    for path in _management_libraries(host):
+        resolved = host.resolve(path)
+        if resolved and OWN_DIRECTORY not in resolved.parts and _LIBRARY.fullmatch(resolved.name) is None:
+            with suppress(NotWholeError, OSError):
+                if soname(host.here(resolved)) is not None:
+                    return path
+    return None
+
+
 def _installed(host: Host, loaded: str) -> Iterator[tuple[str, PurePosixPath]]:
     """Yield the installed versions, each with the directory of its management library, the loader's first."""
-    paths = [path for name, path in host.loader_cache() if name.startswith(MANAGEMENT_LIBRARY)]
-    paths += [directory / f"{MANAGEMENT_LIBRARY}.1" for directory in DIRECTORIES]
+    paths = _management_libraries(host)
     if loaded:  # may lie beside a newer one, which the links name
         found = [resolved.parent for path in paths if (resolved := host.resolve(path))]
         paths += [directory / f"{MANAGEMENT_LIBRARY}.{loaded}" for directory in dict.fromkeys(found)]

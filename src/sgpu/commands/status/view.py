@@ -21,6 +21,7 @@ from sgpu.lib.sizes import GIB, MIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.pods.stale import ADVICE
 
 #: Columns that the table takes with a UUID in it. With fewer, what would stand side by side stands below each other.
 TABLE: Final = 78
@@ -73,6 +74,9 @@ def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
             "which pod has which share is unknown: the kubelet does not list it on -pod-resources-socket "
             "(Kubernetes 1.20 and later; its directory must be mounted into the daemon's pod)"
         )
+    if snapshot.stale_answers:
+        pods = ", ".join(printable(str(stale)) for stale in snapshot.stale_answers)
+        yield f"containers that start again get the wrong GPU in {pods}; {ADVICE}"
     if snapshot.processes_problem:
         yield f"GPU memory and utilization by pod are unknown: {printable(snapshot.processes_problem)}"
     uses = [use for gpu in snapshot.gpus for use in gpu.containers if use.memory_limit is not None]

@@ -31,6 +31,7 @@ class Code:
     LIB_RM_VERSION_MISMATCH: Final = 18
     NO_DATA: Final = 21
     ARGUMENT_VERSION_MISMATCH: Final = 25
+    UNKNOWN: Final = 999
 
 
 #: A question that a GPU or a driver does not know is no fault of either.
