@@ -93,8 +93,9 @@ class LoggedProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         children = []
-        with suppress(OSError):  # it has ended, or just now ends
-            children = self.children()
+        if self.process.poll() is None:
+            with suppress(OSError, AssertionError):  # it just now ends
+                children = self.children()
         for pid in (-self.process.pid, *children):  # those have sessions of their own
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -144,6 +145,10 @@ class LoggedProcess:
         """Send it a signal."""
         self.process.send_signal(number)
 
+    def kill(self) -> None:
+        """Kill it."""
+        os.kill(self.pid, signal.SIGKILL)
+
     def wait_exit(self, timeout: float = TIMEOUT) -> int:
         """Its exit status, negative for a signal; AssertionError with the log if it does not exit in time."""
         try:
@@ -175,7 +180,7 @@ class LoggedProcess:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def memory(self) -> Memory:
-        """Of it and its children."""
+        """Of it and its descendants."""
         return memory(self.pids())
 
     def cpu_seconds(self) -> float:
@@ -184,13 +189,12 @@ class LoggedProcess:
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
 
     def pids(self) -> list[int]:
-        """It and its children."""
-        return [self.pid, *self.children()]
+        """It, its children, and theirs."""
+        return descendants_of(self.process.pid)
 
     def children(self) -> list[int]:
         """The ids of its direct children."""
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
+        return children_of(self.pid)
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -221,6 +225,27 @@ class DaemonProcess(LoggedProcess):
     ) -> None:
         directories = ("-plugin-directory", str(plugin_directory), "-host-path", str(host_path))
         super().__init__([*command, *directories, *flags], env=env)
+        self._daemon = 0
+
+    @property
+    def pid(self) -> int:
+        """The daemon itself. Signals go to its parent, which hands them on."""
+        deadline = time.monotonic() + TIMEOUT
+        while not self._daemon:
+            assert time.monotonic() < deadline, self._report("it has no child")
+            self._daemon = next(iter(children_of(self.process.pid)), 0)
+        return self._daemon
+
+
+def children_of(pid: int) -> list[int]:
+    """The ids of the direct children of a process."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def descendants_of(pid: int) -> list[int]:
+    """The id of a process, of its children, and of theirs."""
+    return [pid, *(each for child in children_of(pid) for each in descendants_of(child))]
 
 
 def memory(pids: Iterable[int]) -> Memory:

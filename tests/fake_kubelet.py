@@ -117,8 +117,8 @@ class _Endpoint:
 class FakeKubelet:
     """A kubelet whose plugin directory is `directory`. As a context manager it is started, and closed at the end.
 
-    What it saw is in `attempts`, `registrations`, `lists` and `connections`, across restarts; `wait_for` waits for
-    any of them to change. The knobs below the constructor's can be set while it runs.
+    What it saw is in `attempts`, `registrations`, `lists`, `connections` and `gaps`, across restarts; `wait_for` waits
+    for any of them to change. The knobs below the constructor's can be set while it runs.
     """
 
     def __init__(
@@ -148,6 +148,9 @@ class FakeKubelet:
 
         #: The checkpoint's entries: what containers have.
         self.entries: list[dict[str, object]] = []
+        #: Seconds for which a resource that had devices had none, each time that was over.
+        self.gaps: list[float] = []
+
         #: When kubelet.sock was last made, on the monotonic clock.
         self.bound = 0.0
 
@@ -158,6 +161,7 @@ class FakeKubelet:
         self._running = False
         self._clients: dict[str, Connection] = {}
         self._endpoints: dict[str, _Endpoint] = {}
+        self._emptied: dict[str, float] = {}  # when a resource lost its devices
         self._threads: list[threading.Thread] = []
         # gRPC binds in here, and kubelet.sock is a hard link to it: grpcio unlinks what it bound when it stops, but a
         # kubelet that exits leaves its socket behind. Beside the plugin directory, for the same file system.
@@ -207,6 +211,7 @@ class FakeKubelet:
         self._threads.clear()
         self._clients.clear()
         self._endpoints.clear()
+        self._emptied.clear()
         if unlink:
             self.socket.unlink(missing_ok=True)
 
@@ -519,7 +524,9 @@ class FakeKubelet:
     ) -> _Endpoint | None:
         with self._changed:
             replaced = self._endpoints.get(connection.resource)
-            self._endpoints[connection.resource] = _Endpoint(connection)
+            # The devices are known by resource: those of the plugin before stay until the next list.
+            devices = replaced.devices if replaced else {}
+            self._endpoints[connection.resource] = _Endpoint(connection, devices=devices)
             self.registrations.append(Registration(time.monotonic(), request, options, connection))
             self._changed.notify_all()
             return replaced
@@ -549,6 +556,8 @@ class FakeKubelet:
             connection.ended = time.monotonic()
             if stop and connection.resource in self._endpoints:
                 self._endpoints[connection.resource].stopped = True
+                self._endpoints[connection.resource].devices = {}
+                self._emptied.setdefault(connection.resource, connection.ended)
             self._changed.notify_all()
 
     def _received(self, resource: str, response: v1beta1_pb2.ListAndWatchResponse) -> None:
@@ -556,6 +565,8 @@ class FakeKubelet:
             self.lists[resource].append(Listed(time.monotonic(), response))
             # By resource name, not by connection: an old stream still speaks for a new registration.
             if resource in self._endpoints:
+                if resource in self._emptied:
+                    self.gaps.append(time.monotonic() - self._emptied.pop(resource))
                 self._endpoints[resource].devices = {device.ID: device.health for device in response.devices}
             # The kubelet writes its checkpoint at every list: plugins that watch the directory see it.
             with suppress(OSError):  # a test may have removed the directory

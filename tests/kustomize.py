@@ -22,7 +22,7 @@ MERGE_KEYS: Final = {
     "ports": "containerPort",
     "volumeMounts": "mountPath",
 }
-KNOWN: Final = {"apiVersion", "kind", "resources", "patches"}
+KNOWN: Final = {"apiVersion", "kind", "resources", "components", "patches"}
 
 
 @attrs.frozen
@@ -36,9 +36,7 @@ class Rendered:
 @functools.cache
 def render(directory: Path) -> Rendered:
     """The output of the kustomization in `directory`. Raises ValueError for what is not known here."""
-    kustomization = yaml.safe_load((directory / "kustomization.yaml").read_text())
-    if unknown := kustomization.keys() - KNOWN:
-        raise ValueError(f"{directory}: {', '.join(unknown)}")
+    kustomization = _read(directory)
     objects: list[Any] = []
     remote: list[str] = []
     for resource in kustomization["resources"]:
@@ -50,13 +48,26 @@ def render(directory: Path) -> Rendered:
             remote.extend(below.remote)
         else:
             objects.extend(load(directory / resource))
-    for patch in kustomization.get("patches", ()):
+    for component in kustomization.get("components", ()):
+        _apply_patches(directory / component, objects)
+    _apply_patches(directory, objects)
+    return Rendered(tuple(objects), tuple(remote))
+
+
+def _read(directory: Path) -> Mapping[str, Any]:
+    kustomization: Mapping[str, Any] = yaml.safe_load((directory / "kustomization.yaml").read_text())
+    if unknown := kustomization.keys() - KNOWN:
+        raise ValueError(f"{directory}: {', '.join(unknown)}")
+    return kustomization
+
+
+def _apply_patches(directory: Path, objects: list[Any]) -> None:
+    for patch in _read(directory).get("patches", ()):
         if patch.keys() != {"path"}:
             raise ValueError(f"{directory}: {patch}")
         for change in load(directory / patch["path"]):
             target = _position(objects, change, directory)
             objects[target] = _merge(objects[target], change)
-    return Rendered(tuple(objects), tuple(remote))
 
 
 def load(path: Path) -> list[Any]:

@@ -44,7 +44,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
     def install(error: BaseException | None) -> list[Settings]:
         seen: list[Settings] = []
 
-        async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+        async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> None:
             assert await trio.to_thread.run_sync(reload) == loaded
             seen.append(loaded.settings)
             if error:

@@ -50,6 +50,7 @@ OTHER = {
     "metrics-address": "127.0.0.1:9400",
     "proc-directory": "/host/proc",
     "container-log-directory": "/host/logs",
+    "standby": "true",
     "simulate": "2",
     "simulate-faults": "faults",
     "log-format": "json",

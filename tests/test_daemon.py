@@ -89,6 +89,7 @@ class TestServing:
         """The node is the minor number's, not the index's."""
         gpus = tuple(attrs.evolve(StubGpu(number), minor=7 - number) for number in range(3))
         node.driver.set(gpus=gpus)
+        parts = [(gpus[0].total - gpus[0].reserved) * count // 100 for count in (2, 1)]
         node.make_nodes("nvidia-modeset")
         with FakeKubelet(node.plugins) as kubelet, node.daemon("-container-path", "/usr/lib/gpu"):
             kubelet.wait_devices(300)
@@ -105,7 +106,9 @@ class TestServing:
             "SGPU_SHARES": "3",
             "SGPU_GPU_UUIDS": f"{gpus[0].uuid},{gpus[2].uuid}",
             "NVIDIA_VISIBLE_DEVICES": "void",
-            "SGPU_MEMORY_BYTES": str(2 * 15 * GIB // 100 + 15 * GIB // 100),
+            "SGPU_MEMORY_BYTES": str(sum(parts)),
+            "SGPU_MEMORY_BYTES_0": str(parts[0]),
+            "SGPU_MEMORY_BYTES_1": str(parts[1]),
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
@@ -344,7 +347,7 @@ def draining(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
     registered(node, kubelet, daemon)
     os.kill(daemon.pid, signal.SIGSTOP)  # so that the signal is there when the drain begins
     node.socket.unlink()
-    daemon.signal(signal.SIGTERM)
+    os.kill(daemon.pid, signal.SIGTERM)
     os.kill(daemon.pid, signal.SIGCONT)
 
 
@@ -401,7 +404,7 @@ class TestStopping:
                 said = second.lines[-1].text
             assert said.startswith("sgpu: ")
             assert f" {first.pid} " in said
-            assert str(node.socket) in said
+            assert f"{RESOURCE} with {node.plugins};" in said
             kubelet.allocate([next(iter(kubelet.devices(RESOURCE)))])
             assert len(kubelet.registrations) == 1
 

@@ -21,6 +21,7 @@ from sgpu.api import v1beta1_pb2
 from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin import registrar, registration
 from sgpu.deviceplugin.registrar import FAREWELL
+from sgpu.deviceplugin.succession import Succession
 from sgpu.driver.simulated import simulated_gpus
 from sgpu.lib.concurrency import Broadcast, wait_until
 from sgpu.node.policy import Policy, Rule
@@ -87,7 +88,7 @@ async def running(policy: Policy, refused: str = "") -> AsyncIterator[World]:
             kubelet = Kubelet(directory, nursery, {refused})
             async with serving(rpc.routes([Registrar(kubelet.register).service]), directory / registration.SOCKET):
                 settings = Settings(plugin_directory=str(directory))
-                nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog)
+                nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog, Succession())
                 yield World(node, kubelet, registrations, watchdog)
                 nursery.cancel_scope.cancel()
 

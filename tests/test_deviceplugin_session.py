@@ -18,6 +18,7 @@ from sgpu.config.settings import endpoint
 from sgpu.deviceplugin import registration
 from sgpu.deviceplugin.servicer import PluginContext
 from sgpu.deviceplugin.session import DirectoryRemovedError, is_removed, loop_name, stay_registered
+from sgpu.deviceplugin.succession import Succession
 from sgpu.driver.simulated import simulated_gpus
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.policy import Policy
@@ -45,7 +46,7 @@ class Plugin:
         self.watchdog = Watchdog(lambda: self.now)
 
     async def run(self, directory: Path) -> None:
-        await stay_registered(directory, self.context, self.registrations, self.counters, self.watchdog)
+        await stay_registered(directory, self.context, self.registrations, self.counters, self.watchdog, Succession())
 
     async def wait_registered(self) -> None:
         while not self.registrations.by_resource[RESOURCE].registered:  # noqa: ASYNC110  # it has no event

@@ -500,6 +500,50 @@ def test_since_when_after_a_restart() -> None:
     assert time.time() - gpu.since == pytest.approx(1000, abs=60)
 
 
+class TestAdopted:
+    """What the daemon before has recorded, once this one has polled the driver itself."""
+
+    RECORD = FaultRecord(
+        "550.1",
+        {
+            FIRST.uuid: (Fault("a reset is due", NOW - 100, Clearance.RESET),),
+            THIRD.uuid: (Fault("unknown here", NOW, Clearance.RESET),),
+        },
+    )
+
+    def test_beside_what_was_seen_here(self) -> None:
+        """Keep both, each from its own time."""
+        watched = Watched()
+        watched.report(FIRST, SECOND)
+        watched.event(SECOND, TRANSIENT)
+        watched.monitor.adopt(self.RECORD)
+        watched.monitor.adopt(self.RECORD)
+        assert watched.faults == {
+            FIRST.uuid: [Clearance.RESET],
+            SECOND.uuid: [Clearance.QUARANTINE],
+            THIRD.uuid: [Clearance.RESET],
+        }
+        assert watched.unhealthy[FIRST.uuid] == "a reset is due"
+        ages = {gpu.uuid: time.time() - gpu.since for gpu in watched.node.gpus}
+        assert ages == pytest.approx({FIRST.uuid: 100, SECOND.uuid: 0}, abs=10)
+
+    def test_of_another_driver(self) -> None:
+        """That it was replaced clears what a reset clears, at the next poll."""
+        watched = Watched()
+        watched.report(FIRST)
+        watched.monitor.adopt(attrs.evolve(self.RECORD, driver_version="535.2"))
+        watched.report(FIRST)
+        assert watched.unhealthy == {}
+
+    def test_before_the_first_poll(self) -> None:
+        """It is as if this daemon had started with it."""
+        watched = Watched()
+        watched.monitor.adopt(self.RECORD)
+        watched.version = "550.2"
+        watched.report(FIRST)
+        assert watched.unhealthy == {}
+
+
 def test_gpus_without_events(caplog: pytest.LogCaptureFixture) -> None:
     """Warn of them once, by UUID; it is no fault."""
     caplog.set_level(logging.WARNING)

@@ -378,11 +378,14 @@ def test_nothing_is_left_behind(directory: Path, api: Literal["v1beta1", "v1alph
 
 SCRIPT = """
 import os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["STATUS"])))
-child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-print("ready", sorted(name for name in os.environ if name.startswith("SGPU_")), sys.argv[1:], file=sys.stderr)
-while True:
-    time.sleep(60)
+from sgpu.parent import run_in_child
+def daemon(_):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["STATUS"])))
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print("ready", sorted(name for name in os.environ if name.startswith("SGPU_")), sys.argv[1:], file=sys.stderr)
+    while True:
+        time.sleep(60)
+sys.exit(run_in_child(daemon))
 """
 
 

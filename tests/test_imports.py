@@ -78,6 +78,7 @@ def check(loaded: set[str], third_parties: set[str], never: Iterable[str], most:
         pytest.param("sgpu.cli", CLI, {*HEAVY, *WEB, "yaml", "sgpu.daemon"}, 145, id="command line"),
         pytest.param("sgpu.daemon", DAEMON, {*HEAVY, *WEB, "yaml"}, 425, id="daemon"),
         pytest.param("sgpu.driver.worker", WORKER, NOT_IN_WORKER, 145, id="driver's process"),
+        pytest.param("sgpu.parent", set(), {*NOT_IN_WORKER, "typing", "re", "threading", "sgpu.cli"}, 50, id="parent"),
     ],
 )
 def test_what_an_import_brings_along(module: str, third_parties: set[str], never: set[str], most: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import kustomize
 import plain
 import pytest
@@ -29,6 +30,8 @@ K8S = plain.DIRECTORY
 BASE = K8S / "base"
 OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
 EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
+#: Added to any of them, for newer Kubernetes.
+SURGE = K8S / "components" / "surge"
 #: All at once: the plugin, and a pod that asks for a share.
 FIRST_LOOK = K8S / "examples" / "simulated"
 #: An overlay with a -config file.
@@ -154,6 +157,7 @@ class TestRendered:
         readme = (K8S.parent / "README.md").read_text()
         for path in OVERLAYS:
             assert f"k8s/overlays/{path.name}" in readme
+        assert f"{SURGE.relative_to(K8S.parent)}" in readme
         assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in readme
 
     def test_the_readme_names_what_to_look_at(self) -> None:
@@ -237,6 +241,35 @@ class TestPlugin:
         types = {volume["hostPath"]["path"]: volume["hostPath"].get("type") for volume in volumes}
         assert types["/home/kubernetes/bin/nvidia"] == "Directory"
         assert not [path for path, kind in types.items() if kind == "DirectoryOrCreate" and path.startswith("/home")]
+
+
+class TestSurge:
+    @pytest.fixture
+    def surging(self, directory: Path, tmp_path: Path) -> Path:
+        """This overlay with the component, as docs/install.md shows."""
+        parts = {"resources": [os.path.relpath(directory, tmp_path)], "components": [os.path.relpath(SURGE, tmp_path)]}
+        (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+        return tmp_path
+
+    @each_running
+    def test_a_new_pod_stands_by(self, directory: Path, surging: Path) -> None:
+        """The old one stops once the new one is Ready. All else is as it was, and Kubernetes 1.25 takes it."""
+        import kubernetes_validate
+
+        after = daemon_set(surging)
+        kubernetes_validate.validate(after, "1.25", strict=True)
+        kubernetes_validate.validate(after, "1.37", strict=True)
+        assert after["spec"]["updateStrategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+        assert settings_of(surging) == attrs.evolve(settings_of(directory), standby=True)
+        assert not pod_spec(surging).get("hostNetwork")
+        assert not any("hostPort" in port for port in container(surging)["ports"])
+
+    @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
+    @pytest.mark.parametrize("directory", [BASE], ids=["base"])
+    def test_kubectl_makes_the_same_of_it(self, surging: Path) -> None:
+        """Our kustomize gives what kubectl would apply."""
+        output = subprocess.run(["kubectl", "kustomize", surging], capture_output=True, text=True, check=True).stdout
+        assert tuple(yaml.safe_load_all(output)) == kustomize.render(surging).objects
 
 
 class TestBeside:

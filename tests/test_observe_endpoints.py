@@ -50,6 +50,13 @@ def observer() -> Observer:
     return Observer(node, Registrations(counters), counters, Watchdog(), monitor=None)
 
 
+def in_place() -> trio.Event:
+    """No other daemon serves."""
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @pytest.fixture
 def path() -> Iterator[Path]:
     """Where the status socket goes, in a directory that is not there yet."""
@@ -118,9 +125,13 @@ async def get(stream: trio.abc.Stream, path: str, **headers: str) -> Answer:
 
 
 @asynccontextmanager
-async def running(observer: Observer, metrics_address: str, status_socket: Path | str) -> AsyncIterator[None]:
+async def running(
+    observer: Observer, metrics_address: str, status_socket: Path | str, place: trio.Event | None = None
+) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(endpoints.run, observer, metrics_address, str(status_socket))
+        nursery.start_soon(
+            endpoints.run, observer, metrics_address, str(status_socket), in_place() if place is None else place
+        )
         yield
         nursery.cancel_scope.cancel()
 
@@ -227,6 +238,20 @@ class TestMetrics:
         assert all(fact in warning for fact in (address, "Address already in use", "-metrics-address"))
 
     @real
+    async def test_a_port_of_the_daemon_before(
+        self, observer: Observer, urls: Log, warnings: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A standby serves at once when it is in place, as with hostNetwork."""
+        monkeypatch.setattr(endpoints, "FIRST_RETRY", 2 * TIMEOUT)
+        place = trio.Event()
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            async with running(observer, f"127.0.0.1:{taken.getsockname()[1]}", "", place):
+                await wait_until(warnings)
+                taken.close()
+                place.set()
+                await wait_until(urls)
+
+    @real
     async def test_all_interfaces(self, observer: Observer, urls: Log) -> None:
         """Serve on all interfaces without a host, of IPv4 and, where there is any, of IPv6, and log on which."""
         async with running(observer, ":0", ""):
@@ -277,7 +302,7 @@ class TestRetries:
 
         monkeypatch.setattr(endpoints, "make_private_directory", fail)
         with trio.move_on_after(200):
-            await serve_status(path, observer)
+            await serve_status(path, observer, in_place())
         delays = [later - time for time, later in pairwise(attempts)]
         assert delays[:3] == pytest.approx([FIRST_RETRY, 2 * FIRST_RETRY, 4 * FIRST_RETRY])
         assert delays[-2:] == pytest.approx([LAST_RETRY] * 2)
@@ -296,7 +321,7 @@ class TestRetries:
 
         monkeypatch.setattr(endpoints, "serve", lose)
         with trio.move_on_after(5):
-            await serve_status(path, observer)
+            await serve_status(path, observer, in_place())
         assert len(served) > 5
         assert all(later - time == pytest.approx(FIRST_RETRY) for time, later in pairwise(served))
         assert len(warnings()) == len(served)

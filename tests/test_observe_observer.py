@@ -45,9 +45,16 @@ class World:
         rules = (Rule("1", uuid="GPU-b", shares=1, resource=WHOLE), Rule("2", uuid="GPU-c", exclude=True))
         self.node = NodeState(Policy(SHARED, 4, rules), 5.0, clock=lambda: NOW)
         self.registrations = Registrations(Counters())
+        self.standby = False
         self.monitor = Monitor(self.node, XidPolicy(), FaultRecord("550.54"), Counters().nvml_errors)
         self.observer = Observer(
-            self.node, self.registrations, Counters(), Watchdog(), self.monitor, lambda: NOW, lambda: WALL
+            self.node,
+            self.registrations,
+            Counters(),
+            Watchdog(),
+            self.monitor,
+            clock=lambda: NOW,
+            wall_clock=lambda: WALL,
         )
 
     def snapshot(self) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from sgpu.observe.probes import stuck, unready
@@ -47,6 +48,7 @@ def test_stuck(expired: dict[str, float], facts: list[str]) -> None:
         pytest.param(node(gpu(), gpu(""), shared=1), id="a GPU that is excluded"),
         pytest.param(node(gpu(healthy=False), shared=1), id="an unhealthy GPU, which the kubelet knows"),
         pytest.param(node(gpu(healthy=False), waiting="gone", shared=1), id="a driver that went, which it knows, too"),
+        pytest.param(attrs.evolve(node(gpu(), shared=None), standby=True), id="a standby that lacks only the place"),
     ],
 )
 def test_ready(snapshot: Snapshot) -> None:
@@ -60,6 +62,7 @@ def test_ready(snapshot: Snapshot) -> None:
         pytest.param(node(shared=None), "GPU", id="start"),
         pytest.param(node(waiting="no libnvidia-ml"), "no libnvidia-ml", id="driver"),
         pytest.param(node(gpu(""), shared=None), "-config", id="excluded"),
+        pytest.param(attrs.evolve(node(waiting="no driver"), standby=True), "no driver", id="driver of a standby"),
         pytest.param(node(gpu(), shared=None), f"{SHARED} is not registered", id="kubelet"),
         pytest.param(node(gpu(), gpu(WHOLE), shared=1, whole=None), f"{WHOLE} is not registered", id="one of two"),
         pytest.param(node(gpu(), shared=0), "ListAndWatch", id="stream"),

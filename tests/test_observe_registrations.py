@@ -34,6 +34,19 @@ def test_attempts(registrations: Registrations, counters: Counters) -> None:
     assert counters.registrations == {(RESOURCE, True): 4, (RESOURCE, False): 4}
 
 
+def test_serves(registrations: Registrations) -> None:
+    """Serve a resource that is registered and has a stream, and say that something changed."""
+    changed = registrations.changed.next
+    assert not registrations.serves(RESOURCE)
+    with registrations.session(RESOURCE) as registration:
+        registrations.attempted(RESOURCE, "kubelet", success=True)
+        assert changed.is_set()
+        assert not registrations.serves(RESOURCE)
+        registration.streams = 1
+        assert registrations.serves(RESOURCE)
+    assert not registrations.serves(RESOURCE)
+
+
 def test_a_session_that_fails(registrations: Registrations) -> None:
     """End with an error, too."""
 

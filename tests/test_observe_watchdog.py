@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ class TestEventLoop:
         """End the daemon, with the stack in its log: Kubernetes starts another."""
         with FakeKubelet(node.plugins) as kubelet, node.daemon(command=(sys.executable, "-c", IMPATIENT)) as daemon:
             kubelet.wait_devices(100)
-            daemon.signal(signal.SIGUSR1)
+            os.kill(daemon.pid, signal.SIGUSR1)
             assert daemon.wait_exit() == 1
             assert "most recent call first" in daemon.logs
 

@@ -14,9 +14,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
-    from sgpu.cli import main as run  # after that: importing takes a good part of the start
+    from sgpu.parent import run_in_child
 
-    sys.exit(run(sys.argv[1:], os.environ))
+    def start(alive: int | None) -> int:
+        from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of the memory
+
+        return run(sys.argv[1:], os.environ, alive)
+
+    sys.exit(start(None) if command else run_in_child(start))
 
 
 if __name__ == "__main__":

@@ -125,15 +125,18 @@ Flags go as `-flag value` or `-flag=value`, with one dash or two. Each can also 
 """
 
 
-def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the command and return its exit code. Standard output that can't be written to is one line, and FAILED."""
+def main(arguments: Sequence[str], environment: Mapping[str, str], alive: int | None = None) -> int:
+    """Run the command and return its exit code. Standard output that can't be written to is one line, and FAILED.
+
+    `alive`: where the daemon gives its parent signs of life; None: it has no such parent.
+    """
     try:
-        return _main(arguments, environment)
+        return _main(arguments, environment, alive)
     except OutputError as error:
         return _fail(error, FAILED)
 
 
-def _main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int | None) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     command = COMMANDS.get(name)
     options = command.options if command else {}
@@ -160,13 +163,14 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         return OK
     if command:
         return command.run(loaded, {name: flags.options.get(name, option.default) for name, option in options.items()})
-    return _run(loaded, partial(load, flags.values, environment))
+    return _run(loaded, partial(load, flags.values, environment), alive)
 
 
-def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
+def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int:
     import trio
 
     from sgpu import daemon, rpc
+    from sgpu.deviceplugin.place import PlaceTakenError
     from sgpu.deviceplugin.session import DirectoryRemovedError
     from sgpu.lib import logs
     from sgpu.lib.concurrency import find_error
@@ -175,12 +179,12 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
     logs.configure(loaded.settings.log_format, loaded.settings.v)
     gc.freeze()  # modules are no garbage: to look through them takes 5 ms each time, in which the kubelet would wait
     try:
-        trio.run(daemon.run, loaded, reload)
+        trio.run(daemon.run, loaded, reload, alive)
     except Exception as error:
         # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
         if refused := find_error(error, OffersRefusedError):
             return _fail(refused, USAGE)
-        for kind in (rpc.AddressInUseError, DirectoryRemovedError):
+        for kind in (PlaceTakenError, rpc.AddressInUseError, DirectoryRemovedError):
             if found := find_error(error, kind):
                 return _fail(found, FAILED)
         raise

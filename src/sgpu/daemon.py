@@ -6,8 +6,9 @@ Knows what runs beside what and what ends what; not what a GPU is.
 from __future__ import annotations
 
 import logging
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,13 @@ from sgpu.config.values import parse_tolerance, split_names
 from sgpu.config.watch import watch_settings
 from sgpu.deviceplugin import registrar
 from sgpu.deviceplugin.messages import check_size
+from sgpu.deviceplugin.place import Place
+from sgpu.deviceplugin.succession import Succession, confirm, hand_over
 from sgpu.driver import fault_file, limit_file
 from sgpu.driver.health import FaultRecord
 from sgpu.driver.messages import WorkerConfig
 from sgpu.driver.monitor import Monitor
+from sgpu.driver.process import Feed
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
 from sgpu.node.guard import GuardPolicy, Sample
@@ -43,11 +47,13 @@ from sgpu.pods.watch import WatchOptions, watch_pods
 logger = logging.getLogger(__name__)
 
 
-async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = None) -> None:
     """Run until SIGTERM or SIGINT. `reload` reads the settings again and raises UsageError; it may block.
 
-    Raises, in exception groups, OffersRefusedError and rpc.AddressInUseError, which the operator has to put right.
-    All else is waited out.
+    `alive`: a pipe for signs of life, as long as someone reads it (`parent`).
+
+    Raises, in exception groups, OffersRefusedError, PlaceTakenError, rpc.AddressInUseError and DirectoryRemovedError,
+    which the operator has to put right. All else is waited out.
     """
     settings = loaded.settings
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `watch_settings` listens, which reads the file once more
@@ -55,32 +61,49 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded]) -> None:
     node = NodeState(loaded.policy, settings.sample_interval, check_size)
     counters, watchdog = Counters(), Watchdog()
     registrations = Registrations(counters)
-    async with trio.open_nursery() as nursery:
-        stop_on_signal(nursery.cancel_scope)
-        nursery.start_soon(exit_when_stuck)
-        # Sources
-        monitor = None
-        if settings.simulate:
-            nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults)
-        else:
-            monitor = Monitor(node, loaded.xids, await _load_faults(settings), counters.nvml_errors)
-            nursery.start_soon(_watch_driver, settings, monitor, node, watchdog)
-        nursery.start_soon(limit_containers, _limit_options(settings), node)
-        guard = _guard(settings, node, counters, nursery)
-        nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"), guard)
-        nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
-        # Front-ends
-        nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog)
-        # Observers
-        if settings.metrics_address or settings.status_socket:
-            # Imported here, and in a thread: a registration does not wait for it.
-            endpoints = await trio.to_thread.run_sync(_import_endpoints)
-            observer = Observer(node, registrations, counters, watchdog, monitor)
-            nursery.start_soon(endpoints.run, observer, settings.metrics_address, settings.status_socket)
+    place = Place(Path(settings.plugin_directory), settings.resource_name, standby=settings.standby)
+    succession = Succession()
+    # What answers the kubelet outlives the rest, until a daemon that stands by has taken over.
+    async with trio.open_nursery() as front_ends:
+        async with trio.open_nursery() as nursery:
+            stop_on_signal(nursery.cancel_scope, front_ends.cancel_scope)
+            nursery.start_soon(partial(exit_when_stuck, alive=partial(_give_sign, alive)))
+            nursery.start_soon(_stop_with_parent, alive, nursery.cancel_scope)
+            front_ends.start_soon(place.keep)
+            await place.decided.wait()
+            # Sources
+            monitor = None
+            sender = limit_file.LimitSender(node.enforcement, _limit_file(settings), fault_file.read_boot_id())
+            if settings.simulate:
+                nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults)
+            else:
+                record = FaultRecord() if place.waiting else await _load_faults(settings)
+                monitor = Monitor(node, loaded.xids, record, counters.nvml_errors)
+                # Beside the front-ends: a container that is about to start may wait for a memory limit.
+                front_ends.start_soon(_watch_driver, settings, monitor, watchdog, sender.feed)
+            in_place = trio.Event()
+            guard = _guard(settings, node, counters, nursery, in_place)
+            nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"), guard)
+            nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
+            nursery.start_soon(_move_in, place, settings, monitor, sender, succession, in_place)
+            # Front-ends
+            served = (node, settings, registrations, counters, watchdog, succession)
+            front_ends.start_soon(_after, in_place, partial(registrar.run, *served))
+            front_ends.start_soon(_after, in_place, partial(limit_containers, _limit_options(settings), node))
+            nursery.start_soon(confirm, place, node, registrations)
+            # Observers
+            if settings.metrics_address or settings.status_socket:
+                # Imported here, and in a thread: a registration does not wait for it.
+                endpoints = await trio.to_thread.run_sync(_import_endpoints)
+                observer = Observer(node, registrations, counters, watchdog, monitor, lambda: place.waiting)
+                addresses = (settings.metrics_address, settings.status_socket)
+                nursery.start_soon(endpoints.run, observer, *addresses, in_place)
+        await hand_over(place, succession, node, registrations)
+        front_ends.cancel_scope.cancel()
 
 
-def stop_on_signal(scope: trio.CancelScope) -> None:
-    """Cancel the scope at SIGTERM and SIGINT, however often they come.
+def stop_on_signal(scope: trio.CancelScope, rest: trio.CancelScope) -> None:
+    """Cancel the scope at SIGTERM and SIGINT, however often they come, and the rest too from the second one on.
 
     trio's own receiver hands a signal that comes twice back to the handler of before, which would end the process
     in the middle of its clean-up.
@@ -88,7 +111,9 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
     token = trio.lowlevel.current_trio_token()
 
     def stop(number: int) -> None:
-        if not scope.cancel_called:
+        if scope.cancel_called:
+            rest.cancel()
+        else:
             logger.info("%s: stopping", signal.Signals(number).name)
             scope.cancel()
 
@@ -100,28 +125,62 @@ def stop_on_signal(scope: trio.CancelScope) -> None:
         signal.signal(number, handler)
 
 
-async def _watch_driver(settings: Settings, monitor: Monitor, node: NodeState, watchdog: Watchdog) -> None:
+def _give_sign(alive: int | None) -> None:
+    if alive is not None:
+        with suppress(BrokenPipeError):
+            os.write(alive, b".")
+
+
+async def _stop_with_parent(alive: int | None, scope: trio.CancelScope) -> None:
+    """Cancel the scope when the parent process has ended, with which our container or service has, too."""
+    if alive is not None:
+        await trio.lowlevel.wait_readable(alive)  # a pipe that nobody reads any more is an error, which wakes
+        logger.warning("the parent process has ended: stopping")
+        scope.cancel()
+
+
+async def _move_in(
+    place: Place,
+    settings: Settings,
+    monitor: Monitor | None,
+    sender: limit_file.LimitSender,
+    succession: Succession,
+    in_place: trio.Event,
+) -> None:
+    """Take the place, and what a predecessor has recorded by then: faults and limits, which are recorded here then."""
+    succession.took_over = place.waiting
+    await place.taken.wait()
+    if monitor and succession.took_over:
+        monitor.adopt(await _load_faults(settings))
+    await sender.load()
+    in_place.set()
+    if monitor and settings.state_file:
+        await fault_file.save_changes(Path(settings.state_file), fault_file.read_boot_id(), monitor)
+
+
+async def _after(event: trio.Event, function: Callable[[], Awaitable[None]]) -> None:
+    await event.wait()
+    await function()
+
+
+async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog, feed: Feed) -> None:
     config = WorkerConfig(
         host_path=settings.host_path,
         dev_directory=settings.dev_directory,
         sysfs_directory=settings.sysfs_directory,
         interval=settings.sample_interval,
     )
-    boot_id = fault_file.read_boot_id()
-    file = Path(settings.state_file).with_name(limit_file.NAME) if settings.state_file else None
-    sender = limit_file.LimitSender(node.enforcement, file, boot_id)
-    await sender.load()
-    async with trio.open_nursery() as nursery:
-        expect = partial(watchdog.arm, "driver")
-        nursery.start_soon(supervise, config, monitor, settings.driver_timeout, expect, sender.feed)
-        if settings.state_file:
-            nursery.start_soon(fault_file.save_changes, Path(settings.state_file), boot_id, monitor)
+    await supervise(config, monitor, settings.driver_timeout, partial(watchdog.arm, "driver"), feed)
 
 
 async def _load_faults(settings: Settings) -> FaultRecord:
     if not settings.state_file:
         return FaultRecord()
     return await trio.to_thread.run_sync(fault_file.load, Path(settings.state_file), fault_file.read_boot_id())
+
+
+def _limit_file(settings: Settings) -> Path | None:
+    return Path(settings.state_file).with_name(limit_file.NAME) if settings.state_file else None
 
 
 def _watch_options(settings: Settings) -> WatchOptions:
@@ -148,16 +207,17 @@ def _places(settings: Settings) -> Places:
 
 
 def _guard(
-    settings: Settings, node: NodeState, counters: Counters, nursery: trio.Nursery
+    settings: Settings, node: NodeState, counters: Counters, nursery: trio.Nursery, in_place: trio.Event
 ) -> Callable[[Sample | None], None]:
-    """Return the memory guard, which is called with each sample, and ends processes in the nursery."""
+    """Return the memory guard, which is called with each sample, and ends processes in the nursery, once in place."""
     if settings.memory_guard == "off":
         return lambda sample: None
     part, fixed = parse_tolerance(settings.memory_guard_tolerance)
     exempt = frozenset(split_names(settings.memory_guard_exempt_namespaces))
     policy = GuardPolicy(settings.memory_guard_threshold, part, fixed, exempt)
     options = GuardOptions(policy, settings.memory_guard == "terminate", settings.memory_guard_grace)
-    return Guard(options, _places(settings), node, counters.guard_actions, nursery).look
+    guard = Guard(options, _places(settings), node, counters.guard_actions, nursery)
+    return lambda sample: guard.look(sample) if in_place.is_set() else None
 
 
 def _apply(node: NodeState, policy: Policy) -> str:

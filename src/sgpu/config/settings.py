@@ -118,6 +118,11 @@ class Settings:
         ":2112", ADDRESS, "address of metrics and probes; without a host: all interfaces; empty: not served"
     )
     status_socket: str = setting("/run/sgpu/status.sock", FILE, "socket for `sgpu status`, for root only; empty: none")
+    standby: bool = setting(
+        False,
+        BOOLEAN,
+        "where another daemon serves the resource, wait and take over when it stops, instead of exiting (for surge)",
+    )
     simulate: int = setting(0, integer(0, 64), "number of simulated GPUs to offer instead of real ones; 0: none")
     simulate_faults: str = setting(
         "", FILE, "with -simulate: file with the numbers of unhealthy GPUs, one per line; read while running"

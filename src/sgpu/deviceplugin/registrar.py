@@ -11,6 +11,7 @@ import trio
 from sgpu.config.settings import Settings
 from sgpu.deviceplugin.servicer import PluginContext
 from sgpu.deviceplugin.session import loop_name, stay_registered
+from sgpu.deviceplugin.succession import Succession
 from sgpu.lib.concurrency import race, wait_until
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.rank import MultiShare, Placement
@@ -24,7 +25,12 @@ FAREWELL: Final = 2.0
 
 
 async def run(
-    node: NodeState, settings: Settings, registrations: Registrations, counters: Counters, watchdog: Watchdog
+    node: NodeState,
+    settings: Settings,
+    registrations: Registrations,
+    counters: Counters,
+    watchdog: Watchdog,
+    succession: Succession,
 ) -> NoReturn:
     """Keep each resource of the policy registered as soon as there is a GPU for it. Raises rpc.AddressInUseError.
 
@@ -43,7 +49,8 @@ async def run(
     async def register(resource: str) -> None:
         await wait_until(lambda: bool(node.offered(resource)), node.changed)
         context = PluginContext(node, resource, options)
-        await stay_registered(Path(settings.plugin_directory), context, registrations, counters, watchdog)
+        plugins = Path(settings.plugin_directory)
+        await stay_registered(plugins, context, registrations, counters, watchdog, succession)
 
     async with trio.open_nursery() as nursery:
         while True:

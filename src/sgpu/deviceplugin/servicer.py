@@ -17,7 +17,7 @@ from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
 from sgpu.deviceplugin import messages
 from sgpu.deviceplugin.preferred import preferred
 from sgpu.deviceplugin.prestart import wait_limited
-from sgpu.lib.concurrency import Broadcast, race
+from sgpu.lib.concurrency import Broadcast, race, wait_until
 from sgpu.node.edits import AllocationError, AllocationOptions, ContainerEdits, UnknownShareError
 from sgpu.node.offers import Offer
 from sgpu.node.state import NodeState
@@ -30,11 +30,14 @@ logger = logging.getLogger(__name__)
 class Streams:
     """The ListAndWatch streams of one session: how many are open, and when they should end.
 
-    They are counted in `registration`. One session at a time has any.
+    They are counted in `registration`. One session at a time has any. `asked`: the kubelet asked for our options, as
+    from 1.25 on; `refusing`: it gets none any more, so that a registration fails.
     """
 
     def __init__(self, registration: Registration | None = None) -> None:
         self.ending = trio.Event()
+        self.asked = False
+        self.refusing = False
         self._registration = registration or Registration()
         self._changed = Broadcast()
 
@@ -46,6 +49,11 @@ class Streams:
             yield
         finally:
             self._count(-1)
+
+    async def wait_dropped(self) -> None:
+        """Wait until a stream was open, and none is any more."""
+        await wait_until(lambda: self._registration.streams > 0, self._changed)
+        await wait_until(lambda: self._registration.streams == 0, self._changed)
 
     async def wait_lost(self, grace: float) -> None:
         """Wait until no stream has been open for `grace` seconds on end."""
@@ -62,6 +70,7 @@ class Streams:
     def _count(self, difference: int) -> None:
         self._registration.streams += difference
         self._changed.notify()
+        self._registration.changed.notify()
 
 
 @attrs.frozen
@@ -83,6 +92,9 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
     def GetDevicePluginOptions(  # type: ignore[override]  # purerpc's base waits
         self, _: v1beta1_pb2.Empty
     ) -> v1beta1_pb2.DevicePluginOptions:
+        self._streams.asked = True
+        if self._streams.refusing:
+            raise RpcError(StatusCode.UNAVAILABLE, "this plugin hands over to another one")
         return options(self._context)
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -15,6 +16,7 @@ from sgpu.config.settings import endpoint
 from sgpu.deviceplugin import registration
 from sgpu.deviceplugin.registration import RegistrationFailedError
 from sgpu.deviceplugin.servicer import PluginContext, Streams, has_limits, options, plugin_routes
+from sgpu.deviceplugin.succession import Succession
 from sgpu.lib.concurrency import race, wait_until
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import Directory, open_directory
@@ -36,6 +38,9 @@ STREAM_GRACE: Final = 10.0
 #: Seconds that the kubelet gets to let go of the old session's connection. Its own clean-up takes milliseconds;
 #: a registration before it is done would be cleaned up with it.
 DRAIN_TIMEOUT: Final = 2.0
+#: Seconds after a registration in which a stream that ends is taken to be the old one's fault: a kubelet that sees the
+#: end of a predecessor's stream late disconnects whoever has the resource by then.
+PREDECESSOR_GRACE: Final = 5.0
 #: Seconds that the longest attempt to register takes: three versions of the API are tried.
 ATTEMPT_TIMEOUT: Final = 3 * registration.REGISTER_TIMEOUT + LAST_RETRY
 
@@ -63,15 +68,20 @@ def loop_name(resource: str) -> str:
 
 
 async def stay_registered(
-    plugins: Path, context: PluginContext, registrations: Registrations, counters: Counters, watchdog: Watchdog
+    plugins: Path,
+    context: PluginContext,
+    registrations: Registrations,
+    counters: Counters,
+    watchdog: Watchdog,
+    succession: Succession,
 ) -> NoReturn:
     """Keep a resource registered in the plugin directory, one session after the other.
 
-    A session ends when the kubelet restarts or forgets the plugin.
+    A session ends when the kubelet restarts or forgets the plugin. When the daemon leaves, it withdraws.
 
     Raises rpc.AddressInUseError or DirectoryRemovedError.
     """
-    session = Session(context, registrations, counters, watchdog)
+    session = Session(context, registrations, counters, watchdog, succession)
     problem = OnChange(logger, logging.WARNING)
     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
@@ -94,13 +104,19 @@ class Session:
     """State that the sessions of one resource share."""
 
     def __init__(
-        self, context: PluginContext, registrations: Registrations, counters: Counters, watchdog: Watchdog
+        self,
+        context: PluginContext,
+        registrations: Registrations,
+        counters: Counters,
+        watchdog: Watchdog,
+        succession: Succession,
     ) -> None:
         self._context = context
         self._resource = context.resource
         self._registrations = registrations
         self._counters = counters
         self._watchdog = watchdog
+        self._succession = succession
         self._problem = OnChange(logger, logging.WARNING)
 
     def expect_attempt(self) -> None:
@@ -119,20 +135,28 @@ class Session:
             ours = rpc.identity(socket)
             streams = Streams(registered)
             table = plugin_routes(self._context, streams)
+            leaving = self._succession.leaving
             async with trio.open_nursery() as connections:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(directory.watch)
-                    handler = partial(rpc.serve_connection, table, ended=self._counters.called)
-                    nursery.start_soon(serve, [listener], handler, connections)
-                    reason = await race(
-                        partial(_wait_socket_gone, directory, socket, ours),
-                        partial(self._stay_registered, directory, streams),
-                    )
-                    nursery.cancel_scope.cancel()
+                with self._succession.session():
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(directory.watch)
+                        handler = partial(rpc.serve_connection, table, ended=self._counters.called)
+                        nursery.start_soon(serve, [listener], handler, connections)
+                        reason = await race(
+                            partial(_wait_socket_gone, directory, socket, ours),
+                            partial(self._stay_registered, directory, streams),
+                            partial(_wait_leaving, leaving),
+                        )
+                        if leaving.is_set():
+                            await self._withdraw(directory.path / registration.SOCKET, streams)
+                        nursery.cancel_scope.cancel()
+                if leaving.is_set():  # calls are answered until all is over; the socket's name is the successor's
+                    await self._succession.staying.wait()
                 # End the streams and let the kubelet hang up: it then forgets whatever has this resource's name, so it
                 # must not receive a new registration before.
                 streams.ending.set()
-                connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
+                patience = 0.0 if leaving.is_set() else DRAIN_TIMEOUT
+                connections.cancel_scope.deadline = trio.current_time() + patience
         return reason
 
     async def _stay_registered(self, directory: Directory, streams: Streams) -> str:
@@ -154,6 +178,7 @@ class Session:
                         partial(_wait_kubelet_replaced, directory, pin),
                         partial(_wait_no_stream, streams),
                         partial(_wait_limits_switched, self._context, limited=limited),
+                        partial(self._wait_dropped, streams),
                     )
                 with trio.move_on_after(next(delays)) as scope:
                     await directory.wait_until(lambda: rpc.identity(path) != pin)
@@ -161,10 +186,34 @@ class Session:
                     # A socket that was just made is about to be listened on.
                     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
 
-    async def _register(self, kubelet_socket: Path) -> bool:
+    async def _withdraw(self, kubelet_socket: Path, streams: Streams) -> None:
+        """Let the kubelet forget this registration without a consequence.
+
+        From 1.25 on the kubelet disconnects whoever has the resource when a stream ends, and marks all devices
+        unhealthy. But it forgets a resource's plugin, and nothing else, when a registration of the resource fails: then
+        the end of the stream concerns nobody, the devices stay as they were, and calls still come over the connection.
+        """
+        if not streams.asked:  # up to 1.24, the end of a stream concerns its own registration alone: it may last
+            return
+        streams.refusing = True
+        with suppress(RegistrationFailedError):
+            await self._attempt(kubelet_socket)
+        streams.ending.set()
+
+    async def _wait_dropped(self, streams: Streams) -> str:
+        if self._succession.took_over:
+            with trio.move_on_after(PREDECESSOR_GRACE):
+                await streams.wait_dropped()
+                return "the kubelet disconnected it with the daemon before it"
+        await trio.sleep_forever()
+
+    async def _attempt(self, kubelet_socket: Path) -> str:
         offered = options(self._context)
+        return await registration.register(kubelet_socket, endpoint(self._resource), self._resource, offered)
+
+    async def _register(self, kubelet_socket: Path) -> bool:
         try:
-            version = await registration.register(kubelet_socket, endpoint(self._resource), self._resource, offered)
+            version = await self._attempt(kubelet_socket)
         except RegistrationFailedError as error:
             self._problem.report(f"{self._resource} is not registered: {error}")
             return False
@@ -184,6 +233,11 @@ async def _overtaken(directory: Directory, asked: rpc.Identity | None) -> bool:
     """Wait until there is another kubelet to ask: the one that was asked may be gone, or going, and never answer."""
     await _wait_kubelet_replaced(directory, asked)
     return False
+
+
+async def _wait_leaving(leaving: trio.Event) -> str:
+    await leaving.wait()
+    return "no daemon took over"
 
 
 async def _wait_kubelet_replaced(directory: Directory, registered: rpc.Identity | None) -> str:

@@ -76,6 +76,20 @@ class Monitor:
         self.record = record
         self.record_changed = Broadcast()
 
+    def adopt(self, record: FaultRecord) -> None:
+        """Take what another daemon has recorded by now, beside what was seen here."""
+        for uuid, faults in record.faults.items():
+            condition = self._conditions.get(uuid, Condition())
+            reasons = {fault.reason for fault in faults}
+            seen_here = tuple(fault for fault in condition.faults if fault.reason not in reasons)
+            adopted = attrs.evolve(condition, faults=(*faults, *seen_here))
+            reloaded = "" not in (self.driver_version, record.driver_version) and (
+                self.driver_version != record.driver_version
+            )
+            self._conditions[uuid] = health.reloaded(adopted) if reloaded else adopted
+        self.driver_version = self.driver_version or record.driver_version
+        self._publish()
+
     def report(self, report: Report) -> None:
         """Take a poll that came back."""
         now = self._clock()
@@ -179,8 +193,8 @@ class Monitor:
         reasons = self._conditions[report.uuid].reasons
         before = self._gpus.get(report.uuid)
         faults = self._conditions[report.uuid].faults
-        # After a restart of the daemon the fault is older than what it has seen of the GPU.
-        age = max((self._clock() - fault.since for fault in faults), default=0.0) if before is None else 0.0
+        # A fault that another daemon recorded is older than what this one has seen of the GPU.
+        age = max((self._clock() - fault.since for fault in faults), default=0.0)
         new = Gpu(
             uuid=report.uuid,
             name=report.name,

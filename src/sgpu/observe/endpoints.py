@@ -43,17 +43,17 @@ JSON: Final = "application/json"
 Bind = Callable[[], AbstractAsyncContextManager[Sequence[trio.SocketListener]]]
 
 
-async def run(observer: Observer, metrics_address: str, status_socket: str) -> None:
-    """Serve both; an empty address or path is left out."""
+async def run(observer: Observer, metrics_address: str, status_socket: str, in_place: trio.Event) -> None:
+    """Serve both; an empty address or path is left out. `in_place`: no other daemon serves on this node any more."""
     async with trio.open_nursery() as nursery:
         if metrics_address:
-            nursery.start_soon(serve_metrics, metrics_address, observer)
+            nursery.start_soon(serve_metrics, metrics_address, observer, in_place)
         if status_socket:
-            nursery.start_soon(serve_status, Path(status_socket), observer)
+            nursery.start_soon(serve_status, Path(status_socket), observer, in_place)
 
 
-async def serve_metrics(address: str, observer: Observer) -> NoReturn:
-    """Serve metrics and probes on an address as `values.split_address` takes it."""
+async def serve_metrics(address: str, observer: Observer, in_place: trio.Event) -> NoReturn:
+    """Serve metrics and probes on an address as `values.split_address` takes it, a standby's too."""
     host, port = split_address(address) or ("", 0)
     sys.setswitchinterval(SWITCH_INTERVAL)
     one_at_a_time = trio.CapacityLimiter(1)  # or a burst of scrapes would take the processor from the kubelet's calls
@@ -69,14 +69,15 @@ async def serve_metrics(address: str, observer: Observer) -> NoReturn:
         return _probed(probes.stuck(observer.watchdog.expired()))
 
     async def readyz(_: Request) -> Response:
-        return _probed(probes.unready(observer.snapshot()))
+        now = observer.snapshot()
+        return _probed(probes.unready(now), "ok, standing by" if now.standby else "ok")
 
     async def index(_: Request) -> Response:
         return text(200, f"sgpu {__version__}\n\n/metrics  for Prometheus\n/healthz  alive?\n/readyz   ready?")
 
     routes: Routes = {"/": index, "/metrics": metrics, "/healthz": healthz, "/readyz": readyz}
     remedy = "stop what has it, or choose another -metrics-address; without it, the kubelet's probes fail"
-    await _serve(address, partial(_tcp, host, port), routes, remedy)
+    await _serve(address, partial(_tcp, host, port), routes, remedy, in_place)
 
 
 def _page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
@@ -85,22 +86,23 @@ def _page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: 
     return metrics.page(snapshot, counters, accept, accept_encoding)
 
 
-def _probed(problem: str) -> Response:
-    return text(503, problem) if problem else text(200, "ok")
+def _probed(problem: str, well: str = "ok") -> Response:
+    return text(503, problem) if problem else text(200, well)
 
 
-async def serve_status(path: Path, observer: Observer) -> NoReturn:
-    """Answer `status` on a socket that only its owner can connect to."""
+async def serve_status(path: Path, observer: Observer, in_place: trio.Event) -> NoReturn:
+    """Answer `status` on a socket that only its owner can connect to, once no other daemon does."""
+    await in_place.wait()
 
     async def status(_: Request) -> Response:
         return Response(200, await trio.to_thread.run_sync(snapshot.encode, observer.snapshot()), JSON)
 
     remedy = "`sgpu status` has no answer until then; -status-socket says where, -status-socket= that it is not wanted"
-    await _serve(str(path), partial(_unix, path), {"/status": status}, remedy)
+    await _serve(str(path), partial(_unix, path), {"/status": status}, remedy, in_place)
 
 
-async def _serve(where: str, bind: Bind, routes: Routes, remedy: str) -> NoReturn:
-    """Listen and serve; try again, less and less often, as long as that fails."""
+async def _serve(where: str, bind: Bind, routes: Routes, remedy: str, in_place: trio.Event) -> NoReturn:
+    """Listen and serve; try again as long as that fails: less and less often, and once when the daemon is in place."""
     problem = OnChange(logger, logging.WARNING)
     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
     while True:
@@ -112,7 +114,8 @@ async def _serve(where: str, bind: Bind, routes: Routes, remedy: str) -> NoRetur
         except* (OSError, rpc.AddressInUseError) as group:
             error = group.exceptions[0]
             problem.report(f"cannot listen on {where}, trying again: {error}; {remedy}")
-        await trio.sleep(next(delays))
+        with trio.move_on_after(next(delays)):
+            await (trio.Event() if in_place.is_set() else in_place).wait()
 
 
 @asynccontextmanager

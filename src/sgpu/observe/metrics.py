@@ -60,7 +60,9 @@ def page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: s
 
 
 def families(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
-    """Yield all series, except those of the process."""
+    """Yield all series, except those of the process. The node's are the serving daemon's, not the standby's."""
+    if snapshot.standby:
+        snapshot = attrs.evolve(snapshot, gpus=(), resources=())
     yield from _of_gpus(snapshot)
     yield from _of_containers(snapshot)
     yield from _of_daemon(snapshot, counters)

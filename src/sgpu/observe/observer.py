@@ -24,13 +24,17 @@ from sgpu.observe.watchdog import Watchdog
 
 @attrs.frozen
 class Observer:
-    """Reads all of it. `monitor` is None where there is no driver; `wall_clock` is in seconds since the epoch."""
+    """Reads all of it. `monitor` is None where there is no driver; `standby` says whether another daemon serves.
+
+    `wall_clock` is in seconds since the epoch.
+    """
 
     node: NodeState
     registrations: Registrations
     counters: Counters
     watchdog: Watchdog
     monitor: Monitor | None
+    standby: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = trio.current_time
     wall_clock: Callable[[], float] = time.time
 
@@ -59,6 +63,7 @@ class Observer:
             gpus=tuple(gpus),
             simulated=self.monitor is None,
             stale_answers=usage.stale_answers,
+            standby=self.standby(),
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:

@@ -18,12 +18,14 @@ def stuck(expired: Mapping[str, float]) -> str:
 
 
 def unready(snapshot: Snapshot) -> str:
-    """Say why the kubelet can't hand out the node's shares; empty if it can."""
+    """Say why the kubelet can't hand out the node's shares; empty if it can, or if a standby lacks only the place."""
     if not snapshot.gpus:
         return f"waiting for the driver: {snapshot.waiting}" if snapshot.waiting else "no GPU has been seen yet"
     offered = {gpu.resource for gpu in snapshot.gpus if gpu.resource}
     if not offered:
         return "all GPUs are excluded by the rules of the -config file"
+    if snapshot.standby:
+        return ""
     for resource in snapshot.resources:
         if resource.name in offered and not resource.registered:
             return f"{resource.name} is not registered with the kubelet"

@@ -10,15 +10,20 @@ from contextlib import contextmanager
 
 import attrs
 
+from sgpu.lib.concurrency import Broadcast
 from sgpu.observe.counters import Counters
 
 
 @attrs.define(eq=False)
 class Registration:
-    """One resource: whether the kubelet took the last registration, and how many ListAndWatch streams are open."""
+    """One resource: whether the kubelet took the last registration, and how many ListAndWatch streams are open.
+
+    Whoever changes `streams` notifies `changed`.
+    """
 
     registered: bool = False
     streams: int = 0
+    changed: Broadcast = attrs.Factory(Broadcast)
 
 
 class Registrations:
@@ -26,13 +31,14 @@ class Registrations:
 
     def __init__(self, counters: Counters) -> None:
         self.by_resource: dict[str, Registration] = {}
+        self.changed = Broadcast()
         self._counters = counters
         self._kubelet: object = None  # what tells one kubelet from another; None until one took a registration
 
     @contextmanager
     def session(self, resource: str) -> Iterator[Registration]:
         """Open a session of this resource; only in a session can it be registered."""
-        registration = self.by_resource.setdefault(resource, Registration())
+        registration = self.by_resource.setdefault(resource, Registration(changed=self.changed))
         try:
             yield registration
         finally:
@@ -41,10 +47,16 @@ class Registrations:
     def attempted(self, resource: str, kubelet: object, success: bool) -> None:
         """Record the outcome of an attempt to register in a session. `kubelet` tells one kubelet from another."""
         self.by_resource[resource].registered = success
+        self.changed.notify()
         self._counters.registrations[resource, success] += 1
         if success:
             self._counters.kubelet_restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
+
+    def serves(self, resource: str) -> bool:
+        """Return whether the kubelet took the registration of this resource, and has a stream open."""
+        registration = self.by_resource.get(resource)
+        return registration is not None and registration.registered and registration.streams > 0
 
     def remove(self, resource: str) -> None:
         """Forget a resource that is no longer offered."""

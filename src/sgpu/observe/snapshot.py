@@ -54,7 +54,8 @@ class Snapshot:
     `waiting` says why there is no GPU, empty if there is one or was. `sampled_at`: when the driver last answered; None
     if never. `holders_known`: the kubelet lists which container has which share. `processes_problem`: why processes
     can't be attributed to containers, empty if they can or there are none. `simulated`: there is no driver, and no
-    process uses the GPUs. `stale_answers`: pods that would get other GPUs than theirs if they started again.
+    process uses the GPUs. `standby`: another daemon serves the kubelet, and this one waits to take over.
+    `stale_answers`: pods that would get other GPUs than theirs if they started again.
     """
 
     version: str
@@ -68,6 +69,7 @@ class Snapshot:
     gpus: tuple[GpuSnapshot, ...]
     simulated: bool = False
     stale_answers: tuple[StaleAnswer, ...] | None = None
+    standby: bool = False
 
 
 def encode(snapshot: Snapshot) -> bytes:

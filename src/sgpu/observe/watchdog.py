@@ -17,14 +17,18 @@ INTERVAL: Final = 5.0
 GRACE: Final = 60.0
 
 
-async def exit_when_stuck(stuck_after: float = STUCK_AFTER, interval: float = INTERVAL) -> NoReturn:
+async def exit_when_stuck(
+    stuck_after: float = STUCK_AFTER, interval: float = INTERVAL, *, alive: Callable[[], object] = lambda: None
+) -> NoReturn:
     """Exit with code 1, and the stack of each thread on standard error, once the event loop is stuck for so long.
 
-    Standard error is file descriptor 2. A thread of the interpreter's own does it, which needs no lock of Python's.
+    `alive` is called now and then as long as it is not. Standard error is file descriptor 2. A thread of the
+    interpreter's own does it, which needs no lock of Python's.
     """
     try:
         while True:
             faulthandler.dump_traceback_later(stuck_after, exit=True, file=2)
+            alive()
             await trio.sleep(interval)
     finally:
         faulthandler.cancel_dump_traceback_later()

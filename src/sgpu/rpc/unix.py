@@ -28,8 +28,8 @@ class AddressInUseError(Exception):
     """Another live process listens on that socket. Its process id is 0 when it is not visible from here."""
 
     def __init__(self, path: Path, pid: int) -> None:
-        who = f"process {pid} ({_command_line(pid)})" if pid else "another process"
-        super().__init__(f"{who} already listens on {path}")
+        self.who = f"process {pid} ({_command_line(pid)})" if pid else "another process"
+        super().__init__(f"{self.who} already listens on {path}")
         self.path = path
         self.pid = pid
 
