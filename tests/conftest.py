@@ -1,14 +1,22 @@
 """Fixtures that several files share."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 from node import Node, new_node
 
-# A busy machine can be slow with any example; what hangs, hangs for longer than any deadline.
-hypothesis.settings.register_profile("sgpu", deadline=None)
-hypothesis.settings.load_profile("sgpu")
+#: Examples of each property in `tox -e fuzz`.
+EXAMPLES = int(os.environ.get("SGPU_FUZZ_EXAMPLES", "5000"))
+
+# No deadline: a busy machine can be slow with any example. The same examples each time, so that what fails was broken
+# by a change; `tox -e fuzz` looks for others.
+hypothesis.settings.register_profile("sgpu", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, max_examples=EXAMPLES, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 
 @pytest.fixture

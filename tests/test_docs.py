@@ -74,6 +74,16 @@ def test_named_files(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_named_tests() -> None:
+    """Each test that SECURITY.md names exists, and each row of who can reach what names one."""
+    text = (ROOT / "SECURITY.md").read_text()
+    for file, name in re.findall(r"`(test_\w+)::(test_\w+)`", text):
+        assert re.search(rf"^ *(async )?def {name}\(", (ROOT / f"tests/{file}.py").read_text(), re.MULTILINE), name
+    _, _, *rows = re.findall(r"^\|.*\|$", text.partition("## Who can reach it")[2].partition("\n## ")[0], re.MULTILINE)
+    assert rows
+    assert [row for row in rows if "::test_" not in row] == []
+
+
 @each_page
 def test_flags(page: Path) -> None:
     """Each flag that is written as code is a setting, or an option of a command."""

@@ -157,6 +157,22 @@ def test_wait_fails(node: Node) -> None:
         assert made.listener.failed
 
 
+def test_no_thread(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do without, with a problem that names the limit, where the kernel refuses a thread; try again later."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with listening(node, listen=False) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            made.listener.listen()
+        assert "pids.max" in made.listener.problem
+        assert not made.listener.failed
+        made.listener.listen()
+        assert made.listener.problem == ""
+
+
 def test_parent_gone(node: Node) -> None:
     """Stop listening, and wake the worker, when nobody reads the events."""
 

@@ -47,7 +47,7 @@ from sgpu.driver.messages import (
     decode_config,
     encode,
 )
-from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, no_input, run_worker
+from sgpu.driver.process import EXIT_TIMEOUT, LONGEST_LINE, START_TIMEOUT, Feed, Outcome, no_input, run_worker
 
 GPU_CALL = CallStarted("GPU-a")
 EVENT = DriverEvent("GPU-b", EventKind.XID, 79)
@@ -157,7 +157,11 @@ class TestMessages:
         ran = run(monkeypatch, exits(-6, report("GPU-a"), encode(report("GPU-b"))[:-9]))
         assert ran.messages == [report("GPU-a")]
 
-    @pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"\n", b"\xff\xfe\n"], ids=["text", "empty", "bytes"])
+    @pytest.mark.parametrize(
+        "garbage",
+        [b"Segmentation fault\n", b"\n", b"\xff\xfe\n", b"x" * (LONGEST_LINE + 1)],
+        ids=["text", "empty", "bytes", "a line without an end"],
+    )
     def test_garbage(self, monkeypatch: pytest.MonkeyPatch, garbage: bytes) -> None:
         """End a process at once that writes something else, and blame the call it was in."""
         ran = run(monkeypatch, emits(GPU_CALL, garbage))
@@ -247,6 +251,7 @@ class TestExit:
         ran = run(monkeypatch, exits(code, *messages))
         assert ran.outcome
         assert status in ran.outcome.problem
+        assert ("before it asked" in ran.outcome.problem) is not bool(messages)
         assert (ran.outcome.in_call, ran.seconds) == (in_call, 0.0)
 
     def test_closed_pipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +274,7 @@ def test_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(trio.lowlevel, "open_process", refuse)
     outcome = trio.run(run_worker, CONFIG, DEADLINE, [], print)
-    assert "Resource temporarily unavailable" in outcome.problem
+    assert "Resource temporarily unavailable; no more processes" in outcome.problem
     assert outcome.in_call == ""
 
 

@@ -9,7 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from sgpu.lib.listeners import LIMITS, serve
+from sgpu.lib.limits import CONNECTIONS
+from sgpu.lib.listeners import serve
 
 
 class Listener:
@@ -54,7 +55,7 @@ def served(*outcomes: int | str) -> list[str]:
     return handled
 
 
-@pytest.mark.parametrize("number", LIMITS)
+@pytest.mark.parametrize("number", CONNECTIONS)
 def test_out_of_something(number: int, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged once, however often it happens, and once more when it is over; nothing is lost."""
     caplog.set_level(logging.WARNING)

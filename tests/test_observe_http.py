@@ -11,8 +11,6 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
-from hypothesis import strategies as st
 from virtual_clock import virtual
 
 from sgpu.observe import http
@@ -160,29 +158,6 @@ class TestAnswers:
     async def test_hanging_up(self, last: bytes) -> None:
         """Hang up after the answer where the peer expects it, whatever else was sent."""
         assert len(await exchange(last, HELLO)) == 1
-
-
-PIECES = [
-    *(b"GET ", b"HEAD ", b"POST ", b"CONNECT ", b"/hello", b"/bug", b"*", b"http://x/hello", b" HTTP/1.1", b" HTTP/1"),
-    *(b"\r\n", b"\n", b"\r\n\r\n", b": ", b"\0", b"\xff", b"0\r\n\r\n", HOST, HELLO, HELLO[:-2], b"x" * 5000),
-    *(b"Connection: close\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n"),
-    *(b"Expect: 100-continue\r\n", b"Upgrade: h2c\r\nConnection: upgrade\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-]
-
-
-@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map(b"".join), max_size=4))
-@virtual
-async def test_whatever_is_sent(sent: list[bytes]) -> None:
-    """Raise nothing, and end when the peer hangs up."""
-    ours, theirs = trio.testing.memory_stream_pair()
-    with trio.fail_after(1):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(Server(ROUTES).serve_connection, ours)
-            with suppress(trio.BrokenResourceError):
-                for data in sent:
-                    await theirs.send_all(data)
-                    await trio.testing.wait_all_tasks_blocked()
-            await theirs.aclose()
 
 
 async def connect(nursery: trio.Nursery, server: Server, sent: bytes = b"") -> trio.StapledStream[Any, Any]:

@@ -4,6 +4,9 @@ import os
 import signal
 import sys
 
+#: What the loader says of a module's library for want of memory.
+NO_ROOM = "failed to map segment from shared object"
+
 
 def main() -> None:
     """Run the console script."""
@@ -14,12 +17,18 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
+    from sgpu.lib.limits import MEMORY
     from sgpu.parent import run_in_child
 
     def start(alive: int | None) -> int:
-        from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of the memory
+        try:
+            from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of memory
 
-        return run(sys.argv[1:], os.environ, alive)
+            return run(sys.argv[1:], os.environ, alive)
+        except (MemoryError, ImportError) as error:
+            if isinstance(error, ImportError) and not str(error).endswith(NO_ROOM):
+                raise
+            sys.exit(f"sgpu: {MEMORY}")
 
     sys.exit(start(None) if command else run_in_child(start))
 

@@ -16,6 +16,7 @@ from sgpu import __version__
 from sgpu.config.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
 from sgpu.config.settings import SETTINGS
 from sgpu.config.values import BOOLEAN, PATH, Kind, choice, seconds
+from sgpu.lib.limits import MEMORY
 from sgpu.lib.logs import printable
 from sgpu.lib.output import OutputError, checked_output
 
@@ -184,6 +185,8 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
         # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
         if refused := find_error(error, OffersRefusedError):
             return _fail(refused, USAGE)
+        if find_error(error, MemoryError):
+            return _fail(MEMORY, FAILED)
         for kind in (PlaceTakenError, rpc.AddressInUseError, DirectoryRemovedError):
             if found := find_error(error, kind):
                 return _fail(found, FAILED)
@@ -191,7 +194,7 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
     return OK
 
 
-def _fail(error: BaseException, code: int) -> int:
+def _fail(error: BaseException | str, code: int) -> int:
     print(f"sgpu: {error}", file=sys.stderr)
     return code
 

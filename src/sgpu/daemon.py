@@ -32,6 +32,7 @@ from sgpu.driver.monitor import Monitor
 from sgpu.driver.process import Feed
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.guard import GuardPolicy, Sample
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
@@ -94,7 +95,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             # Observers
             if settings.metrics_address or settings.status_socket:
                 # Imported here, and in a thread: a registration does not wait for it.
-                endpoints = await trio.to_thread.run_sync(_import_endpoints)
+                endpoints = await run_in_thread(_import_endpoints)
                 observer = Observer(node, registrations, counters, watchdog, monitor, lambda: place.waiting)
                 addresses = (settings.metrics_address, settings.status_socket)
                 nursery.start_soon(endpoints.run, observer, *addresses, in_place)
@@ -176,7 +177,7 @@ async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog
 async def _load_faults(settings: Settings) -> FaultRecord:
     if not settings.state_file:
         return FaultRecord()
-    return await trio.to_thread.run_sync(fault_file.load, Path(settings.state_file), fault_file.read_boot_id())
+    return await run_in_thread(fault_file.load, Path(settings.state_file), fault_file.read_boot_id())
 
 
 def _limit_file(settings: Settings) -> Path | None:

@@ -24,15 +24,23 @@ SIGNALED = 128
 FAILED = 1
 
 
-def run_in_child(start: Callable[[int], int]) -> int:
+def run_in_child(start: Callable[[int | None], int]) -> int:
     """Return what `start` returns, which runs in a child. It gets a pipe to write signs of life to.
 
     The pipe's other end is closed when the parent has ended. As long as there was no sign of life, none is expected.
+    Where the kernel refuses a child, it runs here, and gets no pipe.
     """
     signs, alive = os.pipe()
     waited = {*FORWARDED, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        for descriptor in (signs, alive):
+            os.close(descriptor)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        print(f"sgpu: cannot start a process ({error}): nothing ends a daemon that is stopped", file=sys.stderr)
+        return start(None)
     if child == 0:
         os.close(signs)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -13,7 +13,7 @@ from sgpu.config.settings import SETTINGS, Settings, endpoint
 from sgpu.config.values import BOOLEAN, MEMORY_LIMITS, NAMESPACES, NUMBERS, RESOURCE, SHARES, Kind, parse_limits
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
-from sgpu.lib.logs import printable
+from sgpu.lib.logs import cut, printable
 from sgpu.node.policy import BUS_ID, Policy, Rule
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX: Final = "SGPU_"
 #: Characters of a value that are quoted in a message.
 MOST_QUOTED: Final = 100
+#: Characters of a message: what is quoted of a file can be as long as the file.
+MOST_MESSAGE: Final = 1500
 #: What an entry of `gpus` in the file names GPUs by, and all that it takes.
 SELECTORS: Final = ("uuid", "pci-bus-id", "name")
 RULE_KINDS: Final = {
@@ -52,7 +54,7 @@ class UsageError(Exception):
     """A setting has an invalid value. One line: the setting, where it came from, what it takes."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(cut(printable(message), MOST_MESSAGE))
 
 
 @attrs.frozen
@@ -138,7 +140,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
             take(name, _check(name, _plain(kind, entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
         else:
             raise UsageError(
-                f"unknown key {name!r} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
+                f"unknown key {_quote(name)} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
             )
     for name in SETTINGS:
         variable = _variable(name)
@@ -227,7 +229,7 @@ def _rule(fields: object, place: str) -> Rule:
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if not isinstance(name, str) or name not in RULE_KINDS:
-            raise UsageError(f"gpus: unknown key {name!r} ({place}); an entry takes {', '.join(RULE_KINDS)}")
+            raise UsageError(f"gpus: unknown key {_quote(name)} ({place}); an entry takes {', '.join(RULE_KINDS)}")
         kind = RULE_KINDS[name]
         try:
             values[name] = kind.from_file(value)
@@ -258,8 +260,7 @@ def _check(name: str, value: object, origin: str, kind: Kind, convert: Any) -> o
 
 def _quote(value: object) -> str:
     """Return what the user gave, cut to what fits into a message."""
-    text = repr(value)
-    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…"
+    return cut(repr(value), MOST_QUOTED)
 
 
 def _plain(kind: Kind, value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -156,6 +157,14 @@ def _are_namespaces(text: str) -> bool:
     return all(re.fullmatch(_LABEL, name) for name in split_names(text))
 
 
+def _is_path(text: str) -> bool:
+    """Return whether a file could have this path: YAML knows characters that no name of a file has."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _are_numbers(text: str) -> bool:
     return not text or all(_NUMBER.fullmatch(number.strip()) for number in text.split(","))
 
@@ -168,12 +177,12 @@ TOLERANCE: Final = Kind(
 )
 BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
 PATH: Final = Kind(
-    "an absolute path", str, lambda value: PurePosixPath(value).is_absolute() and "\0" not in value, "PATH"
+    "an absolute path", str, lambda value: _is_path(value) and PurePosixPath(value).is_absolute(), "PATH"
 )
 FILE: Final = Kind(
     "the path of a file",
     str,
-    lambda value: "\0" not in value and (not value or bool(PurePosixPath(value).name)),
+    lambda value: _is_path(value) and (not value or bool(PurePosixPath(value).name)),
     "FILE",
 )
 ADDRESS: Final = Kind(

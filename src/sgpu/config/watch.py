@@ -21,6 +21,7 @@ from sgpu.lib.concurrency import Broadcast, race
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import open_directory
 from sgpu.lib.logs import OnChange
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.policy import OffersRefusedError, Policy
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ async def watch_settings(
             # it can have changed since the process started.
             hangup, seen = hangups.next, content_identity(Path(loaded.file))
             try:
-                new = await trio.to_thread.run_sync(reload, abandon_on_cancel=True)
+                new = await run_in_thread(reload, abandon_on_cancel=True)
                 offered = apply(new.policy)
                 usable = True
             except (UsageError, OffersRefusedError) as error:

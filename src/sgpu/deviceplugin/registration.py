@@ -14,6 +14,7 @@ from purerpc import StatusCode
 
 from sgpu import rpc
 from sgpu.api import v1alpha_pb2, v1beta1_pb2
+from sgpu.lib.limits import explain
 
 SOCKET: Final = "kubelet.sock"
 #: Seconds. Within `Register` the kubelet dials back, and gives that 10 s of its own.
@@ -71,8 +72,9 @@ async def register(
             if error.code is not StatusCode.UNIMPLEMENTED and VERSION_REFUSED not in error.message:
                 break
         except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-            message = f"the kubelet does not answer on {kubelet_socket}: {error}"
-            raise RegistrationFailedError(f"{message}; is it down, or is -plugin-directory not its own?") from error
+            cure = "is it down, or is -plugin-directory not its own?"
+            message = f"the kubelet does not answer on {kubelet_socket}: {explain(error, cure)}"
+            raise RegistrationFailedError(message) from error
         except trio.TooSlowError as error:
             raise RegistrationFailedError(
                 f"the kubelet did not answer on {kubelet_socket} within {REGISTER_TIMEOUT} s"

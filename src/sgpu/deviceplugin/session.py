@@ -20,6 +20,7 @@ from sgpu.deviceplugin.succession import Succession
 from sgpu.lib.concurrency import race, wait_until
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import Directory, open_directory
+from sgpu.lib.limits import explain
 from sgpu.lib.listeners import serve
 from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays
@@ -96,7 +97,8 @@ async def stay_registered(
         except OSError as error:  # the directory is not there yet, or is just being replaced
             if is_removed(plugins):
                 raise DirectoryRemovedError(plugins) from error
-            problem.report(f"waiting for {plugins}: {error}; -plugin-directory has to be the kubelet's, and writable")
+            cure = "-plugin-directory has to be the kubelet's, and writable"
+            problem.report(f"waiting for {plugins}: {explain(error, cure)}")
             await trio.sleep(next(delays))
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from sgpu.driver.messages import DriverEvent, EventKind, Message
 from sgpu.driver.nvml import NO_ANSWER, EventSet, EventType, Handle, Library, NvmlError
+from sgpu.lib.limits import PROCESSES
 
 #: Longest wait for events, in seconds: the library can't be closed before it ends.
 EVENT_WAIT: Final = 0.5
@@ -30,11 +31,15 @@ EVENTS: Final = {
 
 
 class EventListener(threading.Thread):
-    """Emits events as they come. `wake` is set when an event asks for a poll, and when listening has failed."""
+    """Emits events as they come. `wake` is set when an event asks for a poll, and when listening has failed.
+
+    `problem`: why nothing is listened to; empty if it is.
+    """
 
     def __init__(self, events: EventSet, emit: Callable[[Message], None], wake: threading.Event) -> None:
         super().__init__(name="events", daemon=True)
         self.failed = False
+        self.problem = ""
         self._events = events
         self._emit = emit
         self._wake = wake
@@ -62,9 +67,13 @@ class EventListener(threading.Thread):
 
     def listen(self) -> None:
         """Start emitting, if that was not done: what happened since the registration comes first."""
-        if not self._started_once:
-            self._started_once = True
+        if self._started_once:
+            return
+        try:
             self.start()
+            self._started_once, self.problem = True, ""
+        except RuntimeError:  # the kernel refuses a thread
+            self.problem = f"cannot listen to events, so that only polls find faults: {PROCESSES}"
 
     def run(self) -> None:
         try:
@@ -92,6 +101,7 @@ class NoEvents:
     """Stands in where the driver gives no event set: that is no fault, polls do without."""
 
     failed = False
+    problem = ""
 
     def __init__(self, supported: bool) -> None:
         self._supported = supported

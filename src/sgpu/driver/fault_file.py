@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import trio
-
 from sgpu.driver.health import Clearance, Fault, FaultRecord
 from sgpu.driver.monitor import Monitor
 from sgpu.lib.files import make_private_directory, read_regular_file, write_private_file
+from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
+from sgpu.lib.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
 VERSION: Final = 1
 #: Differs after each boot; the same in all containers of a node.
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+#: Seconds since the boot, more than any node runs (300 years).
+MOST_SECONDS: Final = 1e10
 #: A state file that can't be used is set aside under this name, for whoever wants to know.
 ASIDE: Final = ".unusable"
 
@@ -74,10 +75,12 @@ async def save_changes(path: Path, boot_id: str, monitor: Monitor) -> NoReturn:
     while True:
         changed = monitor.record_changed.next
         try:
-            await trio.to_thread.run_sync(save, path, boot_id, monitor.record)
+            await run_in_thread(save, path, boot_id, monitor.record)
             problem.clear()
         except OSError as error:
-            problem.report(f"cannot write {path}: {error}; a restart of sgpu will not know which GPUs are faulty")
+            problem.report(
+                f"cannot write {path}: {explain(error)}; a restart of sgpu will not know which GPUs are faulty"
+            )
         await changed.wait()
 
 
@@ -91,7 +94,7 @@ def read_boot_id() -> str:
 
 def _seconds(value: Any) -> float:  # noqa: ANN401  # whatever JSON has
     seconds = float(value)
-    if not math.isfinite(seconds):
+    if not 0 <= seconds <= MOST_SECONDS:
         raise ValueError(f"{seconds} is no time")
     return seconds
 

@@ -18,7 +18,9 @@ import trio
 from sgpu.driver.messages import encode_limits
 from sgpu.lib.concurrency import race
 from sgpu.lib.files import make_private_directory, read_regular_file, write_private_file
+from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.cgroup_limit import Target
 from sgpu.node.enforcement import Enforcement
 
@@ -64,7 +66,7 @@ class LimitSender:
     async def load(self) -> None:
         """Adopt what an earlier sgpu set."""
         if self._path:
-            self._recorded = await trio.to_thread.run_sync(load, self._path, self._boot_id)
+            self._recorded = await run_in_thread(load, self._path, self._boot_id)
             self._enforcement.adopt(self._recorded)
 
     async def feed(self, stream: trio.abc.SendStream) -> None:
@@ -85,13 +87,12 @@ class LimitSender:
         if self._path is None or targets == self._recorded:
             return
         try:
-            await trio.to_thread.run_sync(partial(save, self._path, self._boot_id, targets))
+            await run_in_thread(partial(save, self._path, self._boot_id, targets))
             self._recorded = targets
             self._problem.clear()
         except OSError as error:
-            self._problem.report(
-                f"cannot write {self._path}: {error}; after a restart sgpu will take its limits for somebody else's"
-            )
+            reason = f"cannot write {self._path}: {explain(error)}"
+            self._problem.report(f"{reason}; after a restart sgpu will take its limits for somebody else's")
 
 
 def _inode(directory: str) -> int | None:

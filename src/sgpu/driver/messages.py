@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any, Final
 
 import attrs
 
-from sgpu.node.cgroup_limit import LimitAnswer, LimitState, WantedLimit
-from sgpu.node.figures import Figures, ProcessUse
+from sgpu.node.cgroup_limit import LimitAnswer, WantedLimit
+from sgpu.node.figures import Figures
 
 #: The XID of a changed recovery action.
 RECOVERY_XID: Final = 154
@@ -60,7 +62,8 @@ class GpuReport:
 
 @attrs.frozen
 class Report:
-    """One poll of the driver. `problems` has a line for each GPU that can't be offered, not even as unhealthy.
+    """One poll of the driver. `problems` has a line for each GPU that can't be offered, not even as unhealthy, and one
+    where events can't be listened to.
 
     `skipped` are the UUIDs of those that are there and were left alone, because a call about them did not return;
     `nodeless` of those that the driver answers for and that have no device node. `order` has all UUIDs in the
@@ -157,8 +160,8 @@ def encode_config(config: WorkerConfig) -> str:
 
 def decode_config(text: str) -> WorkerConfig:
     """Return what `encode_config` was given."""
-    fields = json.loads(text)
-    return WorkerConfig(**{**fields, "suspects": tuple(fields["suspects"]), "known": tuple(fields["known"])})
+    config: WorkerConfig = _reader(WorkerConfig)(json.loads(text))
+    return config
 
 
 def encode_limits(table: Iterable[WantedLimit]) -> bytes:
@@ -181,26 +184,34 @@ def decode(line: bytes) -> Message:
     """Return what `encode` was given. Raises ValueError for anything else."""
     try:
         fields: dict[str, Any] = json.loads(line)
-        kind = _KINDS[fields.pop("message")]
-        if kind is Report:
-            fields["gpus"] = tuple(map(_gpu, fields["gpus"]))
-            for name in ("problems", "skipped", "nodeless", "order", "eventless"):
-                fields[name] = tuple(fields[name])
-        if kind is LimitReport:
-            fields["answers"] = tuple(map(_answer, fields["answers"]))
-        if kind is DriverEvent:
-            fields["kind"] = EventKind(fields["kind"])
-        return kind(**fields)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        message: Message = _reader(_KINDS[fields.pop("message")])(fields)
+        return message
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a message of the driver's process: {line[:100]!r}") from error
 
 
-def _answer(fields: dict[str, Any]) -> LimitAnswer:
-    return LimitAnswer(**{**fields, "wanted": WantedLimit(**fields["wanted"]), "state": LimitState(fields["state"])})
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:  # noqa: ANN401  # a type, as a field is annotated with it
+    """Return the function that makes a value of this type of what JSON has for it.
+
+    It raises ValueError, KeyError, TypeError or AttributeError where that is of another type.
+    """
+    inner = typing.get_args(kind)
+    if attrs.has(kind):
+        readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
+        return lambda fields: kind(**{name: readers[name](value) for name, value in fields.items()})
+    if typing.get_origin(kind) is tuple:
+        read_item, read_list = _reader(inner[0]), _reader(list)
+        return lambda items: tuple(map(read_item, read_list(items)))
+    if inner:  # or None
+        read = _reader(inner[0])
+        return lambda value: None if value is None else read(value)
+    if kind is float or issubclass(kind, enum.Enum):
+        return kind  # type: ignore[no-any-return]
+    return partial(_checked, kind)
 
 
-def _gpu(fields: dict[str, Any]) -> GpuReport:
-    figures = fields["figures"]
-    if figures["processes"] is not None:
-        figures["processes"] = tuple(ProcessUse(**process) for process in figures["processes"])
-    return GpuReport(**{**fields, "device_nodes": tuple(fields["device_nodes"]), "figures": Figures(**figures)})
+def _checked(kind: type, value: object) -> object:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value

@@ -26,9 +26,13 @@ from sgpu.driver.messages import (
     decode,
     encode_config,
 )
+from sgpu.lib.limits import explain
+from sgpu.lib.threads import refusals
 
 #: Bytes taken off the pipe at a time.
 RECEIVE_BYTES: Final = 64 * 1024
+#: Bytes of a line: 64 GPUs with a thousand processes each take half of it.
+LONGEST_LINE: Final = 8 * 1024 * 1024
 #: Seconds that a process may take until its first message: it is not the driver's time yet.
 START_TIMEOUT: Final = 10.0
 #: Seconds that a process which closed its pipe may take to be gone.
@@ -70,7 +74,7 @@ async def run_worker(
     try:
         process = await _start(config)
     except OSError as error:  # for want of processes or memory
-        return Outcome(f"the driver's process can't be started: {error}", "")
+        return Outcome(f"the driver's process can't be started: {explain(error)}", "")
     async with _killed_at_the_end(process, left_behind), trio.open_nursery() as nursery:
         assert process.stdin is not None
         nursery.start_soon(_feed, feed, process.stdin)
@@ -138,6 +142,8 @@ class _Reader:
         if process.returncode == 0 and self._started and self._in_call is None:
             return Outcome()  # it ends by itself only between polls; a library that exits does so in a call
         status = _exit_status(process.returncode)
+        if not self._started:
+            return Outcome(f"the driver's process ended before it asked the driver anything ({status})")
         return Outcome(f"the driver's library took its process down ({status})", self._in_call)
 
 
@@ -147,6 +153,9 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             yield line
+        if len(buffer) > LONGEST_LINE:
+            yield buffer  # which is no message: it has no end
+            return
 
 
 async def _start(config: WorkerConfig) -> trio.Process:
@@ -154,9 +163,10 @@ async def _start(config: WorkerConfig) -> trio.Process:
     # -P: `-m` alone would import from the working directory, which may be anybody's.
     command = [sys.executable, "-P", "-m", "sgpu.driver.worker", encode_config(config)]
     # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
-    return await trio.lowlevel.open_process(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+    with refusals():  # trio starts it in a thread
+        return await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
 
 
 @asynccontextmanager

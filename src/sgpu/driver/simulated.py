@@ -13,6 +13,7 @@ import attrs
 import trio
 
 from sgpu.lib.files import read_regular_file
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.gpu import Gpu, Health
 from sgpu.node.state import NodeState
 
@@ -50,7 +51,7 @@ async def simulate(node: NodeState, count: int, faults_file: str) -> None:
     gpus = simulated_gpus(count, time.time())
     node.set_gpus(gpus)
     while faults_file:
-        before, faults = gpus, await trio.to_thread.run_sync(read_faults, Path(faults_file))
+        before, faults = gpus, await run_in_thread(read_faults, Path(faults_file))
         gpus = with_faults(gpus, faults, time.time())
         node.set_gpus(gpus)
         for old, gpu in zip(before, gpus, strict=True):

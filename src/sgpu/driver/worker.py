@@ -162,7 +162,8 @@ class Worker:
                     raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
                 listener.listen()
                 silent = tuple(gpu.uuid for gpu in report.gpus if not listener.supports(gpu.uuid))
-                self._emit(attrs.evolve(report, eventless=silent))
+                problems = (*report.problems, *filter(None, (listener.problem,)))
+                self._emit(attrs.evolve(report, eventless=silent, problems=problems))
                 setter.check()
                 yield
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:

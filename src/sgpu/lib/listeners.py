@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NoReturn
 
 import trio
 
+from sgpu.lib.limits import CONNECTIONS
+
 logger = logging.getLogger(__name__)
 
 #: Seconds until it is tried again: connections may have ended.
 RETRY: Final = 0.1
-#: What the kernel refuses a connection with for want of something (accept(2)), and what helps.
-LIMITS: Final = {
-    errno.EMFILE: "this process has no file descriptor left; raise its limit (ulimit -n)",
-    errno.ENFILE: "the node has no file descriptor left; raise fs.file-max",
-    errno.ENOMEM: "the node has no memory left",
-    errno.ENOBUFS: "the node has no memory left for sockets",
-}
 
 
 async def serve(
@@ -46,10 +40,10 @@ async def _accept(
             try:
                 stream = await listener.accept()
             except OSError as error:
-                if error.errno not in LIMITS:
+                if error.errno not in CONNECTIONS:
                     raise
                 if not refused:
-                    logger.warning("cannot accept connections: %s", LIMITS[error.errno])
+                    logger.warning("cannot accept connections: %s", CONNECTIONS[error.errno])
                 refused = True
                 await trio.sleep(RETRY)
                 continue

@@ -57,6 +57,11 @@ def few(names: Collection[str]) -> str:
     return ", ".join(distinct[:MOST_NAMES]) + more
 
 
+def cut(text: str, most: int) -> str:
+    """Return the text if it has at most `most` characters; else as many of it, and an ellipsis."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 class OnChange:
     """Logs a reason when it differs from the last one, so that retrying again and again logs one line."""
 

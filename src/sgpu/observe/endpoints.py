@@ -19,8 +19,10 @@ import trio
 from sgpu import __version__, rpc
 from sgpu.config.values import split_address
 from sgpu.lib.files import make_private_directory
+from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays
+from sgpu.lib.threads import run_in_thread
 from sgpu.observe import probes, snapshot
 from sgpu.observe.counters import Counters
 from sgpu.observe.http import Request, Response, Routes, serve, text
@@ -61,7 +63,7 @@ async def serve_metrics(address: str, observer: Observer, in_place: trio.Event) 
     async def metrics(request: Request) -> Response:
         accept, encoding = (request.headers.get(name, "") for name in ("accept", "accept-encoding"))
         async with one_at_a_time:
-            page = await trio.to_thread.run_sync(_page, observer.snapshot(), observer.counters.copy(), accept, encoding)
+            page = await run_in_thread(_page, observer.snapshot(), observer.counters.copy(), accept, encoding)
         headers = {"Content-Encoding": page.encoding} if page.encoding else {}
         return Response(200, page.text, page.content_type, {**headers, "Vary": "Accept, Accept-Encoding"})
 
@@ -95,7 +97,7 @@ async def serve_status(path: Path, observer: Observer, in_place: trio.Event) -> 
     await in_place.wait()
 
     async def status(_: Request) -> Response:
-        return Response(200, await trio.to_thread.run_sync(snapshot.encode, observer.snapshot()), JSON)
+        return Response(200, await run_in_thread(snapshot.encode, observer.snapshot()), JSON)
 
     remedy = "`sgpu status` has no answer until then; -status-socket says where, -status-socket= that it is not wanted"
     await _serve(str(path), partial(_unix, path), {"/status": status}, remedy, in_place)
@@ -113,7 +115,7 @@ async def _serve(where: str, bind: Bind, routes: Routes, remedy: str, in_place: 
                 await serve(listeners, routes)
         except* (OSError, rpc.AddressInUseError) as group:
             error = group.exceptions[0]
-            problem.report(f"cannot listen on {where}, trying again: {error}; {remedy}")
+            problem.report(f"cannot listen on {where}, trying again: {explain(error, remedy)}")
         with trio.move_on_after(next(delays)):
             await (trio.Event() if in_place.is_set() else in_place).wait()
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 from collections.abc import Callable, Mapping
 from typing import Final, NoReturn
 
 import trio
+
+from sgpu.lib.limits import PROCESSES
+from sgpu.lib.logs import OnChange
+
+logger = logging.getLogger(__name__)
 
 #: Seconds without a turn of the event loop after which the process ends. While it is stuck, the kubelet waits in a call
 #: without a deadline, and starts no pod of the node.
@@ -23,12 +29,18 @@ async def exit_when_stuck(
     """Exit with code 1, and the stack of each thread on standard error, once the event loop is stuck for so long.
 
     `alive` is called now and then as long as it is not. Standard error is file descriptor 2. A thread of the
-    interpreter's own does it, which needs no lock of Python's.
+    interpreter's own does it, which needs no lock of Python's. Where none can be started, that is a warning: the
+    liveness probe and the parent process are left.
     """
+    problem = OnChange(logger, logging.WARNING)
     try:
         while True:
-            faulthandler.dump_traceback_later(stuck_after, exit=True, file=2)
             alive()
+            try:
+                faulthandler.dump_traceback_later(stuck_after, exit=True, file=2)
+                problem.clear()
+            except RuntimeError:
+                problem.report(f"cannot start a thread, so that nothing ends a daemon that is stuck: {PROCESSES}")
             await trio.sleep(interval)
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -58,18 +58,9 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     try:
         content = json.loads(read_regular_file(directory / FILE, MAX_BYTES))
         data = content.get("Data", content)  # up to 1.8 without the checksum around it
-        entries = tuple(
-            Entry(
-                str(entry.get("PodUID", "")),
-                str(entry.get("ContainerName", "")),
-                str(entry["ResourceName"]),
-                tuple(map(str, _ids(entry["DeviceIDs"]))),
-                _gpu_nodes(entry.get("AllocResp")),
-            )
-            for entry in data.get("PodDeviceEntries") or ()
-        )
+        entries = tuple(map(_entry, data.get("PodDeviceEntries") or ()))
         registered = data.get("RegisteredDevices") or {}
-        return Checkpoint({resource: tuple(ids or ()) for resource, ids in registered.items()}, entries)
+        return Checkpoint({resource: tuple(_texts(ids)) for resource, ids in registered.items()}, entries)
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a kubelet's: {error}") from error
 
@@ -80,13 +71,25 @@ def strangers(share_ids: Sequence[str]) -> list[str]:
     return [share_id for share_id, share in shares if share is None or not share.uuid.startswith("GPU-")]
 
 
+def _entry(fields: Any) -> Entry:  # noqa: ANN401  # as it stands in the file
+    uid, container, resource = _texts(
+        [fields.get("PodUID", ""), fields.get("ContainerName", ""), fields["ResourceName"]]
+    )
+    return Entry(uid, container, resource, tuple(_ids(fields["DeviceIDs"])), _gpu_nodes(fields.get("AllocResp")))
+
+
 def _ids(device_ids: Any) -> Iterator[str]:  # noqa: ANN401  # as it stands in the file
     """Yield the ids: by NUMA node since Kubernetes 1.20, a list before."""
-    if isinstance(device_ids, dict):
-        for ids in device_ids.values():
-            yield from ids or ()
-    else:
-        yield from device_ids or ()
+    for ids in device_ids.values() if isinstance(device_ids, dict) else (device_ids,):
+        yield from _texts(ids)
+
+
+def _texts(texts: Any) -> Iterator[str]:  # noqa: ANN401  # as it stands in the file
+    """Yield the texts of a list; null is an empty one. Raises TypeError for anything else."""
+    for text in texts or ():
+        if not isinstance(texts, list) or not isinstance(text, str):
+            raise TypeError(f"{texts!r:.100} is no list of texts")
+        yield text
 
 
 def _gpu_nodes(stored: Any) -> frozenset[str]:  # noqa: ANN401  # as it stands in the file

@@ -11,6 +11,7 @@ from purerpc import StatusCode
 
 from sgpu import rpc
 from sgpu.api import podresources_pb2
+from sgpu.lib.limits import explain
 from sgpu.node.container import Container
 from sgpu.pods.held import Held, collect
 
@@ -20,7 +21,7 @@ TIMEOUT: Final = 5.0
 #: takes three times as much memory while it is read.
 MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024
 #: What to do where the socket may be another's, or none.
-_WHICH_SOCKET: Final = "; -pod-resources-socket has to be the kubelet's"
+_WHICH_SOCKET: Final = "-pod-resources-socket has to be the kubelet's"
 
 
 class PodResourcesError(Exception):
@@ -39,10 +40,10 @@ async def list_holders(socket: Path, resources: Collection[str]) -> Held:
                 MAX_ANSWER_BYTES,
             )
     except rpc.RpcError as error:
-        hint = f"; it needs Kubernetes 1.20{_WHICH_SOCKET}" if error.code is StatusCode.UNIMPLEMENTED else ""
+        hint = f"; it needs Kubernetes 1.20; {_WHICH_SOCKET}" if error.code is StatusCode.UNIMPLEMENTED else ""
         raise PodResourcesError(f"the kubelet's List call on {socket} failed: {error}{hint}") from error
     except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-        raise PodResourcesError(f"the kubelet does not answer on {socket}: {error}{_WHICH_SOCKET}") from error
+        raise PodResourcesError(f"the kubelet does not answer on {socket}: {explain(error, _WHICH_SOCKET)}") from error
     except trio.TooSlowError as error:
         raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
     return collect(_devices(answer), resources)

@@ -17,6 +17,7 @@ import trio
 from sgpu.lib.concurrency import race
 from sgpu.lib.files import content_identity
 from sgpu.lib.logs import OnChange
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.cgroup_limit import Target
 from sgpu.node.container import Container
 from sgpu.node.limits import PodCgroups, WantedLimits, wanted_limits
@@ -56,7 +57,7 @@ async def limit_containers(options: LimitOptions, node: NodeState) -> NoReturn:
             continue
         with open_tree(options.cgroups) as tree:
             tree.watch_beside((options.plugins, options.container_logs))
-            await trio.to_thread.run_sync(tree.scan)
+            await run_in_thread(tree.scan)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(tree.watch)
                 await _Limiter(options, node, tree).follow()
@@ -101,14 +102,14 @@ class _Limiter:
             with trio.move_on_after(self._options.interval):
                 await race(*(event.wait for event in events))
             if not self._tree.follows():  # the first pod's cgroup may just have been made
-                await trio.to_thread.run_sync(self._tree.scan)
+                await run_in_thread(self._tree.scan)
 
     async def _forget_gone(self, pods: Iterable[PodCgroups]) -> None:
         """Forget the limits of cgroups that were removed."""
         known = {directory for pod in pods for directory in (pod.directory, *pod.containers.values())}
         unseen = [target for target in self._node.enforcement.recorded() if target.cgroup not in known]
         if unseen:
-            self._node.enforcement.forget(await trio.to_thread.run_sync(_gone, unseen))
+            self._node.enforcement.forget(await run_in_thread(_gone, unseen))
 
     async def _read(self) -> str:
         """Read what changed. Returns what is missing for limits, and what to do."""
@@ -124,7 +125,7 @@ class _Limiter:
                 f"there, or set -cgroup-directory"
             )
         try:
-            await trio.to_thread.run_sync(self._read_files, abandon_on_cancel=True)
+            await run_in_thread(self._read_files, abandon_on_cancel=True)
         except (OSError, ValueError) as error:
             return f"no memory limits for new pods: cannot read the kubelet's checkpoint: {error}"
         return ""

@@ -13,6 +13,7 @@ from typing import Final
 
 import attrs
 
+from sgpu.lib.limits import cure
 from sgpu.node.container import Owners, Process
 from sgpu.pods.cgroups import is_in_pod
 from sgpu.pods.container import read_links
@@ -65,7 +66,7 @@ def find_owners(places: Places, pids: Collection[int], age: float) -> Owners:
     except OSError as error:
         raise UnattributableError(
             f"the kubelet's links to logs in {places.container_logs} can't be listed ({error.strerror}); "
-            "mount that directory from the host, or set -container-log-directory"
+            + cure(error, "mount that directory from the host, or set -container-log-directory")
         ) from error
     listed_at = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * os.sysconf("SC_CLK_TCK")
     if pids and not links.has_any():
@@ -112,7 +113,7 @@ def check_namespace(proc: Path) -> None:
         namespace = os.readlink(link)
     except OSError as error:
         raise UnattributableError(
-            f"{link} can't be read ({error.strerror}); set -proc-directory to the host's /proc"
+            f"{link} can't be read ({error.strerror}); " + cure(error, "set -proc-directory to the host's /proc")
         ) from error
     if namespace != HOST_NAMESPACE and _read_name(proc / "1/comm") in INIT_PROGRAMS:
         raise UnattributableError(

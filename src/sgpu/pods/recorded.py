@@ -15,7 +15,9 @@ import trio
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.files import content_identity
 from sgpu.lib.inotify import open_directory
+from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.container import StaleAnswer
 from sgpu.node.gpu import Gpu
 from sgpu.pods.checkpoint import FILE
@@ -70,13 +72,13 @@ class Recorded:
         """Return what the kubelet lists, and what it does not list and its checkpoint has."""
         try:
             missing = self._unlisted.may_find(listed)
-            find = trio.to_thread.run_sync
-            found = await find(self._unlisted.find, listed, abandon_on_cancel=True) if missing else Held({})
+            found = Held({})
+            if missing:
+                found = await run_in_thread(self._unlisted.find, listed, abandon_on_cancel=True)
         except (OSError, ValueError) as error:
             self._readable = False
-            self._problem.report(
-                f"cannot read the kubelet's checkpoint: {error}; shares that init containers have may be withheld"
-            )
+            reason = f"cannot read the kubelet's checkpoint: {explain(error)}"
+            self._problem.report(f"{reason}; shares that init containers have may be withheld")
             return listed
         self._readable = True
         self._problem.clear()

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.container import Container, Process
 from sgpu.pods.processes import Places, UnattributableError, find_owners
 
@@ -48,7 +49,7 @@ class OpenProcess:
 async def open_process(places: Places, process: Process, container: Container) -> AsyncIterator[OpenProcess]:
     """Open a process that still runs in this container. Raises ProcessGoneError or SignalRefusedError."""
     # A disk that hangs must not keep the daemon from stopping.
-    descriptor = await trio.to_thread.run_sync(_open, places, process, container, abandon_on_cancel=True)
+    descriptor = await run_in_thread(_open, places, process, container, abandon_on_cancel=True)
     try:
         yield OpenProcess(descriptor)
     finally:

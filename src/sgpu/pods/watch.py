@@ -15,6 +15,7 @@ import trio
 
 from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
+from sgpu.lib.threads import run_in_thread
 from sgpu.node.container import NO_POD, OtherUse
 from sgpu.node.figures import Figures
 from sgpu.node.guard import Sample
@@ -148,7 +149,7 @@ class _Attribution:
         pids = {process.pid for each in listed.values() for process in each}
         try:
             # A disk that hangs must not keep the daemon from stopping.
-            owners = await trio.to_thread.run_sync(
+            owners = await run_in_thread(
                 processes.find_owners, self._places, pids, now - sampled_at, abandon_on_cancel=True
             )
         except processes.UnattributableError as error:

@@ -14,8 +14,10 @@ from google.protobuf.message import DecodeError
 from purerpc import StatusCode
 from purerpc.grpclib import events
 
+from sgpu.lib.logs import cut
 from sgpu.rpc.protocol import (
     MAX_MESSAGE_BYTES,
+    MAX_STATUS_MESSAGE,
     RECEIVE_BYTES,
     BrokenPeerError,
     MessageRefused,
@@ -103,7 +105,8 @@ class Channel:
                     elif isinstance(event, events.ResponseEnded):
                         ended = not unsent
                         if event.status.status_code is not StatusCode.OK:
-                            raise RpcError(event.status.status_code, event.status.status_message)
+                            message = cut(event.status.status_message, MAX_STATUS_MESSAGE)
+                            raise RpcError(event.status.status_code, message)
                         return
         finally:
             if not ended:

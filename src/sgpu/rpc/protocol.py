@@ -18,6 +18,7 @@ from purerpc.grpclib.config import GRPCConfiguration
 from purerpc.grpclib.connection import GRPCConnection
 from purerpc.grpclib.events import Event, MessageReceived
 
+from sgpu.lib.logs import cut
 from sgpu.rpc.headers import Decoder, Encoder
 
 #: Largest message accepted unless said otherwise, in bytes: the default of grpc-go, and so of the kubelet.
@@ -27,7 +28,7 @@ RECEIVE_BYTES: Final = 64 * 1024
 #: What precedes each message: whether it is compressed, and its length in bytes.
 _MESSAGE_HEADER: Final = struct.Struct(">?I")
 #: Most characters of a status message. They travel percent-encoded in a header, where clients take some 8 KiB.
-_MAX_STATUS_MESSAGE: Final = 1000
+MAX_STATUS_MESSAGE: Final = 1000
 #: Most characters of a peer's header that are repeated in a log or an answer.
 _QUOTED: Final = 100
 
@@ -117,7 +118,7 @@ class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
             raise
         except Exception as error:
             # Whatever the layers below trip over (h2, hpack, a header that is missing or not UTF-8), the peer wrote.
-            raise BrokenPeerError(f"{type(error).__name__}: {error}") from error
+            raise BrokenPeerError(cut(f"{type(error).__name__}: {error}", MAX_STATUS_MESSAGE)) from error
         started = self.h2_connection.incoming_buffer.data  # the beginning of a frame; h2 looks at whole ones only
         if len(started) >= 3 and (length := int.from_bytes(started[:3], "big")) > self.MAX_INBOUND_FRAME_SIZE:
             raise BrokenPeerError(f"a frame of {length} bytes, where {self.MAX_INBOUND_FRAME_SIZE} are taken")
@@ -188,9 +189,9 @@ def frame(message: Any) -> memoryview:  # noqa: ANN401  # any protobuf message; 
 
 def status(code: StatusCode, message: str) -> Status:
     """Return a status that can be sent, whatever the message: a stray byte of a file name has no UTF-8."""
-    return Status(code, message[:_MAX_STATUS_MESSAGE].encode("utf-8", "replace").decode())
+    return Status(code, message[:MAX_STATUS_MESSAGE].encode("utf-8", "replace").decode())
 
 
 def quoted(text: str) -> str:
     """Return what a peer wrote, safe to repeat: on one line, and not long."""
-    return repr(text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…")
+    return repr(cut(text, _QUOTED))

@@ -15,6 +15,7 @@ from typing import Final
 
 from sgpu.commands.stage import sets
 from sgpu.commands.stage.driver import Driver, NoDriverError, NotWholeError, OtherVersionError, find
+from sgpu.lib.limits import cure
 from sgpu.lib.logs import printable
 
 #: Which CUDA programs need; the management library alone is enough to list GPUs.
@@ -71,7 +72,7 @@ def _describe(error: OSError) -> str:
     """Describe an error, the same way each time: the random names of sets are left out."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror} (it takes room for two sets, each of 200 MB or more)"
-    return f"{error.strerror}: {error.filename}"
+    return "; ".join(filter(None, (f"{error.strerror}: {error.filename}", cure(error))))
 
 
 def _done(driver: Driver, host_path: Path) -> str:

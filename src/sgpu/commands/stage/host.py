@@ -22,6 +22,8 @@ _CACHE_MAGIC: Final = b"glibc-ld.so.cache1.1"
 _CACHE_HEADER: Final = struct.Struct("=20xI24x")
 #: Of an entry: where the soname and the path are, from the magic on.
 _CACHE_ENTRY: Final = struct.Struct("=4xII12x")
+#: How often entries may use each byte on average: few share a name. What is read takes no more memory than that.
+_MOST_USES: Final = 2
 
 
 @attrs.frozen
@@ -102,14 +104,18 @@ class Host:
 
 
 def _entries(cache: bytes) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield the cache's entries. Raises struct.error or ValueError where it is cut short."""
+    """Yield the cache's entries. Raises struct.error or ValueError where it is cut short, or no loader's."""
     (count,) = _CACHE_HEADER.unpack_from(cache)
+    room = _MOST_USES * len(cache)
     for index in range(count):
         key, value = _CACHE_ENTRY.unpack_from(cache, _CACHE_HEADER.size + index * _CACHE_ENTRY.size)
-        path = PurePosixPath(_string(cache, value))
-        if path.is_absolute():
-            yield _string(cache, key), path
+        name, path = _string(cache, key), _string(cache, value)
+        room -= len(name) + len(path)
+        if room < 0:
+            raise ValueError("the same bytes are named again and again")
+        if path.startswith(b"/"):
+            yield os.fsdecode(name), PurePosixPath(os.fsdecode(path))
 
 
-def _string(cache: bytes, offset: int) -> str:
-    return os.fsdecode(cache[offset : cache.index(b"\0", offset)])
+def _string(cache: bytes, offset: int) -> bytes:
+    return cache[offset : cache.index(b"\0", offset)]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,5 +73,8 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _loader_message(path: Path, error: OSError) -> str:
+    with suppress(OSError):
+        if os.statvfs(path).f_flag & os.ST_NOEXEC:
+            return "it is on a file system mounted noexec"
     # cffi reports "cannot load library 'PATH': PATH: message"; the path is already named.
     return str(error).rpartition(f"{path}: ")[2]
