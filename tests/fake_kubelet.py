@@ -135,11 +135,8 @@ class FakeKubelet:
         self.versions = tuple(versions) or (("v1beta1",) if api == "v1beta1" else ("v1alpha2",))
         #: Up to 1.24, Register is answered before the plugin is dialled, and a stream's end stops only its own.
         self.answers_first = answers_first or api == "v1alpha"
-        #: Seconds from a Register call to anything else, from being connected to the answer, and from being connected
-        #: to ListAndWatch. In the real kubelet the last two race.
+        #: Seconds from a Register call to anything else.
         self.register_delay = 0.0
-        self.answer_delay = 0.0
-        self.stream_delay = 0.0
 
         self.attempts: list[Attempt] = []
         self.registrations: list[Registration] = []
@@ -255,12 +252,6 @@ class FakeKubelet:
         connection.stream.cancel()
         self.wait_for(lambda: connection.ended, message="ListAndWatch still open")
 
-    def drop_connection(self, connection: Connection | None = None) -> None:
-        """Close the connection, by default that of the newest registration, and wait as `drop_stream` does."""
-        connection = connection or self.registrations[-1].connection
-        connection.channel.close()
-        self.wait_for(lambda: connection.ended, message="ListAndWatch still open")
-
     def write_checkpoint(self) -> None:
         """Write the checkpoint, with `entries`, as the kubelet does after an allocation and at every list."""
         written = self.directory / f".{CHECKPOINT}{threading.get_ident()}"
@@ -366,11 +357,6 @@ class FakeKubelet:
         (preferred,) = answer.container_responses
         return list(preferred.deviceIDs)
 
-    def options(self, *, resource: str | None = None, timeout: float = TIMEOUT) -> v1beta1_pb2.DevicePluginOptions:
-        """GetDevicePluginOptions, asked anew."""
-        request, response_type = v1beta1_pb2.Empty(), v1beta1_pb2.DevicePluginOptions
-        return self._ask("GetDevicePluginOptions", request, response_type, resource, timeout)
-
     def pre_start(self, ids: Sequence[str], *, resource: str | None = None, timeout: float = TIMEOUT) -> None:
         """PreStartContainer; the real kubelet calls it only where the options ask for it, and waits 30 s."""
         request = v1beta1_pb2.PreStartContainerRequest(devices_ids=ids)
@@ -440,7 +426,6 @@ class FakeKubelet:
                 words = "rpc error: code = Canceled desc = grpc: the client connection is closing"
                 context.abort(grpc.StatusCode.UNKNOWN, f"failed to get device plugin options: {words}")
             self._spawn(lambda: self._run_client(connection))
-        self._sleep(self.answer_delay, context)
         empty: Message = self._messages.Empty()
         return empty
 
@@ -517,10 +502,7 @@ class FakeKubelet:
             raise _DialError("context deadline exceeded")
 
     def _connected(
-        self,
-        connection: Connection,
-        request: v1beta1_pb2.RegisterRequest,
-        options: v1beta1_pb2.DevicePluginOptions,
+        self, connection: Connection, request: v1beta1_pb2.RegisterRequest, options: v1beta1_pb2.DevicePluginOptions
     ) -> _Endpoint | None:
         with self._changed:
             replaced = self._endpoints.get(connection.resource)
@@ -532,8 +514,6 @@ class FakeKubelet:
             return replaced
 
     def _list_and_watch(self, connection: Connection) -> None:
-        if not self._sleep(self.stream_delay):
-            return
         watch = connection.channel.unary_stream(
             f"/{self._package}.DevicePlugin/ListAndWatch",
             self._messages.Empty.SerializeToString,
@@ -573,12 +553,10 @@ class FakeKubelet:
                 self.write_checkpoint()
             self._changed.notify_all()
 
-    def _sleep(self, seconds: float, context: grpc.ServicerContext | None = None) -> bool:
+    def _sleep(self, seconds: float, context: grpc.ServicerContext) -> bool:
         # Whether the kubelet still runs after it; cut short when it stops or the caller gives up.
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._running or (context is not None and not context.is_active()), seconds
-            )
+            self._changed.wait_for(lambda: not self._running or not context.is_active(), seconds)
             return self._running
 
     def _spawn(self, target: Callable[[], None]) -> None:

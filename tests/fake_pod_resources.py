@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from sgpu.api import podresources_pb2
 
 RESOURCE: Final = "deepomatic.com/shared-gpu"
 #: Seconds after which a test's own wait is taken to hang.
-TIMEOUT: Final = 10.0
+TIMEOUT: Final = 30.0
 
 
 class FakePodResources:
@@ -135,12 +135,3 @@ def _answer(pods: dict[tuple[str, str], list[tuple[str, str, tuple[str, ...]]]])
                 if owner == container:
                     entry.devices.add(resource_name=resource, device_ids=share_ids)
     return response
-
-
-def wait_until(predicate: Callable[[], object], message: str = "", timeout: float = TIMEOUT) -> None:
-    """Ask until it is so, AssertionError after `timeout`. For what nothing can be waited for but its effect."""
-    deadline = time.monotonic() + timeout
-    while not predicate():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout} s: {message or 'what was waited for'}")
-        time.sleep(0.01)

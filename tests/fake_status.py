@@ -42,8 +42,11 @@ SNAPSHOT: Final = Snapshot(
 
 
 @contextmanager
-def answering(path: Path, answer: Callable[[bytes], bytes | None]) -> Iterator[list[bytes]]:
-    """A server that answers each request as it is told, and hangs up; never, for None. Gives the requests."""
+def answering(where: Path | socket.socket, answer: Callable[[bytes], bytes | None]) -> Iterator[list[bytes]]:
+    """A server that answers each request as it is told, and hangs up; never, for None. Gives the requests.
+
+    It listens on a path, or is a socket that listens.
+    """
     requests: list[bytes] = []
 
     def serve() -> None:
@@ -58,18 +61,23 @@ def answering(path: Path, answer: Callable[[bytes], bytes | None]) -> Iterator[l
                 else:
                     connection.sendall(said)
 
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fspath(path))
-        listener.listen()
+    with where if isinstance(where, socket.socket) else _listener(where) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
             yield requests
         finally:
-            with socket.socket(socket.AF_UNIX) as last:
-                last.connect(os.fspath(path))
+            with socket.socket(listener.family) as last:
+                last.connect(listener.getsockname())
             thread.join()
+
+
+def _listener(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.fspath(path))
+    listener.listen()
+    return listener
 
 
 def http(body: bytes, status: str = "200 OK") -> bytes:

@@ -41,18 +41,3 @@ def test_every_figure_is_measured_side_by_side(tmp_path: Path) -> None:
         assert all(ratio > 0 for ratio in figures[name]["ratios"].values())
     for name in ("`kubelet.sock` created → listed again, median", "critical XID → unhealthy in the kubelet, worst"):
         assert figures[name]["values"].keys() == {"sgpu", "twin"}
-
-
-def test_a_part_that_there_is_not() -> None:
-    """Print one line that names those that there are."""
-    done = subprocess.run(
-        [sys.executable, str(MEASURE), "no-such"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    for part in ("no-such", "starts", "calls", "rest", "crowd", "in-process"):
-        assert part in line

@@ -200,14 +200,6 @@ class TestUsage:
         assert line.startswith("sgpu: ")
         assert [fact for fact in facts if fact not in line] == []
 
-    def test_process(self) -> None:
-        """As a process too: exit code 2, one line, no traceback."""
-        command = [sys.executable, "-m", "sgpu", "-gpu-duplication-factor=0"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("sgpu: -gpu-duplication-factor")
-
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, function: str, result: object) -> list[object]:
     """Put something that returns this in a function's place; gives the list of the arguments of each call."""

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import attrs
-import fake_status
 import pytest
 from daemon_process import short_directory
-from fake_status import GPU, SNAPSHOT, http
+from fake_status import GPU, SNAPSHOT, answering, http
 from findings import expect
 
 from sgpu.commands.doctor import served
 from sgpu.commands.doctor.finding import Finding
 from sgpu.commands.doctor.served import check_gpus, check_served
 from sgpu.observe.snapshot import GpuSnapshot, encode
-
-
-@contextmanager
-def answering(answer: Callable[[str], bytes]) -> Iterator[str]:
-    """Serve what `answer` returns for a path, on the address given, to as many as connect."""
-
-    def serve() -> None:
-        while True:
-            with listener.accept()[0] as connection:
-                if not (request := connection.recv(65536)):
-                    return
-                connection.sendall(answer(request.split()[1].decode()))
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            socket.create_connection(listener.getsockname()).close()
-            thread.join()
 
 
 @contextmanager
@@ -63,8 +40,12 @@ ANSWERS = {
 @pytest.mark.parametrize(("first", "ready", "level", "fact"), ANSWERS.values(), ids=ANSWERS)
 def test_answers(first: bytes, ready: bytes, level: str, fact: str) -> None:
     """The daemon says whether it is ready, and another program is not taken for it."""
-    with answering(lambda path: ready if path == "/readyz" else first) as address:
-        expect(check_served(address, running=True), level, fact)
+
+    def answer(request: bytes) -> bytes:
+        return ready if request.startswith(b"GET /readyz ") else first
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, answering(listener, answer):
+        expect(check_served(f"127.0.0.1:{listener.getsockname()[1]}", running=True), level, fact)
 
 
 @pytest.mark.parametrize(("running", "level"), [(True, "warn"), (False, "skip")], ids=["daemon", "no daemon"])
@@ -92,7 +73,7 @@ def test_no_address(address: str, level: str) -> None:
 def gpus(*gpus: GpuSnapshot) -> list[Finding]:
     """Return what is found with a daemon that has these."""
     answer = http(encode(attrs.evolve(SNAPSHOT, gpus=gpus)))
-    with short_directory() as directory, fake_status.answering(directory / "status", lambda _: answer):
+    with short_directory() as directory, answering(directory / "status", lambda _: answer):
         return list(check_gpus(str(directory / "status")))
 
 

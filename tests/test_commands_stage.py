@@ -192,10 +192,13 @@ def test_what_draws(staged: Place) -> None:
     assert (staged.path / f"lib64/libnvidia-eglcore.so.{OLD}").exists()
 
 
-def test_without_cuda(staged: Place) -> None:
-    """That CUDA's library is missing is said, for no CUDA program will run."""
+def test_incomplete(staged: Place) -> None:
+    """It is said that CUDA's library is missing, without which no CUDA program runs, and nvidia-smi."""
     (staged.root / MULTIARCH / f"libcuda.so.{OLD}").unlink()
-    assert "libcuda" in staged.stage()
+    shutil.rmtree(staged.root / "usr/bin")
+    line = staged.stage()
+    assert "libcuda" in line
+    assert "nvidia-smi" in line
 
 
 def test_modes(place: Place) -> None:
@@ -663,12 +666,6 @@ def test_control_characters(place: Place, capsys: pytest.CaptureFixture[str]) ->
     (place.root / driver_layout.MULTIARCH / f"libnvidia-ml.so.{OLD}").write_bytes(b"-")
     assert not stage(place.root, place.path, place.lock, graphics=False, interval=0)
     assert r"a\x1b[2J\nb" in capsys.readouterr().err
-
-
-def test_no_tools(place: Place) -> None:
-    """Say so: `nvidia-smi` is the first thing that people try in a pod."""
-    shutil.rmtree(place.root / "usr/bin")
-    assert "nvidia-smi" in place.stage()
 
 
 def test_link_in_the_way(place: Place, tmp_path: Path) -> None:

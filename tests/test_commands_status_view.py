@@ -136,11 +136,6 @@ class TestWidths:
         use = attrs.evolve(HEALTHY.containers[1], pod="a" * 200)
         assert f"  default/{'a' * 200} main  300 MiB" in text(of(attrs.evolve(HEALTHY, containers=(use,))))
 
-    @pytest.mark.parametrize(("width", "whole"), [(200, True), (None, False)], ids=["wide", "no terminal"])
-    def test_sentences(self, width: int | None, whole: bool) -> None:
-        """Fold sentences where there is no terminal, which the names may make as wide as they need."""
-        assert (DOWN.reason in text(SNAPSHOT, width)) is whole
-
 
 class TestHead:
     def test_driver(self) -> None:

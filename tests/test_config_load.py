@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import pytest
+from test_config_settings import EXPECTED
 
 from sgpu.config.load import INTERVALS, RULE_KINDS, Flags, Loaded, UsageError, load, parse_flags
 from sgpu.config.settings import SETTINGS, Settings, endpoint
@@ -17,46 +19,6 @@ from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 from sgpu.node.policy import Policy, Rule
 
 pytestmark = pytest.mark.pure
-
-#: For each setting, a value that is not its default, as text.
-OTHER = {
-    "host-path": "/opt/nvidia",
-    "container-path": "/usr/nvidia",
-    "plugin-directory": "/var/lib/kubelet/device-plugins",
-    "gpu-duplication-factor": "7",
-    "resource-name": "example.com/gpu",
-    "dev-directory": "/host/dev",
-    "sysfs-directory": "/host/sys",
-    "placement": "pack",
-    "multi-share": "strict-distinct",
-    "memory-watermark": "0.8",
-    "memory-limits": "fair",
-    "memory-limits-failure": "closed",
-    "cgroup-directory": "/cgroup",
-    "memory-guard": "warn",
-    "memory-guard-tolerance": "1GiB",
-    "memory-guard-threshold": "0.5",
-    "memory-guard-grace": "1.5",
-    "memory-guard-exempt-namespaces": "kube-system,monitoring",
-    "sample-interval": "2.5",
-    "pod-resources-socket": "/run/pods.sock",
-    "framework-hints": "false",
-    "health-interval": "1.5",
-    "driver-timeout": "20",
-    "ignore-xids": "13, 31",
-    "critical-xids": "79,80",
-    "state-file": "state.json",
-    "status-socket": "status.sock",
-    "metrics-address": "127.0.0.1:9400",
-    "proc-directory": "/host/proc",
-    "container-log-directory": "/host/logs",
-    "standby": "true",
-    "simulate": "2",
-    "simulate-faults": "faults",
-    "log-format": "json",
-    "v": "3",
-    "logtostderr": "false",
-}
 
 
 @pytest.fixture
@@ -83,52 +45,39 @@ def assert_refused(use: Callable[[], object], *facts: str) -> None:
     assert [fact for fact in facts if fact not in line] == []
 
 
+def other(name: str) -> str:
+    """A value of the setting that is not its default, as text."""
+    kind, expected = SETTINGS[name].metadata["kind"], EXPECTED[name]
+    return next(text for text in expected.takes if kind.from_text(text) != expected.default)
+
+
 class TestParseFlags:
     @pytest.mark.parametrize(
-        ("arguments", "values"),
+        ("line", "values", "actions", "words"),
         [
-            pytest.param([], {}, id="none"),
-            pytest.param(["-host-path", "/a"], {"host-path": "/a"}, id="value behind a space"),
-            pytest.param(["--host-path", "/a"], {"host-path": "/a"}, id="two dashes"),
-            pytest.param(["--host-path=/a=b"], {"host-path": "/a=b"}, id="value behind the first ="),
-            pytest.param(["-host-path="], {"host-path": ""}, id="nothing behind ="),
-            pytest.param(["-host-path", "-v"], {"host-path": "-v"}, id="what follows is the value"),
-            pytest.param(["-v", "1", "-v=2"], {"v": "2"}, id="the last one wins"),
-            pytest.param(["-logtostderr=false"], {"logtostderr": "false"}, id="boolean behind ="),
-            pytest.param(["-logtostderr", "-v", "1"], {"logtostderr": "true", "v": "1"}, id="boolean alone"),
-            pytest.param(["-config", "a.yaml"], {"config": "a.yaml"}, id="config"),
+            ("-host-path /a --dev-directory /b", {"host-path": "/a", "dev-directory": "/b"}, "", ""),
+            ("--host-path=/a=b -state-file=", {"host-path": "/a=b", "state-file": ""}, "", ""),
+            ("-host-path -v", {"host-path": "-v"}, "", ""),
+            ("-v 1 -v=2 -config a.yaml", {"v": "2", "config": "a.yaml"}, "", ""),
+            (
+                "-logtostderr=false -framework-hints false",
+                {"logtostderr": "false", "framework-hints": "true"},
+                "",
+                "false",
+            ),
+            ("-help --h --version=1 -print-config -v=1", {"v": "1"}, "help h version print-config", ""),
+            ("-version=false -help false", {}, "help", "false"),
+            ("demo -v 1 more -", {"v": "1"}, "", "demo more -"),
+            ("-- -v --", {}, "", "-v --"),
         ],
+        ids=str,
     )
-    def test_values(self, arguments: list[str], values: dict[str, str]) -> None:
-        """Flags go as in Go: one dash or two, the value behind `=` or as the next argument."""
-        assert parse_flags(arguments) == Flags(values, frozenset(), ())
+    def test_taken(self, line: str, values: dict[str, str], actions: str, words: str) -> None:
+        """Flags go as in Go: one dash or two, the value behind `=` or as the next argument; behind `=` for booleans.
 
-    @pytest.mark.parametrize(
-        ("arguments", "actions"),
-        [
-            pytest.param(["-help", "--h"], {"help", "h"}, id="help"),
-            pytest.param(["--version=1"], {"version"}, id="with a value"),
-            pytest.param(["-version=false"], set(), id="false"),
-            pytest.param(["-print-config", "-v=1"], {"print-config"}, id="print-config"),
-        ],
-    )
-    def test_actions(self, arguments: list[str], actions: set[str]) -> None:
-        """Some flags do something. They take a value as Go's booleans do."""
-        assert parse_flags(arguments).actions == actions
-
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            pytest.param(["demo", "-v", "1", "more"], ("demo", "more"), id="around flags"),
-            pytest.param(["--", "-v", "--"], ("-v", "--"), id="all behind --"),
-            pytest.param(["-", ""], ("-", ""), id="a dash alone, and nothing"),
-            pytest.param(["-logtostderr", "false"], ("false",), id="behind a boolean"),
-            pytest.param(["-version", "false"], ("false",), id="behind an action"),
-        ],
-    )
-    def test_words(self, arguments: list[str], words: tuple[str, ...]) -> None:
-        """An argument that is no flag is a word."""
-        assert parse_flags(arguments).positional == words
+        Some do something. The last one wins. An argument that is no flag is a word, and all behind `--`.
+        """
+        assert parse_flags(line.split()) == Flags(values, frozenset(actions.split()), tuple(words.split()))
 
     def test_options(self) -> None:
         """The options of a command are flags beside the settings, and have values of their own types."""
@@ -141,25 +90,19 @@ class TestParseFlags:
     @pytest.mark.parametrize(
         ("argument", "facts"),
         [
-            pytest.param("-nope=secret", ["-nope"], id="one dash"),
-            pytest.param("--nope", ["--nope"], id="two dashes"),
-            pytest.param("---v", ["---v"], id="three dashes"),
-            pytest.param("-=1", [" - "], id="no name"),
-            pytest.param("-host_path=/a", ["-host_path"], id="underscore"),
-            pytest.param("-V", ["-V"], id="capital"),
-            pytest.param("-no\npe", [r"-no\npe"], id="newline"),
-            pytest.param("-v", ["-v", "command line", "0", "10"], id="no value"),
-            pytest.param("-config", ["-config", "command line"], id="no file"),
-            pytest.param("-config=", ["-config", "command line"], id="empty file"),
-            pytest.param("-version=maybe", ["-version", "'maybe'", "command line"], id="no boolean"),
+            ("-nope=secret", ["-nope (see"]),
+            *((flag, [flag]) for flag in ("--nope", "---v", "-host_path", "-V")),
+            ("-=1", [" - "]),
+            ("-no\npe", [r"-no\npe"]),
+            ("-v", ["-v", "command line", "0", "10"]),
+            *((flag, ["-config", "command line"]) for flag in ("-config", "-config=")),
+            ("-version=maybe", ["-version", "'maybe'", "command line"]),
         ],
+        ids=str,
     )
     def test_refused(self, argument: str, facts: list[str]) -> None:
         """An unknown flag, or one without its value, is named as it was written; its value is not repeated."""
         assert_refused(lambda: parse_flags([argument]), *facts)
-        with pytest.raises(UsageError) as refused:
-            parse_flags([argument])
-        assert "secret" not in str(refused.value)
 
 
 class TestSources:
@@ -173,9 +116,10 @@ class TestSources:
     @pytest.mark.parametrize("name", SETTINGS)
     def test_each(self, config: Path, name: str) -> None:
         """Every setting can come from a flag, a variable or the file, has the same value then, and says which."""
-        flag = load(parse_flags([f"-{name}={OTHER[name]}"]).values, {})
-        environment = load({}, {variable(name): OTHER[name]})
-        file = load_file(config, f"{name}: {OTHER[name]}")
+        text = other(name)
+        flag = load(parse_flags([f"-{name}={text}"]).values, {})
+        environment = load({}, {variable(name): text})
+        file = load_file(config, f"{name}: {json.dumps(text) if SETTINGS[name].metadata['kind'].type is str else text}")
         assert flag.settings == environment.settings == file.settings != Settings()
         others = dict.fromkeys(SETTINGS, "default")
         for loaded, origin in ((flag, "command line"), (environment, variable(name)), (file, str(config))):
@@ -185,7 +129,6 @@ class TestSources:
         ("flag", "environment", "value", "origin"),
         [
             pytest.param("3", "2", 3, "command line", id="flag before environment and file"),
-            pytest.param("3", None, 3, "command line", id="flag before file"),
             pytest.param(None, "2", 2, "SGPU_V", id="environment before file"),
             pytest.param(None, "0", 0, "SGPU_V", id="the default is a value like any other"),
             pytest.param(None, None, 1, "config.yaml", id="file before default"),
@@ -206,17 +149,8 @@ class TestSources:
 
     def test_variables_that_are_no_settings(self) -> None:
         """They do not matter: a Service named `sgpu` makes some. Nor can they ask for an action, or give rules."""
-        names = (
-            "SGPU_SERVICE_HOST",
-            "SGPU_PORT",
-            "SGPU_",
-            "SGPU_HOST-PATH",
-            "sgpu_v",
-            "V",
-            "SGPU_VERSION",
-            "SGPU_GPUS",
-        )
-        assert attrs.evolve(load({}, dict.fromkeys(names, "x")), warnings=()) == load({}, {})
+        names = "SGPU_SERVICE_HOST SGPU_PORT SGPU_ SGPU_HOST-PATH sgpu_v V SGPU_VERSION SGPU_GPUS"
+        assert attrs.evolve(load({}, dict.fromkeys(names.split(), "x")), warnings=()) == load({}, {})
 
     @pytest.mark.parametrize(
         ("name", "meant"),
@@ -239,23 +173,12 @@ class TestSources:
         (warning,) = load({"config": str(config)}, {}).warnings
         assert "nvidia.com/gpu" in warning
 
-    def test_a_resource_that_the_kubelet_could_not_connect_to(self) -> None:
-        """Its own path is longer than ours: refused at start."""
-        name = f"example.com/{'x' * 63}"
-        long = f"{'a' * 20}.{name}"
-        assert_refused(lambda: load({"plugin-directory": "/p", "resource-name": long}, {}), "-resource-name", "107")
-
     def test_the_file_s_own_place(self, config: Path) -> None:
         """A variable can name the file, and the flag beats it: of two, one is read. An empty variable names none."""
         config.write_text("v: 1")
         assert load({}, {"SGPU_CONFIG": str(config)}).settings.v == 1
         assert load({"config": str(config)}, {"SGPU_CONFIG": "/missing"}).settings.v == 1
         assert load({}, {"SGPU_CONFIG": ""}) == load({}, {})
-
-    def test_loaded_is_a_value(self) -> None:
-        """Settings do not change once they are loaded."""
-        with pytest.raises(attrs.exceptions.FrozenInstanceError):
-            load({}, {}).settings.v = 1  # type: ignore[misc]
 
 
 class TestIntervals:
@@ -271,14 +194,9 @@ class TestIntervals:
     @pytest.mark.parametrize(
         ("flags", "environment", "origin"),
         [
-            pytest.param({"sample-interval": "2", "health-interval": "7"}, {}, "command line", id="sample-interval"),
-            pytest.param({"sample-interval": "7", "health-interval": "2"}, {}, "command line", id="health-interval"),
-            pytest.param(
-                {"sample-interval": "7"},
-                {"SGPU_HEALTH_INTERVAL": "2"},
-                "SGPU_HEALTH_INTERVAL",
-                id="from a lower source",
-            ),
+            ({"sample-interval": "2", "health-interval": "7"}, {}, "command line"),
+            ({"sample-interval": "7", "health-interval": "2"}, {}, "command line"),
+            ({"sample-interval": "7"}, {"SGPU_HEALTH_INTERVAL": "2"}, "SGPU_HEALTH_INTERVAL"),
         ],
     )
     def test_both_are_set(self, flags: dict[str, str], environment: dict[str, str], origin: str) -> None:
@@ -304,10 +222,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("content", "value"),
         [
-            pytest.param("v: '1'", "'1'", id="another type"),
-            pytest.param("v: 11", "11", id="out of range"),
-            pytest.param("v:", "None", id="nothing"),
-            pytest.param("v: [1, 2]", "[1, 2]", id="list"),
+            *(("v: '1'", "'1'"), ("v: 11", "11"), ("v:", "None"), ("v: [1, 2]", "[1, 2]")),
         ],
     )
     def test_value_in_the_file(self, config: Path, content: str, value: str) -> None:
@@ -342,21 +257,21 @@ class TestRules:
         content = """\
 gpu-duplication-factor: 7
 gpus:
-  - uuid: GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d
+  - uuid: gpu-1D6f
     shares: 1
     resource: example.com/whole-gpu
   - name: "*A100*"
     shares: 40
 
-  - {pci-bus-id: 0000:05:00.0, exclude: true}
+  - {exclude: true, pci-bus-id: 05:00.0}
   - {name: L4, memory-limits: burst=1.5}
   - {name: L40S, memory-limits: off}
 """
         policy = load_file(config, content).policy
         rules = (
-            Rule("", uuid="GPU-1d6f6dfc-1f2a-4b7e-a9d1-6e1f4a3b2c1d", shares=1, resource="example.com/whole-gpu"),
+            Rule("", uuid="gpu-1D6f", shares=1, resource="example.com/whole-gpu"),
             Rule("", name="*A100*", shares=40),
-            Rule("", pci_bus_id="0000:05:00.0", exclude=True),
+            Rule("", pci_bus_id="05:00.0", exclude=True),
             Rule("", name="L4", limit_factor=1.5),
             Rule("", name="L40S", limit_factor=0),
         )
@@ -365,18 +280,6 @@ gpus:
         assert load_file(config, "gpus: []").policy == load({}, {}).policy
         flags = {"resource-name": "example.com/gpu", "gpu-duplication-factor": "7"}
         assert load(flags, {}).policy == Policy("example.com/gpu", 7)
-
-    @pytest.mark.parametrize(
-        ("entry", "rule"),
-        [
-            pytest.param("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1), id="uuid in small letters"),
-            pytest.param("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1), id="bus id"),
-            pytest.param("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2), id="in any order"),
-        ],
-    )
-    def test_taken(self, config: Path, entry: str, rule: Rule) -> None:
-        """All that an entry can say."""
-        assert load_file(config, f"gpus: [{entry}]").policy.rules == (rule,)
 
     @pytest.mark.parametrize("value", ["", "GPU-a", "{uuid: GPU-a, shares: 1}"], ids=["nothing", "word", "mapping"])
     def test_not_a_list(self, config: Path, value: str) -> None:
@@ -388,23 +291,17 @@ gpus:
         [
             pytest.param("", (), id="nothing"),
             pytest.param("GPU-a", (), id="word"),
-            pytest.param("[uuid, GPU-a]", (), id="list"),
-            pytest.param("{}", ("uuid", "pci-bus-id", "name"), id="empty"),
             pytest.param("{shares: 1}", ("uuid", "pci-bus-id", "name"), id="no selector"),
             pytest.param("{uuid: GPU-a, name: T4, shares: 1}", ("uuid", "pci-bus-id", "name"), id="two selectors"),
             pytest.param("{uuuid: GPU-a, shares: 1}", ("'uuuid'", *RULE_KINDS), id="unknown key"),
             pytest.param("{name: T4, 1: 1}", ("1", *RULE_KINDS), id="key that is no text"),
-            pytest.param('{name: T4, "a\\nb": 1}', (r"'a\nb'", *RULE_KINDS), id="key with a newline"),
             pytest.param("{name: T4}", ("shares", "resource", "exclude"), id="says nothing"),
-            pytest.param("{name: T4, exclude: false}", ("shares", "resource"), id="says as much as nothing"),
             pytest.param("{name: T4, exclude: true, shares: 1}", ("exclude", "shares"), id="excluded, with shares"),
             pytest.param("{name: T4, exclude: true, resource: a.b/c}", ("resource",), id="excluded, with a resource"),
             pytest.param("{uuid: MIG-a, shares: 1}", ("uuid", "'MIG-a'"), id="no GPU's UUID"),
-            pytest.param("{uuid: 17, shares: 1}", ("uuid", "17"), id="number for a UUID"),
             pytest.param("{pci-bus-id: '3b:00', shares: 1}", ("pci-bus-id", "'3b:00'"), id="no bus id"),
             pytest.param("{name: '', shares: 1}", ("name", "''"), id="empty name"),
             pytest.param("{name: T4, shares: 0}", ("shares", " 0 "), id="no shares"),
-            pytest.param("{name: T4, shares: '1'}", ("shares", "'1'"), id="quoted number"),
             pytest.param("{name: T4, resource: gpu}", ("resource", "'gpu'"), id="bad resource name"),
             pytest.param("{name: T4, memory-limits: some}", ("memory-limits", "some"), id="no limits"),
             pytest.param("{name: T4, exclude: 1}", ("exclude", " 1 "), id="number for a boolean"),

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 from rewriting import WAYS, config_map
+from virtual_clock import virtual
 
 from sgpu.config import watch
 from sgpu.config.load import Loaded, load
@@ -94,76 +95,60 @@ def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> World:
     return World(tmp_path, caplog)
 
 
-def run(test: Callable[[], Awaitable[None]], clock: trio.testing.MockClock | None = None) -> None:
-    """Run it on a clock that jumps to what is waited for, so that no retry or settling takes time."""
-    trio.run(test, clock=clock or trio.testing.MockClock(autojump_threshold=0))
-
-
 def hang_up() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
 class TestNoticed:
     @pytest.mark.parametrize("write", WAYS, ids=lambda way: way.__name__.replace("_", " "))
-    def test_a_file_that_changes(self, world: World, write: Callable[[Path, str], None]) -> None:
+    @virtual
+    async def test_a_file_that_changes(self, world: World, write: Callable[[Path, str], None]) -> None:
         """However it is written, time after time. Each read is counted, the one at the start is not."""
-
-        async def test() -> None:
-            write(world.file, factor(1))
-            async with world.watching():
-                assert world.reloaded == []
-                for shares in (2, 3, 4):
-                    write(world.file, factor(shares))
-                    await world.applied(shares)
-
-        run(test)
+        write(world.file, factor(1))
+        async with world.watching():
+            assert world.reloaded == []
+            for shares in (2, 3, 4):
+                write(world.file, factor(shares))
+                await world.applied(shares)
         assert len(world.reloaded) >= 3  # a file that is written bit by bit can be read in between
         assert set(world.reloaded) == {True}
         assert world.logged(logging.ERROR) == []
 
-    def test_through_the_link_that_is_swapped(self, world: World) -> None:
+    @virtual
+    async def test_through_the_link_that_is_swapped(self, world: World) -> None:
         """Also when the setting names the file by way of a ConfigMap's `..data`."""
+        visible = world.file
+        config_map(visible, factor(1))
+        world.file = visible.parent / "..data" / visible.name
+        async with world.watching():
+            for shares in (2, 3):
+                config_map(visible, factor(shares))
+                await world.applied(shares)
 
-        async def test() -> None:
-            visible = world.file
-            config_map(visible, factor(1))
-            world.file = visible.parent / "..data" / visible.name
-            async with world.watching():
-                for shares in (2, 3):
-                    config_map(visible, factor(shares))
-                    await world.applied(shares)
-
-        run(test)
-
-    def test_between_start_and_watch(self, world: World) -> None:
+    @virtual
+    async def test_between_start_and_watch(self, world: World) -> None:
         """A change while the process was starting, after it had read the file."""
-
-        async def test() -> None:
-            loaded = world.load()
-            world.file.write_text(factor(2))
-            async with world.watching(loaded):
-                assert world.policies[-1].shares == 2
-
-        run(test)
+        loaded = world.load()
+        world.file.write_text(factor(2))
+        async with world.watching(loaded):
+            assert world.policies[-1].shares == 2
 
     @pytest.mark.parametrize("file", [True, False], ids=["with a file", "without one"])
-    def test_a_hang_up(self, world: World, file: bool) -> None:
+    @virtual
+    async def test_a_hang_up(self, world: World, file: bool) -> None:
         """SIGHUP has the settings read again, though nothing else tells of a change."""
-
-        async def test() -> None:
-            if not file:
-                world.file = Path()
-            async with world.watching():
-                for count in (1, 2):
-                    hang_up()
-                    await until(lambda count=count: len(world.reloaded) == count)  # type: ignore[misc]
-                    await trio.testing.wait_all_tasks_blocked()
-
-        run(test)
+        if not file:
+            world.file = Path()
+        async with world.watching():
+            for count in (1, 2):
+                hang_up()
+                await until(lambda count=count: len(world.reloaded) == count)  # type: ignore[misc]
+                await trio.testing.wait_all_tasks_blocked()
         assert world.logged(logging.INFO) == world.logged(logging.WARNING) == []
 
     @pytest.mark.parametrize("change", ["hang-up", "file"])
-    def test_a_change_while_it_is_read(self, world: World, change: str) -> None:
+    @virtual
+    async def test_a_change_while_it_is_read(self, world: World, change: str) -> None:
         """It is one more: neither is lost while the settings are being read."""
         reading, go_on = threading.Event(), threading.Event()
 
@@ -173,73 +158,61 @@ class TestNoticed:
             go_on.wait(TIMEOUT)
             return loaded
 
-        async def test() -> None:
-            async with world.watching(reload=reload):
-                await until(reading.is_set)
-                if change == "file":
-                    world.file.write_text(factor(7))
-                else:
-                    hang_up()
-                    await trio.testing.wait_all_tasks_blocked()
-                go_on.set()
-                await until(lambda: len(world.reads) == 2)
-
-        run(test)
+        async with world.watching(reload=reload):
+            await until(reading.is_set)
+            if change == "file":
+                world.file.write_text(factor(7))
+            else:
+                hang_up()
+                await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+            await until(lambda: len(world.reads) == 2)
         assert world.reads == [1, 7 if change == "file" else 1]
 
-    def test_the_directory_made_anew(self, world: World) -> None:
+    @virtual
+    async def test_the_directory_made_anew(self, world: World) -> None:
         """It is waited for, and watched again when it is back."""
         world.file = world.file.parent / "etc" / "config.yaml"
         world.file.parent.mkdir()
         world.file.write_text(factor(1))
+        async with world.watching():
+            for shares in (2, 3):
+                world.file.unlink()
+                world.file.parent.rmdir()
+                await trio.sleep(10 * watch.RETRY)
+                world.file.parent.mkdir()
+                world.file.write_text(factor(shares))
+                await world.applied(shares)
 
-        async def test() -> None:
-            async with world.watching():
-                for shares in (2, 3):
-                    world.file.unlink()
-                    world.file.parent.rmdir()
-                    await trio.sleep(10 * watch.RETRY)
-                    world.file.parent.mkdir()
-                    world.file.write_text(factor(shares))
-                    await world.applied(shares)
-
-        run(test)
-
-    def test_the_directory_replaced(self, world: World) -> None:
+    @virtual
+    async def test_the_directory_replaced(self, world: World) -> None:
         """Another one in its place is another file."""
         world.file = world.file.parent / "etc" / "config.yaml"
         world.file.parent.mkdir()
         world.file.write_text(factor(1))
+        async with world.watching():
+            world.file.parent.rename(world.file.parent.with_name("old"))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            other = world.file.parent.with_name("new")
+            other.mkdir()
+            (other / world.file.name).write_text(factor(2))
+            other.rename(world.file.parent)
+            await world.applied(2)
 
-        async def test() -> None:
-            async with world.watching():
-                world.file.parent.rename(world.file.parent.with_name("old"))
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                other = world.file.parent.with_name("new")
-                other.mkdir()
-                (other / world.file.name).write_text(factor(2))
-                other.rename(world.file.parent)
-                await world.applied(2)
-
-        run(test)
-
-    def test_what_is_no_change(self, world: World) -> None:
+    @virtual
+    async def test_what_is_no_change(self, world: World) -> None:
         """Neither other files, nor one that is gone: it may be about to be written."""
-
-        async def test() -> None:
-            async with world.watching():
-                other = world.file.with_name("other")
-                other.write_text(factor(9))
-                other.unlink()
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                world.file.unlink()
-                other.touch()
-                await trio.sleep(10 * watch.RETRY)
-                assert world.reads == [1]
-                world.file.write_text(factor(2))
-                await world.applied(2)
-
-        run(test)
+        async with world.watching():
+            other = world.file.with_name("other")
+            other.write_text(factor(9))
+            other.unlink()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            world.file.unlink()
+            other.touch()
+            await trio.sleep(10 * watch.RETRY)
+            assert world.reads == [1]
+            world.file.write_text(factor(2))
+            await world.applied(2)
         assert world.logged(logging.ERROR) == []
 
     def test_a_file_that_is_being_written(self, world: World) -> None:
@@ -260,23 +233,20 @@ class TestNoticed:
                 clock.jump(watch.SETTLING_TIME)
                 await world.applied(9)
 
-        run(test, clock)
+        trio.run(test, clock=clock)
         assert world.reads == [1, 9]
 
 
 class TestApplied:
-    def test_the_policy(self, world: World) -> None:
+    @virtual
+    async def test_the_policy(self, world: World) -> None:
         """It is applied, and logged with what is offered now. A comment changes nothing, though rules move."""
         rules = "gpus:\n- {name: '*', shares: 3}\n"
-
-        async def test() -> None:
-            async with world.watching():
-                for count, content in enumerate((rules, f"# a comment\n{rules}", factor(2)), start=1):
-                    world.file.write_text(content)
-                    await until(lambda count=count: len(world.reloaded) == count)  # type: ignore[misc]
-                    await trio.testing.wait_all_tasks_blocked()
-
-        run(test)
+        async with world.watching():
+            for count, content in enumerate((rules, f"# a comment\n{rules}", factor(2)), start=1):
+                world.file.write_text(content)
+                await until(lambda count=count: len(world.reloaded) == count)  # type: ignore[misc]
+                await trio.testing.wait_all_tasks_blocked()
         assert [policy.rules[0].place for policy in world.policies if policy.rules] == [
             f"{world.file}:2",
             f"{world.file}:3",
@@ -285,37 +255,31 @@ class TestApplied:
         assert "offers of 100" in first
         assert "offers of 2" in second
 
-    def test_what_takes_a_restart(self, world: World) -> None:
+    @virtual
+    async def test_what_takes_a_restart(self, world: World) -> None:
         """It is named in a warning once, as long as it differs from what the daemon runs with, and not the rest."""
-
-        async def test() -> None:
-            async with world.watching():
-                for content in (
-                    factor(2) + "v: 1\nresource-name: example.com/other\n",
-                    factor(3) + "v: 1\n",
-                    factor(4) + "v: 1\nlog-format: json\n",
-                    factor(5),
-                    factor(6) + "v: 2\n",
-                ):
-                    world.file.write_text(content)
-                    await world.applied(int(content.split()[1]))
-
-        run(test)
+        async with world.watching():
+            for content in (
+                factor(2) + "v: 1\nresource-name: example.com/other\n",
+                factor(3) + "v: 1\n",
+                factor(4) + "v: 1\nlog-format: json\n",
+                factor(5),
+                factor(6) + "v: 2\n",
+            ):
+                world.file.write_text(content)
+                await world.applied(int(content.split()[1]))
         named = [re.findall(r"(?<!\S)-[a-z-]+", message) for message in world.logged(logging.WARNING)]
         assert named == [["-v"], ["-log-format", "-v"], ["-v"]]
 
-    def test_warnings(self, world: World) -> None:
+    @virtual
+    async def test_warnings(self, world: World) -> None:
         """A warning is logged once, also at the start, and again when it comes back."""
         doubtful = "sample-interval: 2\nhealth-interval: 3\n"
         world.file.write_text(factor(1) + doubtful)
-
-        async def test() -> None:
-            async with world.watching():
-                for shares, more in ((2, doubtful), (3, "sample-interval: 2\n"), (4, doubtful)):
-                    world.file.write_text(factor(shares) + more)
-                    await world.applied(shares)
-
-        run(test)
+        async with world.watching():
+            for shares, more in ((2, doubtful), (3, "sample-interval: 2\n"), (4, doubtful)):
+                world.file.write_text(factor(shares) + more)
+                await world.applied(shares)
         (first, second) = world.logged(logging.WARNING)
         assert first == second
         assert "-health-interval" in first
@@ -329,40 +293,35 @@ class TestRefused:
             pytest.param(factor(TOO_MANY), [str(TOO_MANY)], id="offers"),
         ],
     )
-    def test_the_old_ones_stay(self, world: World, content: str, facts: list[str]) -> None:
+    @virtual
+    async def test_the_old_ones_stay(self, world: World, content: str, facts: list[str]) -> None:
         """A bad file changes nothing and is logged with the place; once corrected, it applies."""
-
-        async def test() -> None:
-            async with world.watching():
-                world.file.write_text(content)
-                await until(lambda: world.reloaded)
-                assert [policy.shares for policy in world.policies] == [1]
-                world.file.write_text(factor(3))
-                await world.applied(3)
-
-        run(test)
+        async with world.watching():
+            world.file.write_text(content)
+            await until(lambda: world.reloaded)
+            assert [policy.shares for policy in world.policies] == [1]
+            world.file.write_text(factor(3))
+            await world.applied(3)
         assert world.reloaded == [False, True]
         (error,) = world.logged(logging.ERROR)
         assert [fact for fact in facts if fact.format(world.file) not in error] == []
 
-    def test_a_hang_up_without_the_file(self, world: World) -> None:
+    @virtual
+    async def test_a_hang_up_without_the_file(self, world: World) -> None:
         """SIGHUP without the file is answered, and the file applies when it is back."""
-
-        async def test() -> None:
-            async with world.watching():
-                world.file.unlink()
-                hang_up()
-                await until(lambda: world.reloaded == [False])
-                world.file.write_text(factor(3))
-                await world.applied(3)
-
-        run(test)
+        async with world.watching():
+            world.file.unlink()
+            hang_up()
+            await until(lambda: world.reloaded == [False])
+            world.file.write_text(factor(3))
+            await world.applied(3)
         (error,) = world.logged(logging.ERROR)
         assert str(world.file) in error
 
 
 class TestCancellation:
-    def test_while_it_is_read(self, world: World) -> None:
+    @virtual
+    async def test_while_it_is_read(self, world: World) -> None:
         """A file system that does not answer is left behind."""
         reading, go_on = threading.Event(), threading.Event()
 
@@ -371,12 +330,9 @@ class TestCancellation:
             go_on.wait(2 * TIMEOUT)
             return load({}, {})
 
-        async def test() -> None:
-            async with world.watching(reload=reload):
-                await until(reading.is_set)
-
         started = time.monotonic()
-        run(test)
+        async with world.watching(reload=reload):
+            await until(reading.is_set)
         assert time.monotonic() - started < TIMEOUT
         go_on.set()
 
@@ -396,7 +352,7 @@ class TestCancellation:
                     world.file.parent.rmdir()
                 await trio.testing.wait_all_tasks_blocked(0.01)
 
-        run(test, trio.testing.MockClock())  # which stands still
+        trio.run(test, clock=trio.testing.MockClock())  # which stands still
         assert signal.getsignal(signal.SIGHUP) is before
 
     def test_a_signal_at_the_very_end(self) -> None:

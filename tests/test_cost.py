@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 
 import pytest
-import trio
 from replay import Peer, connected, count, held, offer, requests
+from virtual_clock import real
 
 from sgpu.deviceplugin.servicer import PluginContext
 
@@ -31,39 +31,33 @@ async def calls(peer: Peer, method: str, context: PluginContext, number: int) ->
         await peer.send(peer.encode(method, request))
 
 
-def test_what_a_call_takes(method: str, context: PluginContext) -> None:
+@real
+async def test_what_a_call_takes(method: str, context: PluginContext) -> None:
     """Take one turn of the event loop, no task, and four system calls: to read, to write, for more, to wait."""
-
-    async def check() -> None:
-        async with connected(context) as peer:
-            await calls(peer, method, context, 3)
-            counts = await count(peer, method, requests(context)[method], 20)
-        assert "tasks" not in counts
-        assert {what: counts[what] for what in ("turns", "system calls", "frames")} == {
-            "turns": 1,
-            "system calls": 4,
-            "frames": 3,
-        }
-
-    trio.run(check)
+    async with connected(context) as peer:
+        await calls(peer, method, context, 3)
+        counts = await count(peer, method, requests(context)[method], 20)
+    assert "tasks" not in counts
+    assert {what: counts[what] for what in ("turns", "system calls", "frames")} == {
+        "turns": 1,
+        "system calls": 4,
+        "frames": 3,
+    }
 
 
-def test_nothing_is_left_of_a_call(method: str, context: PluginContext) -> None:
+@real
+async def test_nothing_is_left_of_a_call(method: str, context: PluginContext) -> None:
     """Leave no memory, task, descriptor, or cycle that only the garbage collector would find."""
-
-    async def check() -> None:
-        async with connected(context) as peer:
-            await calls(peer, method, context, WARM_UP)
-            before = held()
-            gc.disable()
-            try:
-                await calls(peer, method, context, CALLS)
-                cycles = gc.collect()
-            finally:
-                gc.enable()
-            more = held().more_than(before)
-        assert more.pop("blocks") < MOST_BLOCKS
-        assert more == {"tasks": 0, "descriptors": 0}
-        assert cycles < CALLS
-
-    trio.run(check)
+    async with connected(context) as peer:
+        await calls(peer, method, context, WARM_UP)
+        before = held()
+        gc.disable()
+        try:
+            await calls(peer, method, context, CALLS)
+            cycles = gc.collect()
+        finally:
+            gc.enable()
+        more = held().more_than(before)
+    assert more.pop("blocks") < MOST_BLOCKS
+    assert more == {"tasks": 0, "descriptors": 0}
+    assert cycles < CALLS

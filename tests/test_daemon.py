@@ -17,11 +17,11 @@ from contextlib import ExitStack
 import attrs
 import grpc
 import pytest
-from daemon_process import COMMAND, DaemonProcess
+from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
-from fake_pod_resources import wait_until
 from node import RESOURCE, Node
 from stub_driver import GIB, StubDriver, StubGpu
+from watching import wait_until
 
 from sgpu.deviceplugin.session import STREAM_GRACE
 from sgpu.driver.nvml import Code
@@ -37,8 +37,6 @@ fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
 print("locked", flush=True)
 time.sleep(60)
 """
-#: Whose limits are its own: the user is root in it, and no more than before outside.
-NAMESPACE = ("unshare", "--user", "--map-root-user")
 FACTOR = ("-gpu-duplication-factor", "10")
 
 
@@ -287,19 +285,6 @@ class TestRegistration:
             kubelet.wait_for(lambda: not kubelet.devices(RESOURCE))
             kubelet.wait_registrations(2, timeout=3 * STREAM_GRACE)
             kubelet.wait_devices(10)
-
-    @pytest.mark.skipif(
-        subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode != 0,
-        reason="needs a user namespace",
-    )
-    @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
-    def test_the_kernel_refuses_inotify(self, node: Node, limit: str) -> None:
-        """Register all the same, also with a kubelet that comes later, and name the limit once."""
-        none = [*NAMESPACE, "sh", "-c", f'echo 0 > /proc/sys/user/{limit}; exec "$@"', "sh", *COMMAND]
-        with node.daemon(*FACTOR, command=none) as daemon:
-            daemon.wait_log(f"fs.inotify.max_user_{limit.rpartition('_')[2]}")
-            with FakeKubelet(node.plugins) as kubelet:
-                kubelet.wait_devices(10)
 
     def test_the_plugin_directory_made_anew(self, node: Node) -> None:
         """As when a node's state is wiped under running pods."""

@@ -79,10 +79,6 @@ class TestLists:
         assert [entry.HasField("topology") for entry in entries] == [True] * 4 + [False, True]
         assert [[node.ID for node in entry.topology.nodes] for entry in entries] == [[1]] * 4 + [[], [0]]
 
-    def test_no_offers_make_an_empty_list(self) -> None:
-        """Make a message of no bytes."""
-        assert v1beta1_list([]).SerializeToString() == v1alpha_list([]).SerializeToString() == b""
-
 
 class TestListBytes:
     @settings(deadline=None, max_examples=60)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
-import trio.testing
+import virtual_clock
 from daemon_process import short_directory
 from purerpc import StatusCode
 from rpc_peer import serving
@@ -35,6 +36,8 @@ GPUS = simulated_gpus(2)
 #: The first GPU is shared, the second one is whole; or both are shared.
 TWO_RESOURCES = Policy(SHARED, 3, (Rule("", uuid=GPUS[1].uuid, shares=1, resource=WHOLE),))
 ONE_RESOURCE = Policy(SHARED, 3)
+#: The clock jumps when the kernel has nothing to do either; what hangs fails.
+virtual = partial(virtual_clock.virtual, seconds=3600, threshold=0.02)
 
 
 @attrs.define(eq=False)
@@ -93,88 +96,66 @@ async def running(policy: Policy, refused: str = "") -> AsyncIterator[World]:
                 nursery.cancel_scope.cancel()
 
 
-def virtual(test: Callable[[], Awaitable[None]]) -> None:
-    """Run on a clock that jumps when all tasks, and the kernel, have nothing to do. Fail what hangs."""
-
-    async def bounded() -> None:
-        with trio.fail_after(3600):
-            await test()
-
-    trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0.02))
-
-
-def test_a_resource_is_registered_once_there_is_a_gpu_for_it() -> None:
+@virtual
+async def test_a_resource_is_registered_once_there_is_a_gpu_for_it() -> None:
     """Register none before there is a GPU, and none to which the policy gives no GPU."""
-
-    async def check() -> None:
-        async with running(TWO_RESOURCES) as world:
-            await trio.sleep(60)
-            assert not world.registrations.by_resource
-            world.node.set_gpus(GPUS[:1])
-            await world.kubelet.wait_lists(SHARED, 3)
-            await trio.sleep(60)
-            assert world.registrations.by_resource.keys() == {SHARED}
-            world.node.set_gpus(GPUS)
-            await world.kubelet.wait_lists(WHOLE, 1)
-            assert world.kubelet.lists[SHARED] == [3]
-
-    virtual(check)
+    async with running(TWO_RESOURCES) as world:
+        await trio.sleep(60)
+        assert not world.registrations.by_resource
+        world.node.set_gpus(GPUS[:1])
+        await world.kubelet.wait_lists(SHARED, 3)
+        await trio.sleep(60)
+        assert world.registrations.by_resource.keys() == {SHARED}
+        world.node.set_gpus(GPUS)
+        await world.kubelet.wait_lists(WHOLE, 1)
+        assert world.kubelet.lists[SHARED] == [3]
 
 
-def test_a_resource_that_is_no_longer_offered_leaves() -> None:
+@virtual
+async def test_a_resource_that_is_no_longer_offered_leaves() -> None:
     """List nothing, and leave when the kubelet has had time to receive that; leave the others alone."""
-
-    async def check() -> None:
-        async with running(TWO_RESOURCES) as world:
-            world.node.set_gpus(GPUS)
-            await world.kubelet.wait_lists(WHOLE, 1)
-            changed = trio.current_time()
-            world.node.set_policy(ONE_RESOURCE)
-            await world.kubelet.wait_lists(WHOLE, 1, 0)
-            await wait_until(lambda: bool(world.kubelet.ended), world.kubelet.changed)
-            assert trio.current_time() - changed == pytest.approx(FAREWELL)
-            await trio.sleep(300)
-            assert not world.watchdog.expired()
-            assert world.registrations.by_resource.keys() == {SHARED}
-            assert world.kubelet.lists == {SHARED: [3, 6], WHOLE: [1, 0]}
-            assert world.kubelet.ended == [WHOLE]
-
-    virtual(check)
+    async with running(TWO_RESOURCES) as world:
+        world.node.set_gpus(GPUS)
+        await world.kubelet.wait_lists(WHOLE, 1)
+        changed = trio.current_time()
+        world.node.set_policy(ONE_RESOURCE)
+        await world.kubelet.wait_lists(WHOLE, 1, 0)
+        await wait_until(lambda: bool(world.kubelet.ended), world.kubelet.changed)
+        assert trio.current_time() - changed == pytest.approx(FAREWELL)
+        await trio.sleep(300)
+        assert not world.watchdog.expired()
+        assert world.registrations.by_resource.keys() == {SHARED}
+        assert world.kubelet.lists == {SHARED: [3, 6], WHOLE: [1, 0]}
+        assert world.kubelet.ended == [WHOLE]
 
 
 @pytest.mark.parametrize(
     ("seconds", "ended"), [(FAREWELL / 2, []), (2 * FAREWELL, [WHOLE])], ids=["before it left", "after it left"]
 )
-def test_a_resource_that_comes_back(seconds: float, ended: list[str]) -> None:
+@virtual
+async def test_a_resource_that_comes_back(seconds: float, ended: list[str]) -> None:
     """Go on with its registration if it has not left yet, and else register it again."""
-
-    async def check() -> None:
-        async with running(TWO_RESOURCES) as world:
-            world.node.set_gpus(GPUS)
-            await world.kubelet.wait_lists(WHOLE, 1)
-            world.node.set_policy(ONE_RESOURCE)
-            await trio.sleep(seconds)
-            world.node.set_policy(TWO_RESOURCES)
-            await world.kubelet.wait_lists(WHOLE, 1, 0, 1)
-            await trio.sleep(60)
-            assert world.kubelet.ended == ended
-            assert world.registrations.by_resource[WHOLE].registered
-
-    virtual(check)
+    async with running(TWO_RESOURCES) as world:
+        world.node.set_gpus(GPUS)
+        await world.kubelet.wait_lists(WHOLE, 1)
+        world.node.set_policy(ONE_RESOURCE)
+        await trio.sleep(seconds)
+        world.node.set_policy(TWO_RESOURCES)
+        await world.kubelet.wait_lists(WHOLE, 1, 0, 1)
+        await trio.sleep(60)
+        assert world.kubelet.ended == ended
+        assert world.registrations.by_resource[WHOLE].registered
 
 
-def test_a_resource_that_fails_does_not_stop_the_others() -> None:
+@virtual
+async def test_a_resource_that_fails_does_not_stop_the_others() -> None:
     """Register the others, and try it again for as long as it takes."""
-
-    async def check() -> None:
-        async with running(TWO_RESOURCES, refused=WHOLE) as world:
-            world.node.set_gpus(GPUS)
-            await world.kubelet.wait_lists(SHARED, 3)
-            await trio.sleep(300)
-            assert not world.registrations.by_resource[WHOLE].registered
-            assert not world.watchdog.expired()
-            world.kubelet.refused.clear()
-            await world.kubelet.wait_lists(WHOLE, 1)
-            assert world.kubelet.lists[SHARED] == [3]
-
-    virtual(check)
+    async with running(TWO_RESOURCES, refused=WHOLE) as world:
+        world.node.set_gpus(GPUS)
+        await world.kubelet.wait_lists(SHARED, 3)
+        await trio.sleep(300)
+        assert not world.registrations.by_resource[WHOLE].registered
+        assert not world.watchdog.expired()
+        world.kubelet.refused.clear()
+        await world.kubelet.wait_lists(WHOLE, 1)
+        assert world.kubelet.lists[SHARED] == [3]

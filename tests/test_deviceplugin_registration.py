@@ -16,6 +16,7 @@ import trio.testing
 from daemon_process import short_directory
 from purerpc import StatusCode
 from rpc_peer import serving
+from virtual_clock import real
 
 from sgpu import rpc
 from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
@@ -143,7 +144,8 @@ class TestRegister:
         trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0.05))
 
     @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64), b""], ids=["HTTP/1", "none"])
-    def test_a_peer_that_is_no_kubelet(self, directory: Path, answer: bytes) -> None:
+    @real
+    async def test_a_peer_that_is_no_kubelet(self, directory: Path, answer: bytes) -> None:
         """Fail like any other registration when it talks something else, or hangs up."""
 
         async def talk(stream: trio.SocketStream) -> None:
@@ -151,15 +153,12 @@ class TestRegister:
                 await stream.receive_some()
                 await stream.send_all(answer)
 
-        async def check() -> None:
-            with rpc.listen(directory / registration.SOCKET) as listener:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(partial(trio.serve_listeners, talk, [listener]))
-                    with pytest.raises(RegistrationFailedError):
-                        await call_register(directory)
-                    nursery.cancel_scope.cancel()
-
-        trio.run(check)
+        with rpc.listen(directory / registration.SOCKET) as listener:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(trio.serve_listeners, talk, [listener]))
+                with pytest.raises(RegistrationFailedError):
+                    await call_register(directory)
+                nursery.cancel_scope.cancel()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from functools import partial
 
@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 from purerpc import StatusCode
+from virtual_clock import virtual
 
 from sgpu.api import v1alpha_pb2, v1beta1_pb2
 from sgpu.deviceplugin.servicer import AlphaDevicePlugin, DevicePlugin, PluginContext, Streams, options, plugin_routes
@@ -29,11 +30,6 @@ from sgpu.rpc import RpcError
 RESOURCE = "example.com/gpu"
 PATHS = HostPaths("/host", "/container", "/dev")
 APIS = pytest.mark.parametrize("api", [DevicePlugin, AlphaDevicePlugin], ids=["v1beta1", "v1alpha"])
-
-
-def virtual(test: Callable[[], Awaitable[None]]) -> None:
-    """Run on a clock that jumps to the next deadline when everything waits."""
-    trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def new_node(gpus: int, shares: int = 3) -> NodeState:
@@ -66,117 +62,89 @@ def lists(
 
 class TestListAndWatch:
     @APIS
-    def test_it_lists_now_and_after_each_change(self, api: type[DevicePlugin | AlphaDevicePlugin]) -> None:
+    @virtual
+    async def test_it_lists_now_and_after_each_change(self, api: type[DevicePlugin | AlphaDevicePlugin]) -> None:
         """Send the whole list each time, and nothing for a change that the kubelet can't see."""
+        node = new_node(2)
+        healthy, other = node.gpus
+        down = attrs.evolve(healthy, health=Health.UNHEALTHY, reason="one")
+        async with aclosing(lists(node, api=api)) as responses:
+            assert [device.health for device in (await anext(responses)).devices] == ["Healthy"] * 6
+            node.set_gpus((down, other))
+            response = await anext(responses)
+            assert [device.health for device in response.devices] == ["Unhealthy"] * 3 + ["Healthy"] * 3
+            node.set_gpus((attrs.evolve(down, reason="another"), other))
+            with trio.move_on_after(3600) as scope:
+                await anext(responses)
+            assert scope.cancelled_caught
 
-        async def check() -> None:
-            node = new_node(2)
-            healthy, other = node.gpus
-            down = attrs.evolve(healthy, health=Health.UNHEALTHY, reason="one")
-            async with aclosing(lists(node, api=api)) as responses:
-                assert [device.health for device in (await anext(responses)).devices] == ["Healthy"] * 6
-                node.set_gpus((down, other))
-                response = await anext(responses)
-                assert [device.health for device in response.devices] == ["Unhealthy"] * 3 + ["Healthy"] * 3
-                node.set_gpus((attrs.evolve(down, reason="another"), other))
-                with trio.move_on_after(3600) as scope:
-                    await anext(responses)
-                assert scope.cancelled_caught
-
-        virtual(check)
-
-    def test_a_slow_reader_gets_the_latest(self) -> None:
+    @virtual
+    async def test_a_slow_reader_gets_the_latest(self) -> None:
         """Skip the changes in between."""
-
-        async def check() -> None:
-            node = new_node(1)
-            async with aclosing(lists(node)) as responses:
+        node = new_node(1)
+        async with aclosing(lists(node)) as responses:
+            await anext(responses)
+            for count in (2, 3, 4):
+                node.set_gpus(simulated_gpus(count))
+            assert len((await anext(responses)).devices) == 4 * 3
+            node.set_gpus(simulated_gpus(1))
+            node.set_gpus(simulated_gpus(4))
+            with trio.move_on_after(1) as scope:
                 await anext(responses)
-                for count in (2, 3, 4):
-                    node.set_gpus(simulated_gpus(count))
-                assert len((await anext(responses)).devices) == 4 * 3
-                node.set_gpus(simulated_gpus(1))
-                node.set_gpus(simulated_gpus(4))
-                with trio.move_on_after(1) as scope:
-                    await anext(responses)
-                assert scope.cancelled_caught
+            assert scope.cancelled_caught
 
-        virtual(check)
-
-    def test_a_resource_that_is_no_longer_offered_lists_nothing(self) -> None:
-        """Send the empty list, by which the kubelet takes its capacity away."""
-
-        async def check() -> None:
-            node = new_node(1)
-            async with aclosing(lists(node)) as responses:
-                await anext(responses)
-                node.set_policy(Policy("example.com/other", 3))
-                assert len((await anext(responses)).devices) == 0
-
-        virtual(check)
-
-    def test_it_ends_when_the_session_does(self) -> None:
+    @virtual
+    async def test_it_ends_when_the_session_does(self) -> None:
         """End by itself while it waits for a change, so that the kubelet hangs up."""
-
-        async def check() -> None:
-            streams = Streams()
-            async with aclosing(lists(new_node(1), streams)) as responses, trio.open_nursery() as nursery:
-                await anext(responses)
-                nursery.start_soon(end_soon, streams)
-                with pytest.raises(StopAsyncIteration):
-                    await anext(responses)
 
         async def end_soon(streams: Streams) -> None:
             await trio.testing.wait_all_tasks_blocked()
             streams.ending.set()
 
-        virtual(check)
-
-    def test_it_counts_as_an_open_stream(self) -> None:
-        """Count it from its first list until it is closed."""
-
-        async def check() -> None:
-            registration = Registration()
-            async with aclosing(lists(new_node(1), Streams(registration))) as responses:
+        streams = Streams()
+        async with aclosing(lists(new_node(1), streams)) as responses, trio.open_nursery() as nursery:
+            await anext(responses)
+            nursery.start_soon(end_soon, streams)
+            with pytest.raises(StopAsyncIteration):
                 await anext(responses)
-                assert registration.streams == 1
-            assert registration.streams == 0
 
-        virtual(check)
+    @virtual
+    async def test_it_counts_as_an_open_stream(self) -> None:
+        """Count it from its first list until it is closed."""
+        registration = Registration()
+        async with aclosing(lists(new_node(1), Streams(registration))) as responses:
+            await anext(responses)
+            assert registration.streams == 1
+        assert registration.streams == 0
 
 
 class TestStreams:
-    def test_lost_once_none_has_been_open_for_the_grace_time(self) -> None:
+    @virtual
+    async def test_lost_once_none_has_been_open_for_the_grace_time(self) -> None:
         """Bear with a stream that closes and opens again in time."""
-
-        async def check() -> None:
-            streams = Streams()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(open_for, streams, 5, 100)
-                nursery.start_soon(open_for, streams, 109, 50)
-                await streams.wait_lost(grace=10)
-                assert trio.current_time() == pytest.approx(159 + 10)
 
         async def open_for(streams: Streams, after: float, seconds: float) -> None:
             await trio.sleep(after)
             with streams.opened():
                 await trio.sleep(seconds)
 
-        virtual(check)
+        streams = Streams()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_for, streams, 5, 100)
+            nursery.start_soon(open_for, streams, 109, 50)
+            await streams.wait_lost(grace=10)
+            assert trio.current_time() == pytest.approx(159 + 10)
 
     @pytest.mark.parametrize("count", [0, 1], ids=["none open", "one open"])
-    def test_waiting_can_be_cancelled(self, count: int) -> None:
+    @virtual
+    async def test_waiting_can_be_cancelled(self, count: int) -> None:
         """Let Cancelled through, at either of its two waits."""
-
-        async def check() -> None:
-            streams = Streams()
-            with ExitStack() as stack, trio.move_on_after(1) as scope:
-                for _ in range(count):
-                    stack.enter_context(streams.opened())
-                await streams.wait_lost(grace=10)
-            assert scope.cancelled_caught
-
-        virtual(check)
+        streams = Streams()
+        with ExitStack() as stack, trio.move_on_after(1) as scope:
+            for _ in range(count):
+                stack.enter_context(streams.opened())
+            await streams.wait_lost(grace=10)
+        assert scope.cancelled_caught
 
 
 def test_both_apis_are_served_on_one_socket() -> None:
@@ -274,9 +242,8 @@ class TestAllocate:
     @pytest.mark.parametrize(
         ("ids", "code"),
         [
-            pytest.param(["GPU-nobody::0"], StatusCode.NOT_FOUND, id="unknown"),
-            pytest.param(["{down}::0"], StatusCode.FAILED_PRECONDITION, id="unhealthy"),
-            pytest.param(["{up}::0", "{up}::1"], StatusCode.FAILED_PRECONDITION, id="not distinct"),
+            *((["GPU-nobody::0"], StatusCode.NOT_FOUND), (["{down}::0"], StatusCode.FAILED_PRECONDITION)),
+            (["{up}::0", "{up}::1"], StatusCode.FAILED_PRECONDITION),
         ],
     )
     def test_a_refusal_has_a_code_a_message_and_a_warning(

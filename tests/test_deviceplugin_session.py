@@ -12,6 +12,7 @@ import trio
 from daemon_process import short_directory
 from rpc_peer import serving
 from test_deviceplugin_registration import Registrar
+from virtual_clock import real
 
 from sgpu import rpc
 from sgpu.config.settings import endpoint
@@ -53,7 +54,8 @@ class Plugin:
             await trio.sleep(0.01)
 
 
-def test_a_new_kubelet_is_asked_while_the_old_one_has_not_answered() -> None:
+@real
+async def test_a_new_kubelet_is_asked_while_the_old_one_has_not_answered() -> None:
     """Register with it at once, and keep our own socket. Expect an attempt to end, and nothing once registered."""
     plugin = Plugin()
     old_was_asked = trio.Event()
@@ -65,30 +67,28 @@ def test_a_new_kubelet_is_asked_while_the_old_one_has_not_answered() -> None:
     async def at_once(version: str, resource: str) -> None:
         pass
 
-    async def check() -> None:
-        with short_directory() as directory, trio.fail_after(TIMEOUT):
-            path, ours, new = (directory / name for name in (registration.SOCKET, endpoint(RESOURCE), "new"))
-            async with (
-                serving(rpc.routes([Registrar(never).service]), path),
-                serving(rpc.routes([Registrar(at_once).service]), new),
-                trio.open_nursery() as nursery,
-            ):
-                nursery.start_soon(plugin.run, directory)
-                await old_was_asked.wait()
-                before = rpc.identity(ours)
-                plugin.now = 3600.0
-                assert loop_name(RESOURCE) in plugin.watchdog.expired()
-                os.replace(new, path)
-                await plugin.wait_registered()
-                assert rpc.identity(ours) == before
-                assert not plugin.watchdog.expired()
-                nursery.cancel_scope.cancel()
-        assert plugin.counters.registrations == {(RESOURCE, False): 1, (RESOURCE, True): 1}
-
-    trio.run(check)
+    with short_directory() as directory, trio.fail_after(TIMEOUT):
+        path, ours, new = (directory / name for name in (registration.SOCKET, endpoint(RESOURCE), "new"))
+        async with (
+            serving(rpc.routes([Registrar(never).service]), path),
+            serving(rpc.routes([Registrar(at_once).service]), new),
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(plugin.run, directory)
+            await old_was_asked.wait()
+            before = rpc.identity(ours)
+            plugin.now = 3600.0
+            assert loop_name(RESOURCE) in plugin.watchdog.expired()
+            os.replace(new, path)
+            await plugin.wait_registered()
+            assert rpc.identity(ours) == before
+            assert not plugin.watchdog.expired()
+            nursery.cancel_scope.cancel()
+    assert plugin.counters.registrations == {(RESOURCE, False): 1, (RESOURCE, True): 1}
 
 
-def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@real
+async def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make another one: a kubelet that starts just then removes it before anyone has looked which file it is."""
     listen, registered = rpc.listen, trio.Event()
     made: list[Path] = []
@@ -105,19 +105,16 @@ def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.Mon
         if len(made) > 1:
             registered.set()
 
-    async def check() -> None:
-        with short_directory() as directory, trio.fail_after(TIMEOUT):
-            async with (
-                serving(rpc.routes([Registrar(at_once).service]), directory / registration.SOCKET),
-                trio.open_nursery() as nursery,
-            ):
-                monkeypatch.setattr(rpc, "listen", listen_in_vain_at_first)
-                nursery.start_soon(Plugin().run, directory)
-                await registered.wait()
-                assert made[1].exists()
-                nursery.cancel_scope.cancel()
-
-    trio.run(check)
+    with short_directory() as directory, trio.fail_after(TIMEOUT):
+        async with (
+            serving(rpc.routes([Registrar(at_once).service]), directory / registration.SOCKET),
+            trio.open_nursery() as nursery,
+        ):
+            monkeypatch.setattr(rpc, "listen", listen_in_vain_at_first)
+            nursery.start_soon(Plugin().run, directory)
+            await registered.wait()
+            assert made[1].exists()
+            nursery.cancel_scope.cancel()
 
 
 def test_a_directory_that_is_removed_below_its_mount(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from virtual_clock import real
 
 from sgpu.driver.limit_file import LimitSender, load, save
 from sgpu.driver.messages import decode_limits
@@ -69,23 +71,20 @@ class Sent:
         return decode_limits(bytes(await self._output.receive_some(10_000)))
 
 
-def fed(check: Callable[[Sent], Awaitable[None]], file: Path | None) -> None:
-    async def main() -> None:
-        sent = Sent(file)
-        await sent.sender.load()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(sent.sender.feed, sent.input)
-            with trio.fail_after(30):
-                await check(sent)
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
+@asynccontextmanager
+async def fed(file: Path | None) -> AsyncIterator[Sent]:
+    sent = Sent(file)
+    await sent.sender.load()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sent.sender.feed, sent.input)
+        yield sent
+        nursery.cancel_scope.cancel()
 
 
-def test_recorded_before_it_is_sent(target: Target, file: Path) -> None:
+@real
+async def test_recorded_before_it_is_sent(target: Target, file: Path) -> None:
     """The record has a limit by the time that a worker gets it, and no longer once it is removed."""
-
-    async def check(sent: Sent) -> None:
+    async with fed(file) as sent:
         sent.enforcement.want(WantedLimits({target: 5}))
         assert await sent.next() == (WantedLimit(*target, 5),)
         assert load(file, BOOT) == (target,)
@@ -97,27 +96,21 @@ def test_recorded_before_it_is_sent(target: Target, file: Path) -> None:
         assert await sent.next() == ()
         assert load(file, BOOT) == ()
 
-    fed(check, file)
 
-
-def test_adopted(target: Target, file: Path) -> None:
+@real
+async def test_adopted(target: Target, file: Path) -> None:
     """What an earlier sgpu set is removed unless it is wanted."""
     save(file, BOOT, [target])
-
-    async def check(sent: Sent) -> None:
+    async with fed(file) as sent:
         sent.enforcement.want(WantedLimits())
         assert await sent.next() == (WantedLimit(*target, None, ours=True),)
 
-    fed(check, file)
-
 
 @pytest.mark.parametrize("path", [None, Path("/proc/none/limits.json")], ids=["none", "not writable"])
-def test_no_record(target: Target, path: Path | None, caplog: pytest.LogCaptureFixture) -> None:
+@real
+async def test_no_record(target: Target, path: Path | None, caplog: pytest.LogCaptureFixture) -> None:
     """Limits are set without a record as well; one that can't be written is a warning."""
-
-    async def check(sent: Sent) -> None:
+    async with fed(path) as sent:
         sent.enforcement.want(WantedLimits({target: 5}))
         assert await sent.next() == (WantedLimit(*target, 5),)
-
-    fed(check, path)
     assert ("limits.json" in caplog.text) == (path is not None)

@@ -56,12 +56,8 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("compute", "graphics", "mps", "expected"),
         [
-            pytest.param(7, 5, 6, 7, id="the largest"),
-            pytest.param(5, 6, 7, 7, id="the largest is last"),
-            pytest.param(7, 7, 7, 7, id="never the sum"),
-            pytest.param(NOT_AVAILABLE, NOT_AVAILABLE, NOT_AVAILABLE, None, id="unknown"),
-            pytest.param(NOT_AVAILABLE, 5, NOT_AVAILABLE, 5, id="known in one list"),
-            pytest.param(0, NOT_AVAILABLE, NOT_AVAILABLE, 0, id="none is known"),
+            *((7, 5, 6, 7), (5, 6, 7, 7), (7, 7, 7, 7), (NOT_AVAILABLE, NOT_AVAILABLE, NOT_AVAILABLE, None)),
+            *((NOT_AVAILABLE, 5, NOT_AVAILABLE, 5), (0, NOT_AVAILABLE, NOT_AVAILABLE, 0)),
         ],
     )
     def test_in_several_lists(

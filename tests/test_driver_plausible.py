@@ -24,17 +24,12 @@ def test_total_memory(total: int, known: int | None) -> None:
 @pytest.mark.parametrize(
     ("free", "used", "total", "known"),
     [
-        pytest.param(3, 7, 10, 3, id="sound"),
-        pytest.param(0, 10, 10, 0, id="full"),
-        pytest.param(10, 0, 10, 10, id="empty"),
-        pytest.param(11, 0, 10, None, id="more is free than there is"),
-        pytest.param(0, 11, 10, None, id="more is used than there is"),
-        pytest.param(3, 7, None, None, id="of an unknown total"),
-        pytest.param(FILLER, FILLER, 10, None, id="filler"),
+        *((3, 7, 10, 3), (0, 10, 10, 0), (10, 0, 10, 10)),
+        *((11, 0, 10, None), (0, 11, 10, None), (3, 7, None, None), (FILLER, FILLER, 10, None)),
     ],
 )
 def test_free_memory(free: int, used: int, total: int | None, known: int | None) -> None:
-    """It fits into the total."""
+    """It fits into the total, and so does what is used."""
     assert free_memory(free, used, total) == known
 
 
@@ -55,13 +50,8 @@ def test_percent(value: int, known: int | None) -> None:
 @pytest.mark.parametrize(
     ("used", "total", "known"),
     [
-        (None, 10, None),
-        (0, 10, 0),
-        (10, 10, 10),
-        (11, 10, None),
-        (GIB, None, GIB),
-        (MOST_MEMORY + 1, None, None),
-        (12_000_000_000_000_000_000, 16 * GIB, None),
+        *((None, 10, None), (0, 10, 0), (10, 10, 10), (11, 10, None)),
+        *((GIB, None, GIB), (MOST_MEMORY + 1, None, None), (12_000_000_000_000_000_000, 16 * GIB, None)),
     ],
 )
 def test_process_memory(used: int | None, total: int | None, known: int | None) -> None:

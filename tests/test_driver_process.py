@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,8 @@ from fake_worker import (
     report,
     silent,
 )
-from node import Node
-from stub_driver import StubGpu
+from virtual_clock import real
 
-from sgpu.driver import process
 from sgpu.driver.messages import (
     CallStarted,
     DriverEvent,
@@ -42,7 +38,6 @@ from sgpu.driver.messages import (
     LimitStarted,
     Message,
     NotReady,
-    Report,
     WorkerConfig,
     decode_config,
     encode,
@@ -294,90 +289,14 @@ def test_canceled(monkeypatch: pytest.MonkeyPatch, behavior: Behavior) -> None:
     assert (ran.outcome, ran.seconds) == (None, EXIT_TIMEOUT / 2)
 
 
-class TestReal:
-    """Real processes: programs of the test, for a Python without sgpu, or the worker itself."""
-
-    CALL = 'import os, signal, time; print(\'{"message": "CallStarted", "uuid": "GPU-a"}\', flush=True);'
-
-    def run(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        code: str,
-        *,
-        config: WorkerConfig = CONFIG,
-        deadline: float = TIMEOUT,
-        last: type[Message] | None = None,
-    ) -> tuple[Outcome | None, list[Message], trio.Process]:
-        """Run a program (empty: the worker) until it ends or emits such a message, and wait until it is gone."""
-        left_behind: list[trio.Process] = []
-        messages: list[Message] = []
-        open_process = trio.lowlevel.open_process
-
-        async def substitute(command: Sequence[str], **options: Any) -> trio.Process:  # noqa: ANN401
-            return await open_process([sys.executable, "-I", "-S", "-c", code] if code else command, **options)
-
-        async def main() -> Outcome | None:
-            def handle(message: Message) -> None:
-                messages.append(message)
-                if last and isinstance(message, last):
-                    scope.cancel()
-
-            outcome = None
-            with trio.fail_after(TIMEOUT), trio.CancelScope() as scope:
-                outcome = await run_worker(config, deadline, left_behind, handle)
-            with trio.fail_after(TIMEOUT):
-                await left_behind[0].wait()
-            return outcome
-
-        with monkeypatch.context() as patched:
-            patched.setattr(trio.lowlevel, "open_process", substitute)
-            outcome = trio.run(main)
-        return outcome, messages, left_behind[0]
-
-    def test_crash(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        """Name the signal that ended a process; what it wrote to standard error is in the log."""
-        outcome, *_ = self.run(monkeypatch, f"{self.CALL} os.write(2, b'last words'); os.abort()")
-        assert outcome
-        assert "SIGABRT" in outcome.problem
-        assert outcome.in_call == "GPU-a"
-        assert "last words" in capfd.readouterr().err
-
-    def test_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Kill a process that ignores other signals."""
-        monkeypatch.setattr(process, "START_TIMEOUT", TIMEOUT)
-        code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {self.CALL} time.sleep(60)"
-        outcome, _, ran = self.run(monkeypatch, code, deadline=0.1)
-        assert outcome
-        assert outcome.in_call == "GPU-a"
-        assert ran.returncode == -signal.SIGKILL
-
-    def test_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Leave no descriptor behind, whether the process ended or was canceled."""
-        before = sorted(os.listdir("/proc/self/fd"))
-        self.run(monkeypatch, f"{self.CALL} exit(1)")
-        self.run(monkeypatch, f"{self.CALL} time.sleep(60)", last=CallStarted)
-        assert sorted(os.listdir("/proc/self/fd")) == before
-
-    def test_worker(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Run the worker itself: it reports the driver's GPUs."""
-        node.driver.gpus(2)
-        config = WorkerConfig(str(node.host), str(node.dev), str(node.sys), 0.2)
-        _, messages, _ = self.run(monkeypatch, "", config=config, last=Report)
-        assert isinstance(messages[-1], Report)
-        assert [gpu.uuid for gpu in messages[-1].gpus] == [StubGpu(0).uuid, StubGpu(1).uuid]
-
-
 @pytest.mark.process
-def test_the_working_directory_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@real
+async def test_the_working_directory_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be anybody's: a module there that is named like one of ours changes nothing."""
     (tmp_path / "attrs.py").write_text("open('imported', 'w')\nraise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     config = WorkerConfig(str(tmp_path), str(tmp_path), str(tmp_path), interval=1, once=True)
     messages: list[Message] = []
-
-    async def main() -> Outcome:
-        return await run_worker(config, 30, [], messages.append)
-
-    trio.run(main)
+    await run_worker(config, 30, [], messages.append)
     assert any(isinstance(message, NotReady) for message in messages)
     assert not (tmp_path / "imported").exists()

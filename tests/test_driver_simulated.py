@@ -45,18 +45,11 @@ def test_stable_ids() -> None:
 @pytest.mark.parametrize(
     ("content", "faults"),
     [
-        pytest.param(b"", {}, id="empty"),
-        pytest.param(b"0", {0: ""}, id="no newline at the end"),
-        pytest.param(b"  0   two words  \n", {0: "two words"}, id="a reason between blanks"),
-        pytest.param(b"3\tyes\n", {3: "yes"}, id="a tab"),
-        pytest.param(b"0\r\n2 hot\r\n", {0: "", 2: "hot"}, id="line ends of other systems"),
-        pytest.param(b"0\n\n2\n", {0: "", 2: ""}, id="an empty line"),
-        pytest.param(b"0 first\n0 second\n", {0: "second"}, id="the last one counts"),
-        pytest.param(b"00 x\n999999999 y\n", {0: "x", 999999999: "y"}, id="any number"),
-        pytest.param("# 0\nx 1\n-1\n1.5\n0x1\n²\n,\n3 yes\n".encode(), {3: "yes"}, id="other lines"),
-        pytest.param(b"\xff\xfe\n3 yes\n", {3: "yes"}, id="not UTF-8"),
-        pytest.param(b"9" * 5000 + b"\n3 yes\n", {3: "yes"}, id="an endless number"),
+        *((b"", {}), (b"  0   two words  \n", {0: "two words"}), (b"0\r\n2 hot\r\n", {0: "", 2: "hot"})),
+        *((b"0 first\n0 second\n", {0: "second"}), ("# 0\nx 1\n-1\n1.5\n0x1\n²\n,\n3 yes\n".encode(), {3: "yes"})),
+        *((b"\xff\xfe\n3 yes\n", {3: "yes"}), (b"9" * 5000 + b"\n3 yes\n", {3: "yes"})),
     ],
+    ids=lambda value: repr(value)[:30],
 )
 def test_read_faults(tmp_path: Path, content: bytes, faults: dict[int, str]) -> None:
     """Read one fault from each line that starts with a number, with its reason or one that says what it is."""

@@ -41,33 +41,23 @@ def test_document() -> None:
         pytest.param(XidClass.RESET, "74,144,145,146,149,150", id="NVLink errors that can be fatal"),
         pytest.param(XidClass.RESET, "154", id="whatever the recovery action is"),
         pytest.param(XidClass.RESET, "166,167,168,169,170", id="no action named"),
-        pytest.param(XidClass.RESET, "174,999,5000", id="not in the catalogue"),
+        pytest.param(XidClass.RESET, "174,999,5000,999999999", id="not in the catalogue"),
     ],
 )
 def test_classes(xid_class: XidClass, numbers: str) -> None:
     """Class the XIDs that peers and NVIDIA agree on, and those that took a decision."""
     for number in parse_numbers(numbers):
         assert describe(number).number == number
+        assert describe(number).meaning
+        assert describe(number).action
         assert XidPolicy().classify(number) is describe(number).xid_class is xid_class, number
-
-
-@pytest.mark.parametrize("number", [-1, 0, 174, 999, 2**64 - 1])
-def test_unknown(number: int) -> None:
-    """Describe any number, and say what to do: 999 is NVML's number for an XID that it does not know."""
-    xid = describe(number)
-    assert (xid.number, xid.xid_class) == (number, XidClass.RESET)
-    assert xid.meaning
-    assert xid.action
 
 
 @pytest.mark.parametrize(
     ("ignored", "critical", "number", "xid_class"),
     [
-        pytest.param("79", "", 79, XidClass.APPLICATION, id="ignore one that needs a reset"),
-        pytest.param("5000", "", 5000, XidClass.APPLICATION, id="ignore an unknown one"),
-        pytest.param("", "13", 13, XidClass.RESET, id="an application's is critical"),
-        pytest.param("", "94", 94, XidClass.RESET, id="a transient one is critical"),
-        pytest.param("79", "13", 94, XidClass.TRANSIENT, id="neither"),
+        *(("79", "", 79, XidClass.APPLICATION), ("5000", "", 5000, XidClass.APPLICATION)),
+        *(("", "13", 13, XidClass.RESET), ("", "94", 94, XidClass.RESET), ("79", "13", 94, XidClass.TRANSIENT)),
     ],
 )
 def test_policy(ignored: str, critical: str, number: int, xid_class: XidClass) -> None:
@@ -83,33 +73,15 @@ def test_policy_conflict() -> None:
 
 @pytest.mark.parametrize(
     ("text", "numbers"),
-    [
-        pytest.param("", set(), id="empty"),
-        pytest.param("  ", set(), id="blank"),
-        pytest.param(" 13 , 31,79,13", {13, 31, 79}, id="some"),
-        pytest.param("999999999", {999999999}, id="large"),
-    ],
+    [("", set()), ("  ", set()), (" 13 , 31,79,13", {13, 31, 79}), ("999999999", {999999999})],
 )
 def test_numbers(text: str, numbers: set[int]) -> None:
     """Parse numbers between commas."""
     assert parse_numbers(text) == numbers
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        pytest.param("13,", "''", id="nothing after a comma"),
-        pytest.param("13 31", "'13 31'", id="no comma"),
-        pytest.param("13,all", "'all'", id="a word"),
-        pytest.param("-13", "'-13'", id="negative"),
-        pytest.param("0", "'0'", id="zero"),
-        pytest.param("013", "'013'", id="leading zero"),
-        pytest.param("1_3", "'1_3'", id="underscore"),
-        pytest.param("1³", "'1³'", id="another script's digit"),
-        pytest.param("1" * 10, "'1111111111'", id="endless"),
-    ],
-)
-def test_no_number(text: str, word: str) -> None:
+@pytest.mark.parametrize("text", ["13,", "13 31", "13,all", "-13", "0", "013", "1_3", "1³", "1111111111"])
+def test_no_number(text: str) -> None:
     """Refuse what is no number, and quote it."""
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=f"'{text.rpartition(',')[2]}'"):
         parse_numbers(text)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import select
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
@@ -38,15 +36,12 @@ class Plugin:
         self.messages: Any = v1beta1_pb2 if package == "v1beta1" else v1alpha_pb2
         self.streams: list[queue.SimpleQueue[dict[str, str] | None]] = []
         self.shown = {"a": "Healthy", "b": "Healthy"}
-        self.authorities: list[str] = []
 
     def __enter__(self) -> Plugin:
         if self.package == "v1beta1":
-            unary = [
+            unary: list[tuple[str, str, Any]] = [
                 ("GetDevicePluginOptions", "Empty", self.options),
-                ("GetPreferredAllocation", "PreferredAllocationRequest", self.preferred),
                 ("Allocate", "AllocateRequest", self.allocate),
-                ("PreStartContainer", "PreStartContainerRequest", self.pre_start),
             ]
         else:
             unary = [("Allocate", "AllocateRequest", self.allocate_v1alpha)]
@@ -105,11 +100,6 @@ class Plugin:
     def options(self, request: Message, context: grpc.ServicerContext) -> Message:
         return v1beta1_pb2.DevicePluginOptions(pre_start_required=True)
 
-    def preferred(self, request: v1beta1_pb2.PreferredAllocationRequest, context: grpc.ServicerContext) -> Message:
-        (container,) = request.container_requests
-        ids = [*container.must_include_deviceIDs, *container.available_deviceIDs][: container.allocation_size]
-        return v1beta1_pb2.PreferredAllocationResponse(container_responses=[{"deviceIDs": ids}])
-
     def allocate(self, request: v1beta1_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
         if any("unknown" in container.devices_ids for container in request.container_requests):
             context.abort(grpc.StatusCode.NOT_FOUND, "unknown device")
@@ -119,9 +109,6 @@ class Plugin:
 
     def allocate_v1alpha(self, request: v1alpha_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
         return v1alpha_pb2.AllocateResponse(envs={"IDS": ",".join(request.devicesIDs)})
-
-    def pre_start(self, request: Message, context: grpc.ServicerContext) -> Message:
-        return v1beta1_pb2.PreStartContainerResponse()
 
 
 @pytest.fixture
@@ -164,20 +151,6 @@ def test_registering_asks_for_options_and_lists_the_devices(kubelet: FakeKubelet
     assert before < registration.time < kubelet.lists[RESOURCE][0].time < kubelet.lists[RESOURCE][1].time
 
 
-def test_the_calls_of_a_kubelet_reach_the_plugin(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    """Call each method of the connected plugin; raise its status when it fails."""
-    plugin.register()
-    assert [answer.envs["IDS"] for answer in kubelet.allocate(["a"], ["b", "c"]).container_responses] == ["a", "b,c"]
-    assert kubelet.preferred(["a", "b"], ["c"], 2) == ["c", "a"]
-    assert kubelet.options().pre_start_required
-    kubelet.pre_start(["a"])
-    request, response = v1beta1_pb2.Empty(), v1beta1_pb2.DevicePluginOptions
-    assert kubelet.call("v1beta1.DevicePlugin", "GetDevicePluginOptions", request, response).pre_start_required
-    with pytest.raises(grpc.RpcError) as caught:
-        kubelet.allocate(["unknown"])
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-
-
 def test_starting_removes_sockets_and_nothing_else(directory: Path) -> None:
     """Empty the directory as CleanupPluginDirectory does."""
     (directory / "folder").mkdir(parents=True)
@@ -195,31 +168,11 @@ def test_stopping_leaves_a_socket_that_refuses(kubelet: FakeKubelet) -> None:
         client.connect(str(kubelet.socket))
 
 
-def test_restarting_forgets_the_plugin_and_takes_it_again(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    """Make another socket, remove the plugin's, and accept a new registration."""
-    plugin.register()
-    kubelet.wait_devices(2)
-    before = kubelet.socket.stat()
-    assert kubelet.restart() < 1
-    after = kubelet.socket.stat()
-    assert (after.st_ino, after.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
-    assert not (kubelet.directory / plugin.endpoint).exists()
-    assert kubelet.devices() == {}
-    with Plugin(kubelet.directory) as again:
-        again.register()
-        kubelet.wait_devices(2)
-    kubelet.wait_devices(0)
-    assert len(kubelet.registrations) == 2
-
-
-@pytest.mark.parametrize("drop", [FakeKubelet.drop_stream, FakeKubelet.drop_connection], ids=["stream", "connection"])
-def test_a_dropped_stream_disconnects_the_plugin(
-    kubelet: FakeKubelet, plugin: Plugin, drop: Callable[[FakeKubelet], None]
-) -> None:
+def test_a_dropped_stream_disconnects_the_plugin(kubelet: FakeKubelet, plugin: Plugin) -> None:
     """Fail calls until it registers again."""
     plugin.register()
     kubelet.wait_devices(2)
-    drop(kubelet)
+    kubelet.drop_stream()
     assert kubelet.devices() == {}
     (connection,) = kubelet.connections
     assert not connection.streaming
@@ -280,16 +233,6 @@ def test_up_to_1_24_an_old_stream_that_ends_does_no_harm(directory: Path) -> Non
         assert kubelet.devices() == {"c": "Healthy"}
 
 
-def test_refusing_until_told_otherwise(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    """Count attempts and registrations apart."""
-    kubelet.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
-    assert register_error(plugin) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
-    kubelet.accept()
-    plugin.register()
-    kubelet.wait_attempts(2)
-    assert len(kubelet.registrations) == 1
-
-
 @pytest.mark.parametrize(
     ("version", "resource", "details"),
     [
@@ -311,29 +254,6 @@ def test_a_bad_request_is_refused(
     """Refuse it in the kubelet's own words."""
     assert register_error(plugin, version, resource) == (grpc.StatusCode.UNKNOWN, details)
     assert not kubelet.registrations
-
-
-def test_the_answer_can_come_before_the_stream_and_after(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    """Keep the two delays apart."""
-    kubelet.stream_delay = 60
-    plugin.register()
-    assert kubelet.devices() == {}
-    kubelet.stream_delay, kubelet.answer_delay = 0, 60
-    with futures.ThreadPoolExecutor(1) as pool:
-        registered = pool.submit(register_error, plugin)
-        kubelet.wait_devices(2)
-        assert not registered.done()
-        kubelet.stop()
-
-
-def test_a_slow_kubelet_stops_at_once(kubelet: FakeKubelet, plugin: Plugin) -> None:
-    """Cut its delays short."""
-    kubelet.register_delay = 60
-    with futures.ThreadPoolExecutor(1) as pool:
-        registered = pool.submit(register_error, plugin)
-        kubelet.wait_attempts(1)
-        kubelet.stop()
-        assert registered.result()[0] in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
 def test_a_list_over_4_mib_ends_the_stream(kubelet: FakeKubelet, plugin: Plugin) -> None:
@@ -392,30 +312,6 @@ sys.exit(run_in_child(daemon))
 def script(directory: Path, status: int) -> DaemonProcess:
     env = {"STATUS": str(status), "SGPU_B": "1"}
     return DaemonProcess(directory, directory, ["-flag"], env=env, command=(sys.executable, "-c", SCRIPT))
-
-
-def test_a_daemon_process_is_watched_and_ended(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read its log and its footprint; kill its children with it."""
-    monkeypatch.setenv("SGPU_A", "1")
-    with script(directory, 0) as process:
-        line = process.wait_log("ready")
-        assert "['SGPU_B']" in line.text
-        assert line.text.endswith(f"['-plugin-directory', '{directory}', '-host-path', '{directory}', '-flag']")
-        assert process.logs == line.text
-        assert process.fd_count() >= 3
-        assert process.thread_count() == 1
-        assert process.rss_bytes() > 1_000_000
-        assert 0 <= process.cpu_seconds() < 10
-        memory = process.memory()
-        assert 1_000_000 < memory.proportional < memory.resident
-        assert 1_000_000 < memory.anonymous < memory.alone < memory.resident
-        (child,) = process.children()
-        ended = os.pidfd_open(child)
-        process.terminate()
-    # Killed with its parent; the descriptor becomes readable when it has ended.
-    readable, _, _ = select.select([ended], [], [], 10)
-    os.close(ended)
-    assert readable
 
 
 def test_a_daemon_process_that_misbehaves_is_shown_with_its_log(directory: Path) -> None:

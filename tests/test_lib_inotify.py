@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 from daemon_process import short_directory
+from virtual_clock import real
 
 from sgpu.lib.inotify import open_directory
 
@@ -51,60 +52,51 @@ def make_anew(directory: Path) -> None:
         pytest.param("empty", Path.rmdir, lambda d: not d.exists(), id="directory removed"),
     ],
 )
-def test_each_kind_of_change_is_noticed(
+@real
+async def test_each_kind_of_change_is_noticed(
     name: str, change: Callable[[Path], object], condition: Callable[[Path], bool], root: Path
 ) -> None:
     """Wake whoever waits for it."""
     directory = root / name
-
-    async def check() -> None:
-        with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watched.watch)
-                async with trio.open_nursery() as inner:
-                    inner.start_soon(watched.wait_until, partial(condition, directory))
-                    await trio.testing.wait_all_tasks_blocked()
-                    change(directory)
-                nursery.cancel_scope.cancel()
-
-    trio.run(check)
+    with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watched.watch)
+            async with trio.open_nursery() as inner:
+                inner.start_soon(watched.wait_until, partial(condition, directory))
+                await trio.testing.wait_all_tasks_blocked()
+                change(directory)
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("renewed", [False, True], ids=["opened", "made anew and renewed"])
-def test_a_change_before_the_watch_task_runs_is_not_missed(root: Path, *, renewed: bool) -> None:
+@real
+async def test_a_change_before_the_watch_task_runs_is_not_missed(root: Path, *, renewed: bool) -> None:
     """Queue changes from when the directory was opened, or renewed after it was made anew."""
     directory = root / "empty"
-
-    async def check() -> None:
-        with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
-            if renewed:
-                make_anew(directory)
-                watched.renew()
-                async with trio.open_nursery() as nursery:  # takes what was queued for the old one
-                    nursery.start_soon(watched.watch)
-                    await watched.changed.next.wait()
-                    nursery.cancel_scope.cancel()
-            change = watched.changed.next
-            (directory / "new").touch()
-            async with trio.open_nursery() as nursery:
+    with open_directory(directory) as watched, trio.fail_after(TIMEOUT):
+        if renewed:
+            make_anew(directory)
+            watched.renew()
+            async with trio.open_nursery() as nursery:  # takes what was queued for the old one
                 nursery.start_soon(watched.watch)
-                await change.wait()
+                await watched.changed.next.wait()
                 nursery.cancel_scope.cancel()
+        change = watched.changed.next
+        (directory / "new").touch()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watched.watch)
+            await change.wait()
+            nursery.cancel_scope.cancel()
 
-    trio.run(check)
 
-
-def test_it_can_be_cancelled(root: Path) -> None:
+@real
+async def test_it_can_be_cancelled(root: Path) -> None:
     """Let Cancelled through, in the watch and in a wait."""
-
-    async def check() -> None:
-        with open_directory(root) as watched:
-            for wait in (watched.watch, partial(watched.wait_until, lambda: False)):
-                with trio.move_on_after(0.01) as scope:
-                    await wait()
-                assert scope.cancelled_caught
-
-    trio.run(check)
+    with open_directory(root) as watched:
+        for wait in (watched.watch, partial(watched.wait_until, lambda: False)):
+            with trio.move_on_after(0.01) as scope:
+                await wait()
+            assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize(("name", "error"), [("none", FileNotFoundError), ("file", NotADirectoryError)])
@@ -117,7 +109,8 @@ def test_what_is_no_directory_is_an_os_error(root: Path, name: str, error: type[
 @pytest.mark.parametrize(
     ("refused", "number"), [("INotify", errno.EMFILE), ("add_watch", errno.ENOSPC)], ids=["no instance", "no watch"]
 )
-def test_the_kernel_has_none_left(
+@real
+async def test_the_kernel_has_none_left(
     root: Path, refused: str, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Poll instead, and name the limit."""
@@ -126,16 +119,12 @@ def test_the_kernel_has_none_left(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(inotify_simple if refused == "INotify" else inotify_simple.INotify, refused, refuse)
-
-    async def check() -> None:
-        with open_directory(root / "d") as watched, trio.fail_after(TIMEOUT):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watched.watch)
-                nursery.start_soon(partial(trio.to_thread.run_sync, (root / "d/new").touch))
-                await watched.wait_until((root / "d/new").exists)
-                nursery.cancel_scope.cancel()
-        with pytest.raises(NotADirectoryError), open_directory(root / "nowhere"):
-            pass
-
-    trio.run(check)
+    with open_directory(root / "d") as watched, trio.fail_after(TIMEOUT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watched.watch)
+            nursery.start_soon(partial(trio.to_thread.run_sync, (root / "d/new").touch))
+            await watched.wait_until((root / "d/new").exists)
+            nursery.cancel_scope.cancel()
+    with pytest.raises(NotADirectoryError), open_directory(root / "nowhere"):
+        pass
     assert "fs.inotify.max_user_" in caplog.text

@@ -7,11 +7,13 @@ import threading
 
 import pytest
 import trio
+from virtual_clock import real
 
 from sgpu.lib.threads import REFUSED, run_in_thread
 
 
-def test_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@real
+async def test_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Run the function in the event loop while no thread can be started, and say so once each time that begins."""
     allowed = False
     start = trio.to_thread.run_sync
@@ -21,14 +23,10 @@ def test_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
             raise RuntimeError(REFUSED)
         return await start(*args, **options)  # type: ignore[arg-type]
 
-    async def check() -> None:
-        nonlocal allowed
-        for allowed in (True, False, False, True, False):
-            thread = await run_in_thread(threading.current_thread)
-            assert (thread is threading.current_thread()) is not allowed
-
     monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
-    trio.run(check)
+    for allowed in (True, False, False, True, False):
+        thread = await run_in_thread(threading.current_thread)
+        assert (thread is threading.current_thread()) is not allowed
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "pids.max" in caplog.text
 

@@ -12,9 +12,10 @@ import grpc
 import pytest
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
-from fake_pod_resources import FakePodResources, wait_until
+from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import GIB, MIB, StubGpu
+from watching import wait_until
 
 from sgpu.api import v1beta1_pb2
 from sgpu.observe.client import NoAnswerError, fetch
@@ -95,8 +96,7 @@ class Limited:
             states = [use.limit_state for gpu in snapshot.gpus for use in gpu.containers] if snapshot else []
             return snapshot if states == [state] else None
 
-        wait_until(found, f"limit {state}", 30)
-        snapshot = found()
+        snapshot = wait_until(found, f"limit {state}")
         assert snapshot
         return snapshot
 
@@ -138,7 +138,7 @@ def test_a_container_is_limited_before_it_exists(limited: Limited) -> None:
     for file in limited.node.driver.path.parent.glob("limit.*"):
         file.unlink()
     with limited.daemon("-memory-limits", "burst=2"):
-        wait_until(lambda: limited.limits() == [part(limited.gpu, 2)] * 2, "limits again", 30)
+        wait_until(lambda: limited.limits() == [part(limited.gpu, 2)] * 2, "limits again")
     listed = limited.command()
     assert listed.returncode == 0
     assert listed.stdout.count(f"{part(limited.gpu, 2) // MIB} MiB") == 2
@@ -155,7 +155,7 @@ def test_switched_off(limited: Limited) -> None:
         limited.pre_start()
     assert limited.limits()
     with limited.daemon("-memory-limits", "off"):
-        wait_until(lambda: not limited.limits(), "no limit", 30)
+        wait_until(lambda: not limited.limits(), "no limit")
         assert not limited.kubelet.wait_registrations(2).options.pre_start_required
 
 

@@ -139,11 +139,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("allocated", "distinct"),
         [
-            pytest.param([], True, id="none"),
-            pytest.param([A], True, id="one"),
-            pytest.param([A, B], True, id="of two GPUs"),
-            pytest.param([A, A], False, id="of one GPU"),
-            pytest.param([A, B, A], False, id="two of three"),
+            *(([], True), ([A], True), ([A, B], True), ([A, A], False), ([A, B, A], False)),
         ],
     )
     def test_strict_distinct(self, allocated: list[Offer], distinct: bool) -> None:

@@ -44,12 +44,8 @@ class TestOffer:
     @pytest.mark.parametrize(
         ("health", "withheld", "letters"),
         [
-            pytest.param(Health.HEALTHY, (), "HHH", id="healthy"),
-            pytest.param(Health.UNHEALTHY, (), "UUU", id="unhealthy"),
-            pytest.param(Health.HEALTHY, (0,), "UHH", id="one withheld"),
-            pytest.param(Health.HEALTHY, (0, 7), "UHU", id="a retained one withheld"),
-            pytest.param(Health.UNHEALTHY, (1,), "UUU", id="unhealthy and withheld"),
-            pytest.param(Health.HEALTHY, (3, 99), "HHH", id="numbers that it does not have"),
+            *((Health.HEALTHY, (), "HHH"), (Health.UNHEALTHY, (), "UUU"), (Health.HEALTHY, (0,), "UHH")),
+            *((Health.HEALTHY, (0, 7), "UHU"), (Health.UNHEALTHY, (1,), "UUU"), (Health.HEALTHY, (3, 99), "HHH")),
         ],
     )
     def test_share_health(self, health: Health, withheld: tuple[int, ...], letters: str) -> None:
@@ -65,10 +61,7 @@ class TestOffer:
     @pytest.mark.parametrize(
         ("allocated", "withheld"),
         [
-            pytest.param("", {0, 1, 2, 7}, id="none allocated"),
-            pytest.param("a1 a7", {0, 2}, id="some allocated"),
-            pytest.param("b1", {0, 1, 2, 7}, id="one of another GPU"),
-            pytest.param("a0 a1 a2 a7 a9", set(), id="all allocated"),
+            *(("", {0, 1, 2, 7}), ("a1 a7", {0, 2}), ("b1", {0, 1, 2, 7}), ("a0 a1 a2 a7 a9", set())),
         ],
     )
     def test_withhold(self, allocated: str, withheld: set[int]) -> None:

@@ -23,24 +23,21 @@ C = unit("c", "NVIDIA A100-PCIE-40GB", "00000001:05:00.0")
 ALL = (A, B, C)
 
 
-def assigned(*rules: Rule) -> list[tuple[str, str, int]]:
-    """Resource, letter of the GPU, and shares of each unit that is offered."""
-    return [(resource, each.uuid[-1], terms.shares) for resource, each, terms in assign(Policy(SHARED, 10, rules), ALL)]
+def assigned(*rules: Rule) -> str:
+    """Return `a10 B1`: the letter of each GPU that is offered, a capital one for WHOLE, and its number of shares."""
+    each = assign(Policy(SHARED, 10, rules), ALL)
+    letters = {SHARED: str.lower, WHOLE: str.upper}
+    return " ".join(f"{letters[resource](unit.uuid[-1])}{terms.shares}" for resource, unit, terms in each)
 
 
 class TestMatches:
     @pytest.mark.parametrize(
         ("rule", "matched"),
         [
-            pytest.param(Rule("f:1", uuid="gpu-A"), "a", id="uuid, in another case"),
-            pytest.param(Rule("f:1", uuid="GPU-"), "", id="the beginning of a uuid"),
-            pytest.param(Rule("f:1", uuid="GPU-*"), "", id="no pattern for a uuid"),
-            pytest.param(Rule("f:1", name="nvidia a100-SXM4-80gb"), "b", id="name, in another case"),
-            pytest.param(Rule("f:1", name="*A100*"), "bc", id="part of a name"),
-            pytest.param(Rule("f:1", name="A100"), "", id="part of a name without stars"),
-            pytest.param(Rule("f:1", name="*-?0GB"), "bc", id="any character"),
-            pytest.param(Rule("f:1", name="*[!8]0gb"), "c", id="none of several"),
-            pytest.param(Rule("f:1", name="*"), "abc", id="all"),
+            *((Rule("f:1", uuid="gpu-A"), "a"), (Rule("f:1", uuid="GPU-"), ""), (Rule("f:1", uuid="GPU-*"), "")),
+            *((Rule("f:1", name="nvidia a100-SXM4-80gb"), "b"), (Rule("f:1", name="*A100*"), "bc")),
+            *((Rule("f:1", name="A100"), ""), (Rule("f:1", name="*-?0GB"), "bc")),
+            *((Rule("f:1", name="*[!8]0gb"), "c"), (Rule("f:1", name="*"), "abc")),
         ],
     )
     def test_uuid_and_name(self, rule: Rule, matched: str) -> None:
@@ -51,14 +48,8 @@ class TestMatches:
     @pytest.mark.parametrize(
         ("bus_id", "matched"),
         [
-            pytest.param("00000000:3B:00.0", True, id="eight digits"),
-            pytest.param("0000:3b:00.0", True, id="four digits"),
-            pytest.param("3b:00.0", True, id="no domain"),
-            pytest.param("0:3B:0.0", True, id="without zeros"),
-            pytest.param("0001:3b:00.0", False, id="another domain"),
-            pytest.param("0000:3c:00.0", False, id="another bus"),
-            pytest.param("0000:3b:01.0", False, id="another device"),
-            pytest.param("0000:3b:00.1", False, id="another function"),
+            *(("00000000:3B:00.0", True), ("0000:3b:00.0", True), ("3b:00.0", True), ("0:3B:0.0", True)),
+            *(("0001:3b:00.0", False), ("0000:3c:00.0", False), ("0000:3b:01.0", False), ("0000:3b:00.1", False)),
         ],
     )
     def test_bus_id(self, bus_id: str, known: str, matched: bool) -> None:
@@ -115,31 +106,23 @@ class TestAssign:
     @pytest.mark.parametrize(
         ("rules", "expected"),
         [
-            pytest.param([], [(SHARED, "a", 10), (SHARED, "b", 10), (SHARED, "c", 10)], id="none"),
-            pytest.param(
-                [Rule("f:1", name="*A100*", shares=3)],
-                [(SHARED, "a", 10), (SHARED, "b", 3), (SHARED, "c", 3)],
-                id="another number of shares",
-            ),
-            pytest.param(
-                [Rule("f:1", name="*A100*", resource=WHOLE)],
-                [(SHARED, "a", 10), (WHOLE, "b", 10), (WHOLE, "c", 10)],
-                id="another resource",
-            ),
+            pytest.param([], "a10 b10 c10", id="none"),
+            pytest.param([Rule("f:1", name="*A100*", shares=3)], "a10 b3 c3", id="another number of shares"),
+            pytest.param([Rule("f:1", name="*A100*", resource=WHOLE)], "a10 B10 C10", id="another resource"),
             pytest.param(
                 [Rule("f:1", uuid="GPU-b", resource=WHOLE, shares=1), Rule("f:5", pci_bus_id="1:5:0.0", exclude=True)],
-                [(SHARED, "a", 10), (WHOLE, "b", 1)],
+                "a10 B1",
                 id="both, and one excluded",
             ),
-            pytest.param([Rule("f:1", name="*", exclude=True)], [], id="all excluded"),
+            pytest.param([Rule("f:1", name="*", exclude=True)], "", id="all excluded"),
             pytest.param(
                 [Rule("f:1", name="*H100*", shares=1), Rule("f:2", name="*H*", exclude=True)],
-                [(SHARED, "a", 10), (SHARED, "b", 10), (SHARED, "c", 10)],
+                "a10 b10 c10",
                 id="two rules for a GPU that is not there",
             ),
         ],
     )
-    def test_rules(self, rules: list[Rule], expected: list[tuple[str, str, int]]) -> None:
+    def test_rules(self, rules: list[Rule], expected: str) -> None:
         """A rule decides for the units it matches; the policy's own values apply to all else, in the given order."""
         assert assigned(*rules) == expected
 

@@ -31,36 +31,14 @@ def test_id(share_id: str, share: Share) -> None:
 @pytest.mark.parametrize(
     "share_id",
     [
-        pytest.param("", id="empty"),
-        pytest.param("::", id="separator alone"),
-        pytest.param("::0", id="no UUID"),
-        pytest.param("GPU-1", id="no number"),
-        pytest.param("GPU-1::", id="empty number"),
-        pytest.param("GPU-1:0", id="one colon"),
-        pytest.param("GPU-1::x", id="not a number"),
-        pytest.param("GPU-1::-1", id="negative"),
-        pytest.param("GPU-1::+1", id="sign"),
-        pytest.param("GPU-1::01", id="leading zero"),
-        pytest.param("GPU-1:: 1", id="space before"),
-        pytest.param("GPU-1::1\n", id="newline after"),
-        pytest.param("GPU-1::1_0", id="underscore"),
-        pytest.param("GPU-1::1.0", id="fraction"),
-        pytest.param("GPU-1::0x1", id="hexadecimal"),
-        pytest.param("GPU-1::١", id="digit of another script"),
-        pytest.param("GPU-1::1000000000", id="ten digits"),
+        *("", "::", "::0", "GPU-1", "GPU-1::", "GPU-1:0", "GPU-1::x", "GPU-1::-1", "GPU-1::+1", "GPU-1::01"),
+        *("GPU-1:: 1", "GPU-1::1\n", "GPU-1::1_0", "GPU-1::1.0", "GPU-1::0x1", "GPU-1::١", "GPU-1::1000000000"),
         pytest.param(f"GPU-1::{'9' * 5000}", id="more digits than Python converts"),
     ],
 )
 def test_not_an_id(share_id: str) -> None:
     """A share has exactly one id. What Python would also read as that number is refused."""
     assert Share.parse(share_id) is None
-
-
-@settings(deadline=None)
-@given(uuid=st.text(min_size=1), number=st.integers(0, 10**9 - 1))
-def test_round_trip(uuid: str, number: int) -> None:
-    """The id of every share parses to that share, whatever the UUID."""
-    assert Share.parse(str(Share(uuid, number))) == Share(uuid, number)
 
 
 @settings(deadline=None)

@@ -222,26 +222,17 @@ class TestRefused:
         assert len(logged(caplog, logging.ERROR)) == 2
 
     @pytest.mark.parametrize("kind", ["two rules", "too many retained"])
-    def test_known_ones(self, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-        """The offers stay when the GPUs of before can't be offered any more."""
-        by_bus = Rule("f:2", pci_bus_id="af:00.0", shares=2)
-        node = NodeState(policy(Rule("f:1", uuid="GPU-a", shares=3), by_bus), 5, check)
+    def test_what_stays(self, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+        """Where even the offers of before would be refused now, they stay, with the GPUs' current health."""
+        node = NodeState(policy(Rule("f:1", uuid="GPU-a"), Rule("f:2", pci_bus_id="af:00.0")), 5, check, lambda: 0.0)
         node.set_gpus((A,))
         if kind == "two rules":
-            node.set_gpus((attrs.evolve(A, pci_bus_id="00000000:AF:00.0"),))
+            node.set_gpus((sick(attrs.evolve(A, pci_bus_id="00000000:AF:00.0")),))
         else:
             hold(node, shared=" ".join(f"a{number}" for number in range(MANY)))
-        assert offered(node) == {SHARED: {"a": 3}}
+            node.set_gpus((sick(A),))
+        assert offered(node) == {SHARED: {"a": 4}}
         assert len(logged(caplog, logging.ERROR)) == 1
-
-    def test_health_of_what_stays(self) -> None:
-        """Where even the offers of before would be refused now, they stay, with the GPUs' current health."""
-        node = NodeState(policy(), 5, check, lambda: 0.0)
-        node.set_gpus((A,))
-        hold(node, shared=" ".join(f"a{number}" for number in range(MANY)))
-        node.set_gpus((sick(A),))
-        (offer,) = node.offered(SHARED)
-        assert offer.unit.health is Health.UNHEALTHY
         with pytest.raises(UnhealthyShareError):
             node.allocate(SHARED, [["GPU-a::0"]], OPTIONS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -46,12 +47,8 @@ class TestAllocated:
     @pytest.mark.parametrize(
         ("holders", "granted", "allocated", "loads"),
         [
-            pytest.param(None, "a0", None, (None, None), id="unknown, whatever was granted"),
-            pytest.param("", "", "", (0, 0), id="none"),
-            pytest.param("a0 b0 a3", "", "a0 b0 a3", (2, 1), id="held"),
-            pytest.param("", "a0", "a0", (1, 0), id="granted, and not listed yet"),
-            pytest.param("a0", "a0 a1", "a0 a1", (2, 0), id="held and granted"),
-            pytest.param("z0", "", "z0", (0, 0), id="of a GPU that is not there"),
+            *((None, "a0", None, (None, None)), ("", "", "", (0, 0)), ("a0 b0 a3", "", "a0 b0 a3", (2, 1))),
+            *(("", "a0", "a0", (1, 0)), ("a0", "a0 a1", "a0 a1", (2, 0)), ("z0", "", "z0", (0, 0))),
         ],
     )
     def test_allocated(
@@ -86,19 +83,6 @@ class TestAllocated:
         usage.set_holders(None)
         usage.set_holders({})
         assert usage.allocated(1) == frozenset()
-
-    @settings(deadline=None)
-    @given(words=st.lists(st.tuples(st.sampled_from("abz"), st.integers(0, 9), st.booleans())))
-    def test_counts_agree(self, words: list[tuple[str, int, bool]]) -> None:
-        """Whatever is held and granted, the loads count the allocated shares."""
-        usage = Usage(INTERVAL)
-        usage.set_holders(held(" ".join(f"{name}{number}" for name, number, is_held in words if is_held)))
-        for name, number, is_held in words:
-            if not is_held:
-                usage.grants.add(Share(f"GPU-{name}", number), 0, now=0)
-        allocated = usage.allocated(0) or frozenset()
-        for uuid, load in usage.loads([A, B], 0).items():
-            assert load.allocated == sum(share.uuid == uuid for share in allocated)
 
 
 class TestLoads:
@@ -144,6 +128,10 @@ def used(*processes: tuple[int, int | None, int | None]) -> Figures:
     return Figures(1000, 500, 50, tuple(ProcessUse(*process) for process in processes))
 
 
+one, two = partial(use, "team/one/main"), partial(use, "team/two/main")
+Processes = list[tuple[int, int | None, int | None]]
+
+
 class TestUses:
     def test_shares(self, usage: Usage) -> None:
         """Each container with a share of this GPU is there once, in order, also where no more is known."""
@@ -151,53 +139,34 @@ class TestUses:
         usage.set_holders({A0: ONE, A1: TWO, Share("GPU-a", 2): ONE, Share("GPU-b", 0): TWO, Share("GPU-a", 3): other})
         assert usage.uses("GPU-a") == (
             use("other/z/side", 1, None, None, 0),
-            use("team/one/main", 2, None, None, 0),
-            use("team/two/main", 1, None, None, 0),
+            one(2, None, None, 0),
+            two(1, None, None, 0),
         )
-        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
+        assert usage.uses("GPU-b") == (two(1, None, None, 0),)
         assert usage.uses("GPU-c") == ()
         assert not usage.processes_known
 
     @pytest.mark.parametrize(
         ("processes", "owners", "expected"),
         [
-            pytest.param([], {}, [use("team/one/main", 2, 0, 0, 0)], id="none"),
+            pytest.param([], {}, [one(2, 0, 0, 0)], id="none"),
+            pytest.param([(7, 100, 30), (8, 5, 40)], {7: ONE, 8: ONE}, [one(2, 105, 70, 2)], id="two of one"),
+            pytest.param([(7, 1, 70), (8, 5, 31)], {7: ONE, 8: ONE}, [one(2, 6, 100, 2)], id="max 100"),
+            pytest.param([(7, None, 30), (8, 5, 1)], {7: ONE, 8: ONE}, [one(2, None, 31, 2)], id="no memory"),
+            pytest.param([(7, 100, None), (8, 5, 1)], {7: ONE, 8: ONE}, [one(2, 105, None, 2)], id="no utilization"),
             pytest.param(
-                [(7, 100, 30), (8, 5, 40)], {7: ONE, 8: ONE}, [use("team/one/main", 2, 105, 70, 2)], id="two of one"
+                [(7, 9, 30), (8, 5, 1)], {7: ONE, 8: TWO}, [one(2, 9, 30, 1), two(0, 5, 1, 1)], id="without a share"
             ),
             pytest.param(
-                [(7, 1, 70), (8, 5, 31)], {7: ONE, 8: ONE}, [use("team/one/main", 2, 6, 100, 2)], id="max 100"
-            ),
-            pytest.param(
-                [(7, None, 30), (8, 5, 1)], {7: ONE, 8: ONE}, [use("team/one/main", 2, None, 31, 2)], id="no memory"
-            ),
-            pytest.param(
-                [(7, 100, None), (8, 5, 1)],
-                {7: ONE, 8: ONE},
-                [use("team/one/main", 2, 105, None, 2)],
-                id="no utilization",
-            ),
-            pytest.param(
-                [(7, 100, 30), (8, 5, 1)],
-                {7: ONE, 8: TWO},
-                [use("team/one/main", 2, 100, 30, 1), use("team/two/main", 0, 5, 1, 1)],
-                id="without a share",
-            ),
-            pytest.param(
-                [(7, 100, 30), (8, 5, 1), (9, 6, 2)],
-                {7: ONE, 8: None, 9: None},
-                [use("", 0, 11, 3, 2), use("team/one/main", 2, 100, 30, 1)],
+                *([(7, 9, 30), (8, 5, 1), (9, 6, 2)], {7: ONE, 8: None, 9: None}),
+                *([use("", 0, 11, 3, 2), one(2, 9, 30, 1)],),
                 id="of no pod",
             ),
-            pytest.param([(7, 100, 30), (8, 5, 1)], {7: ONE}, [use("team/one/main", 2, 100, 30, 1)], id="ended"),
+            pytest.param([(7, 100, 30), (8, 5, 1)], {7: ONE}, [one(2, 100, 30, 1)], id="ended"),
         ],
     )
     def test_processes(
-        self,
-        usage: Usage,
-        processes: list[tuple[int, int | None, int | None]],
-        owners: dict[int, Container | None],
-        expected: list[ContainerUse],
+        self, usage: Usage, processes: Processes, owners: dict[int, Container | None], expected: list[ContainerUse]
     ) -> None:
         """A container uses what its processes use together. A sum with an unknown part is unknown."""
         usage.set_holders({A0: ONE, A1: ONE})
@@ -210,21 +179,21 @@ class TestUses:
         usage.set_holders({A0: ONE, A1: TWO, Share("GPU-b", 0): TWO})
         usage.set_owners({"GPU-a": used((7, 100, 30)), "GPU-c": used((7, 5, 1)), "GPU-b": Figures(1, 1, 1)}, {7: ONE})
         assert [each.memory_used for each in usage.uses("GPU-a")] == [100, 0]
-        assert usage.uses("GPU-b") == (use("team/two/main", 1, None, None, 0),)
-        assert usage.uses("GPU-c") == (use("team/one/main", 0, 5, 1, 1),)
+        assert usage.uses("GPU-b") == (two(1, None, None, 0),)
+        assert usage.uses("GPU-c") == (one(0, 5, 1, 1),)
 
     def test_changes(self, usage: Usage) -> None:
         """Each new list of holders or owners shows at once, also after a look; owners can become unknown."""
         figures = {"GPU-a": used((7, 100, 30))}
         usage.set_holders({A0: ONE})
-        assert usage.uses("GPU-a") == (use("team/one/main", 1, None, None, 0),)
+        assert usage.uses("GPU-a") == (one(1, None, None, 0),)
         usage.set_owners(figures, {7: ONE})
-        assert usage.uses("GPU-a") == (use("team/one/main", 1, 100, 30, 1),)
+        assert usage.uses("GPU-a") == (one(1, 100, 30, 1),)
         usage.set_holders({})
-        assert usage.uses("GPU-a") == (use("team/one/main", 0, 100, 30, 1),)
+        assert usage.uses("GPU-a") == (one(0, 100, 30, 1),)
         usage.set_holders({A0: ONE})
         usage.set_owners(figures, None, "no cgroups")
-        assert usage.uses("GPU-a") == (use("team/one/main", 1, None, None, 0),)
+        assert usage.uses("GPU-a") == (one(1, None, None, 0),)
         assert (usage.processes_known, usage.processes_problem) == (False, "no cgroups")
         usage.set_owners(figures, {})
         assert (usage.processes_known, usage.processes_problem) == (True, "")

@@ -72,33 +72,3 @@ def test_machine() -> None:
             assert all(percent <= 100 for percent in utilization_by_process(library, handle, 0).values())
             assert event_set.register(handle, EventType.XID_CRITICAL) == EventType.XID_CRITICAL
         assert event_set.wait(1) is None
-
-
-@pytest.mark.parametrize(
-    ("sources", "non_free"),
-    [
-        pytest.param(
-            "deb http://mirror.example/debian bookworm main contrib\n",
-            "deb http://mirror.example/debian bookworm non-free\n",
-            id="line",
-        ),
-        pytest.param(
-            "deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian trixie main\n# deb x y main\n",
-            "deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian trixie non-free\n# deb x y main\n",
-            id="line with options",
-        ),
-        pytest.param(
-            "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: main\nSigned-By: /k.gpg\n",
-            "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: non-free\nSigned-By: /k.gpg\n",
-            id="deb822",
-        ),
-        pytest.param(
-            "deb http://mirror.example/tools stable tools\n",
-            "deb http://mirror.example/tools stable tools\n",
-            id="other",
-        ),
-    ],
-)
-def test_sources(sources: str, non_free: str) -> None:
-    """Take the package from where the machine's others come from."""
-    assert real_driver.non_free(sources) == non_free

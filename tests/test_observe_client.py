@@ -86,14 +86,9 @@ def test_hangs(path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "fact"),
     [
-        pytest.param(b"", "restart", id="hangs up"),
-        pytest.param(http(b"x" * 9)[:-3], "restart", id="half an answer"),
-        pytest.param(b"SSH-2.0\r\n", "BadStatusLine", id="not HTTP"),
-        pytest.param(http(b"", "404 Not Found"), "404", id="another path"),
-        pytest.param(http(b"", "503 x"), "503", id="not now"),
-        pytest.param(http(b"hello"), f"sgpu {__version__}", id="not JSON"),
-        pytest.param(http(b"[]"), f"sgpu {__version__}", id="other JSON"),
-        pytest.param(http(b'{"version": "9.0"}'), "sgpu 9.0", id="another version"),
+        *((b"", "restart"), (http(b"x" * 9)[:-3], "restart"), (b"SSH-2.0\r\n", "BadStatusLine")),
+        *((http(b"", "404 Not Found"), "404"), (http(b"", "503 x"), "503"), (http(b"hello"), f"sgpu {__version__}")),
+        *((http(b"[]"), f"sgpu {__version__}"), (http(b'{"version": "9.0"}'), "sgpu 9.0")),
     ],
 )
 def test_odd_answers(path: Path, answer: bytes, fact: str) -> None:

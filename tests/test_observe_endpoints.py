@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import logging
 import re
@@ -10,18 +9,17 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import attrs
 import h11
 import pytest
 import trio
 from daemon_process import short_directory
-from virtual_clock import virtual
+from virtual_clock import real, virtual
 
 from sgpu import rpc
 from sgpu.driver.simulated import simulated_gpus
@@ -84,20 +82,6 @@ def urls(caplog: pytest.LogCaptureFixture) -> Log:
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "FIRST_RETRY", 0.01)
     monkeypatch.setattr(endpoints, "LAST_RETRY", 0.01)
-
-
-def real(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an asynchronous test on the real clock."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        async def bounded() -> None:
-            with trio.fail_after(TIMEOUT):
-                await test(*args, **kwargs)
-
-        trio.run(bounded)
-
-    return run
 
 
 @attrs.frozen

@@ -162,13 +162,6 @@ class TestSeries:
         assert not limit & {name.partition("{")[0] for name in found if "pod=," in name}
         assert all(map(math.isfinite, found.values()))
 
-    def test_gone(self, accept: str) -> None:
-        """Leave out pods that have ended and GPUs that are gone."""
-        text = str(series(attrs.evolve(NODE, gpus=(attrs.evolve(UP, containers=(WEB,)),)), counted(), accept))
-        assert "pod=web" in text
-        assert "pod=train" not in text
-        assert "GPU-b" not in text
-
     def test_the_clock_was_set(self) -> None:
         """Show no negative age."""
         assert series(attrs.evolve(NODE, sampled_at=1001.0), counted())["sgpu_sample_age_seconds{}"] == 0

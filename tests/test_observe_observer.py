@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 import pytest
-import trio
+from virtual_clock import real
 
 from sgpu import __version__
 from sgpu.driver.health import FaultRecord
@@ -177,20 +177,17 @@ class TestNode:
                 ResourceSnapshot(WHOLE, registered=False, streams=0),
             )
 
-    def test_waiting(self) -> None:
+    @real
+    async def test_waiting(self) -> None:
         """Say what is waited for until there is a GPU; when the driver goes, the GPUs say it themselves."""
-
-        async def main() -> None:
-            world = World()
-            world.monitor.not_ready(NotReady("no library"))
-            assert world.snapshot().waiting == "no library"
-            world.node.set_gpus((gpu("a"),))
-            assert world.snapshot().waiting == ""
-            world.node.set_gpus(())
-            world.monitor.report(Report((), (), (), "550.54", "/x"))
-            assert world.snapshot().waiting == ""
-
-        trio.run(main)
+        world = World()
+        world.monitor.not_ready(NotReady("no library"))
+        assert world.snapshot().waiting == "no library"
+        world.node.set_gpus((gpu("a"),))
+        assert world.snapshot().waiting == ""
+        world.node.set_gpus(())
+        world.monitor.report(Report((), (), (), "550.54", "/x"))
+        assert world.snapshot().waiting == ""
 
     def test_simulated(self, world: World) -> None:
         """Say that GPUs are simulated where there is no driver."""

@@ -11,9 +11,10 @@ import grpc
 import pytest
 from daemon_process import DaemonProcess
 from fake_kubelet import Connection, FakeKubelet
-from fake_pod_resources import FakePodResources, wait_until
+from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import GIB, StubGpu
+from watching import wait_until
 
 pytestmark = pytest.mark.soak
 
@@ -112,30 +113,6 @@ def test_one_shared_one_whole_one_left_out(node: Node, kubelet: FakeKubelet, dae
     assert not node.socket.exists()
     assert not whole_socket(node).exists()
     assert "ERROR" not in daemon.logs
-
-
-def test_registered_again(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess) -> None:
-    """A resource that is forgotten is registered again, and the other one is left alone. A new kubelet gets both."""
-    whole_socket(node).unlink()
-    kubelet.wait_registrations(3)
-    wait_one_of_each(kubelet)
-    assert connection(kubelet).streaming
-    kubelet.restart()
-    kubelet.wait_registrations(5)
-    wait_one_of_each(kubelet)
-    assert {each.request.resource_name for each in kubelet.registrations[3:]} == {RESOURCE, WHOLE}
-
-
-def test_a_gpu_that_comes_later(node: Node, config: Path, kubelet: FakeKubelet) -> None:
-    """A resource is registered when there is a GPU for it; until then, its rule is in a warning."""
-    node.driver.set(gpus=(T4,))
-    with started(node, config) as daemon:
-        wait_shares(kubelet, shares(T4))
-        daemon.wait_log(f"{config}:3")
-        assert [each.request.resource_name for each in kubelet.attempts] == [RESOURCE]
-        node.driver.set(gpus=(T4, A100))
-        wait_one_of_each(kubelet)
-        assert connection(kubelet).streaming
 
 
 def test_reload(node: Node, kubelet: FakeKubelet, config: Path) -> None:

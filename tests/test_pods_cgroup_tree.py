@@ -6,13 +6,15 @@ import errno
 import os
 import random
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import inotify_simple
 import pytest
 import trio
 from daemon_process import short_directory
+from virtual_clock import real
 
 from sgpu.lib.concurrency import wait_until
 from sgpu.pods.cgroup_tree import CgroupTree, open_tree
@@ -21,8 +23,6 @@ UID = "0c1d2e3f-4a5b-6c7d-8e9f-001122334455"
 UNDERSCORES = UID.replace("-", "_")
 PLAIN = UID.replace("-", "")
 ID = "ab" * 32
-#: Seconds after which something that is due is taken not to come.
-TIMEOUT = 30
 
 
 @pytest.fixture(params=["directories", "cgroup v2"])
@@ -93,23 +93,21 @@ def test_layouts(root: Path, pod: str, leaf: str) -> None:
     assert found.containers[ID] == str(root / pod / leaf)
 
 
-def followed(root: Path, check: Callable[[CgroupTree], Awaitable[None]]) -> None:
-    async def main() -> None:
-        with open_tree(root) as tree, trio.fail_after(TIMEOUT):
-            tree.scan()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(tree.watch)
-                await check(tree)
-                nursery.cancel_scope.cancel()
-
-    trio.run(main)
+@asynccontextmanager
+async def followed(root: Path) -> AsyncIterator[CgroupTree]:
+    with open_tree(root) as tree:
+        tree.scan()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tree.watch)
+            yield tree
+            nursery.cancel_scope.cancel()
 
 
-def test_followed(root: Path) -> None:
+@real
+async def test_followed(root: Path) -> None:
     """A pod, a container and a class are there as soon as they are made, and gone when they are removed."""
     (root / "kubepods").mkdir()
-
-    async def check(tree: CgroupTree) -> None:
+    async with followed(root) as tree:
         pod = root / "kubepods/burstable" / f"pod{UID}"
         (pod / ID).mkdir(parents=True)
         await wait_until(lambda: seen(tree) == {str(pod): {ID: str(pod / ID)}}, tree.changed)
@@ -118,16 +116,14 @@ def test_followed(root: Path) -> None:
         pod.rmdir()
         await wait_until(lambda: seen(tree) == {}, tree.changed)
 
-    followed(root, check)
-
 
 @pytest.mark.soak
-def test_thousand(root: Path) -> None:
+@real
+async def test_thousand(root: Path) -> None:
     """A thousand containers made and removed as fast as it goes: none is missed, and no descriptor is lost."""
     (root / "kubepods").mkdir()
     choice = random.Random(7)
-
-    async def check(tree: CgroupTree) -> None:
+    async with followed(root) as tree:
         before = len(os.listdir("/proc/self/fd"))
         there: dict[str, dict[str, str]] = {}
         for number in range(1000):
@@ -144,19 +140,15 @@ def test_thousand(root: Path) -> None:
         await wait_until(lambda: seen(tree) == there, tree.changed)
         assert len(os.listdir("/proc/self/fd")) == before
 
-    followed(root, check)
 
-
-def test_beside(root: Path, tmp_path: Path) -> None:
+@real
+async def test_beside(root: Path, tmp_path: Path) -> None:
     """A change in a directory beside the tree wakes as well; one that is not there is left out."""
-
-    async def check(tree: CgroupTree) -> None:
+    async with followed(root) as tree:
         tree.watch_beside([tmp_path, tmp_path / "missing"])
         changed = tree.changed.next
         (tmp_path / "checkpoint").touch()
         await changed.wait()
-
-    followed(root, check)
 
 
 def test_without_inotify(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import attrs
 import pytest
 import trio
 from containers import STUBBORN, Containers, containers
+from virtual_clock import real
 
 from sgpu.lib.sizes import GIB
 from sgpu.node.container import Container
@@ -97,44 +98,38 @@ async def logged(messages: Messages, fact: str) -> None:
             await trio.sleep(0.01)
 
 
-def test_warn(host: Containers, messages: Messages) -> None:
+@real
+async def test_warn(host: Containers, messages: Messages) -> None:
     """Name an over-user once with all figures, in the log, the counter and the usage; touch nobody."""
-
-    async def main() -> None:
-        async with guarded(host, terminate=False) as world:
-            big, small = host.start(BIG), host.start(SMALL)
-            world.look({big: 20, small: 11}, SAMPLES + 3)
-            exceeded = {use.pod: use.exceeded for use in world.node.usage.uses(GPU)}
-            assert exceeded == {"big": 10 * GIB, "small": None}
-            assert world.counts() == {"warn big": 1}
-            (message,) = messages()
-            facts = (GPU, "team/big", "main", "20.0 GiB", "10.0", "1.0", "38.0 of 40.0 GiB", "leaves it running")
-            assert all(fact in message for fact in facts)
-            world.guard.look(None)
-            assert {use.exceeded for use in world.node.usage.uses(GPU)} == {None}
-            world.node.set_holders(None)
-            world.look({big: 20, small: 11})
-            assert world.counts() == {"warn big": 1}
-        assert big.poll() is small.poll() is None
-
-    trio.run(main)
+    async with guarded(host, terminate=False) as world:
+        big, small = host.start(BIG), host.start(SMALL)
+        world.look({big: 20, small: 11}, SAMPLES + 3)
+        exceeded = {use.pod: use.exceeded for use in world.node.usage.uses(GPU)}
+        assert exceeded == {"big": 10 * GIB, "small": None}
+        assert world.counts() == {"warn big": 1}
+        (message,) = messages()
+        facts = (GPU, "team/big", "main", "20.0 GiB", "10.0", "1.0", "38.0 of 40.0 GiB", "leaves it running")
+        assert all(fact in message for fact in facts)
+        world.guard.look(None)
+        assert {use.exceeded for use in world.node.usage.uses(GPU)} == {None}
+        world.node.set_holders(None)
+        world.look({big: 20, small: 11})
+        assert world.counts() == {"warn big": 1}
+    assert big.poll() is small.poll() is None
 
 
-def test_terminate(host: Containers, messages: Messages) -> None:
+@real
+async def test_terminate(host: Containers, messages: Messages) -> None:
     """End the largest process of the over-user that is furthest above its part; then look again."""
-
-    async def main() -> None:
-        async with guarded(host) as world:
-            first, second, small = host.start(BIG), host.start(BIG), host.start(SMALL)
-            world.look({first: 2, second: 18, small: 16})
-        assert second.wait(0) == -signal.SIGTERM
-        assert first.poll() is small.poll() is None
-        assert world.counts() == {"warn big": 1, "warn small": 1, "terminate big": 1}
-        sent, ended = messages()[-2:]
-        assert all(fact in sent for fact in (f"process {second.pid}", "18.0 GiB", "20.0 GiB", "SIGTERM", "20 s"))
-        assert f"process {second.pid}" in ended
-
-    trio.run(main)
+    async with guarded(host) as world:
+        first, second, small = host.start(BIG), host.start(BIG), host.start(SMALL)
+        world.look({first: 2, second: 18, small: 16})
+    assert second.wait(0) == -signal.SIGTERM
+    assert first.poll() is small.poll() is None
+    assert world.counts() == {"warn big": 1, "warn small": 1, "terminate big": 1}
+    sent, ended = messages()[-2:]
+    assert all(fact in sent for fact in (f"process {second.pid}", "18.0 GiB", "20.0 GiB", "SIGTERM", "20 s"))
+    assert f"process {second.pid}" in ended
 
 
 @pytest.mark.parametrize(
@@ -142,106 +137,86 @@ def test_terminate(host: Containers, messages: Messages) -> None:
     [lambda child: None, lambda child: os.kill(child.pid, signal.SIGSTOP)],
     ids=["ignores SIGTERM", "stopped"],
 )
-def test_kill(host: Containers, prepare: Callable[[Child], object]) -> None:
+@real
+async def test_kill(host: Containers, prepare: Callable[[Child], object]) -> None:
     """Send SIGKILL to what still runs after the grace."""
-
-    async def main() -> None:
-        async with guarded(host, grace=0.1) as world:
-            big = host.start(BIG, *STUBBORN, ready=True)
-            prepare(big)
-            world.look({big: 20})
-        assert big.wait(TIMEOUT) == -signal.SIGKILL
-        assert world.counts() == {"warn big": 1, "terminate big": 1, "kill big": 1}
-
-    trio.run(main)
+    async with guarded(host, grace=0.1) as world:
+        big = host.start(BIG, *STUBBORN, ready=True)
+        prepare(big)
+        world.look({big: 20})
+    assert big.wait(TIMEOUT) == -signal.SIGKILL
+    assert world.counts() == {"warn big": 1, "terminate big": 1, "kill big": 1}
 
 
 @pytest.mark.parametrize("used", [11, None], ids=["within its part", "unknown"])
-def test_spared(host: Containers, messages: Messages, used: int | None) -> None:
+@real
+async def test_spared(host: Containers, messages: Messages, used: int | None) -> None:
     """Send no SIGKILL where the container no longer uses too much, or nobody knows."""
-
-    async def main() -> None:
-        async with guarded(host, grace=2) as world:
-            big = host.start(BIG, *STUBBORN, ready=True)
-            world.look({big: 20})
-            await logged(messages, "sent SIGTERM")
-            world.look({big: used}, 1) if used else world.guard.look(None)
-        assert big.poll() is None
-        assert "kill big" not in world.counts()
-        assert "left alone" in messages()[-1]
-
-    trio.run(main)
+    async with guarded(host, grace=2) as world:
+        big = host.start(BIG, *STUBBORN, ready=True)
+        world.look({big: 20})
+        await logged(messages, "sent SIGTERM")
+        world.look({big: used}, 1) if used else world.guard.look(None)
+    assert big.poll() is None
+    assert "kill big" not in world.counts()
+    assert "left alone" in messages()[-1]
 
 
-def test_stuck(host: Containers, messages: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+@real
+async def test_stuck(host: Containers, messages: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
     """Say once that a process survives SIGKILL, and leave it; end others on that GPU."""
-    real = signal.pidfd_send_signal
+    deliver = signal.pidfd_send_signal
 
     def send(descriptor: int, number: signal.Signals) -> None:
-        real(descriptor, 0 if number == signal.SIGKILL else number)
+        deliver(descriptor, 0 if number == signal.SIGKILL else number)
 
     monkeypatch.setattr(signal, "pidfd_send_signal", send)
-
-    async def main() -> None:
-        async with guarded(host, grace=0.1) as world:
-            big, small = host.start(BIG, *STUBBORN, ready=True), host.start(SMALL)
-            world.look({big: 20})
-            await logged(messages, "dmesg")
-            world.look({big: 20})
-            world.look({big: 20, small: 15})
-        assert world.counts()["kill big"] == world.counts()["terminate small"] == 1
-        assert sum("dmesg" in message for message in messages()) == 1
-        assert small.wait(0) == -signal.SIGTERM
-
-    trio.run(main)
+    async with guarded(host, grace=0.1) as world:
+        big, small = host.start(BIG, *STUBBORN, ready=True), host.start(SMALL)
+        world.look({big: 20})
+        await logged(messages, "dmesg")
+        world.look({big: 20})
+        world.look({big: 20, small: 15})
+    assert world.counts()["kill big"] == world.counts()["terminate small"] == 1
+    assert sum("dmesg" in message for message in messages()) == 1
+    assert small.wait(0) == -signal.SIGTERM
 
 
-def test_refused(host: Containers, messages: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+@real
+async def test_refused(host: Containers, messages: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
     """Say once that signals are refused, however many processes there are, and count none."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
-
-    async def main() -> None:
-        async with guarded(host) as world:
-            big, small = host.start(BIG), host.start(SMALL)
-            world.look({big: 20, small: 18})
-            await logged(messages, "hostPID")
-            world.look({big: 20, small: 18})
-        assert world.counts() == {"warn big": 1, "warn small": 1}
-        assert sum("hostPID" in message for message in messages()) == 1
-
-    trio.run(main)
+    async with guarded(host) as world:
+        big, small = host.start(BIG), host.start(SMALL)
+        world.look({big: 20, small: 18})
+        await logged(messages, "hostPID")
+        world.look({big: 20, small: 18})
+    assert world.counts() == {"warn big": 1, "warn small": 1}
+    assert sum("hostPID" in message for message in messages()) == 1
 
 
-def test_mps(host: Containers, messages: Messages) -> None:
+@real
+async def test_mps(host: Containers, messages: Messages) -> None:
     """Name an over-user on a GPU with an MPS server, and end nobody there."""
-
-    async def main() -> None:
-        async with guarded(host) as world:
-            big = host.start(BIG)
-            server = host.start(
-                SMALL, "sh", "-c", "printf nvidia-cuda-mps > /proc/$$/comm; echo; read line", ready=True
-            )
-            world.look({big: 20, server: 18})
-        assert world.counts() == {"warn big": 1}
-        assert "MPS server" in messages()[-1]
-
-    trio.run(main)
+    async with guarded(host) as world:
+        big = host.start(BIG)
+        server = host.start(SMALL, "sh", "-c", "printf nvidia-cuda-mps > /proc/$$/comm; echo; read line", ready=True)
+        world.look({big: 20, server: 18})
+    assert world.counts() == {"warn big": 1}
+    assert "MPS server" in messages()[-1]
 
 
-def test_gone(host: Containers, messages: Messages) -> None:
+@real
+async def test_gone(host: Containers, messages: Messages) -> None:
     """Signal nobody where the process ended since the sample."""
-
-    async def main() -> None:
-        async with guarded(host) as world:
-            big = host.start(BIG)
-            world.look({big: 20})
-            big.kill()
-            big.wait()
-        assert world.counts() == {"warn big": 1}
-        assert "has ended" in messages()[-1]
-
-    trio.run(main)
+    async with guarded(host) as world:
+        big = host.start(BIG)
+        world.look({big: 20})
+        big.kill()
+        big.wait()
+    assert world.counts() == {"warn big": 1}
+    assert "has ended" in messages()[-1]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
 from node import RESOURCE
+from virtual_clock import real
 
 from sgpu.lib.concurrency import wait_until
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
@@ -24,8 +26,6 @@ MIB = 1 << 20
 UID = "0c1d2e3f-4a5b-6c7d-8e9f-001122334455"
 ID = "ab" * 32
 SHARE = Share("GPU-a", 0)
-#: Seconds after which something that is due is taken not to come.
-TIMEOUT = 30
 
 
 @attrs.frozen
@@ -72,21 +72,18 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, node)
 
 
-def limited(world: World, check: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        with trio.fail_after(TIMEOUT):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(limit_containers, world.options, world.node)
-                await check()
-                nursery.cancel_scope.cancel()
-
-    trio.run(main)
+@asynccontextmanager
+async def limited(world: World) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(limit_containers, world.options, world.node)
+        yield
+        nursery.cancel_scope.cancel()
 
 
-def test_a_pod_from_its_allocation_to_its_end(world: World) -> None:
+@real
+async def test_a_pod_from_its_allocation_to_its_end(world: World) -> None:
     """Limit the pod as soon as its cgroup is there, its container likewise; the log link tells its name."""
-
-    async def check() -> None:
+    async with limited(world):
         world.allocate(SHARE, Share("GPU-a", 1))
         world.pod.mkdir()
         await world.wait_wanted(pod=200)
@@ -103,37 +100,32 @@ def test_a_pod_from_its_allocation_to_its_end(world: World) -> None:
         world.pod.rmdir()
         await world.wait_wanted()
 
-    limited(world, check)
 
-
-def test_allocation_after_the_cgroup(world: World) -> None:
+@real
+async def test_allocation_after_the_cgroup(world: World) -> None:
     """A cgroup that was there before its shares is limited when the kubelet writes them down."""
     world.pod.mkdir()
-
-    async def check() -> None:
+    async with limited(world):
         world.allocate(SHARE, resource="example.com/other")
         await world.wait_wanted()
         world.allocate(SHARE)
         await world.wait_wanted(pod=100)
 
-    limited(world, check)
 
-
-def test_policy(world: World) -> None:
+@real
+async def test_policy(world: World) -> None:
     """Another factor changes the limits, and without one there are none, until there is one again."""
     world.allocate(SHARE)
     world.pod.mkdir()
-
-    async def check() -> None:
+    async with limited(world):
         await world.wait_wanted(pod=100)
         for factor, sizes in ((2.5, {"pod": 250}), (0, {}), (1, {"pod": 100})):
             world.node.set_policy(Policy(RESOURCE, 10, limit_factor=factor))
             await world.wait_wanted(**sizes)
 
-    limited(world, check)
 
-
-def test_gone(world: World) -> None:
+@real
+async def test_gone(world: World) -> None:
     """What sgpu has set is forgotten with its cgroup."""
     old = world.root / "cgroup/old"
     old.mkdir()
@@ -142,15 +134,12 @@ def test_gone(world: World) -> None:
 
     world.allocate(SHARE)
     world.pod.mkdir()
-
-    async def check() -> None:
+    async with limited(world):
         await world.wait_wanted(pod=100)
         table = {WantedLimit("GPU-a", str(world.pod), 100 * MIB), WantedLimit("GPU-a", str(old), None, ours=True)}
         while set(world.node.enforcement.table()) != table:
             world.node.enforcement.look.notify()
             await trio.lowlevel.checkpoint()
-
-    limited(world, check)
 
 
 @pytest.mark.parametrize(
@@ -169,28 +158,28 @@ def test_gone(world: World) -> None:
         ),
     ],
 )
-def test_problem(world: World, caplog: pytest.LogCaptureFixture, change: Callable[[Path], object], fact: str) -> None:
+@real
+async def test_problem(
+    world: World, caplog: pytest.LogCaptureFixture, change: Callable[[Path], object], fact: str
+) -> None:
     """What is missing for limits is one warning."""
     change(world.root)
-
-    async def check() -> None:
+    async with limited(world):
         while not caplog.records:
             world.node.enforcement.look.notify()
             await trio.lowlevel.checkpoint()
-
-    limited(world, check)
     (record,) = caplog.records
     assert fact in record.message
     assert world.node.enforcement.problem == record.message
 
 
-def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:
+@real
+async def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """What the driver answers is seen in the container's use, and why limits are not enforced in the log, once."""
     world.allocate(SHARE)
     (world.pod / ID).mkdir(parents=True)
     (world.root / f"logs/trainer_team_main-{ID}.log").touch()
-
-    async def check() -> None:
+    async with limited(world):
         await world.wait_wanted(pod=100, container=100)
         table = world.node.enforcement.table()
         world.node.set_holders({RESOURCE: {SHARE: Container("team", "trainer", "main")}})
@@ -202,8 +191,6 @@ def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:
         world.node.set_limits(LimitAnswer(wanted, LimitState.ENFORCED, wanted.hard, 7) for wanted in table)
         (use,) = world.node.usage.uses("GPU-a")
         assert (use.memory_limit, use.limit_state, use.memory_used) == (100 * MIB, "enforced", 7)
-
-    limited(world, check)
     assert [record.message for record in caplog.records if "R615" in record.message] == [
         "memory limits are not enforced: no R615 (2)"
     ]

@@ -13,7 +13,8 @@ import attrs
 import pytest
 import trio
 from containers import Containers, containers, hierarchies
-from fake_pod_resources import wait_until
+from virtual_clock import real
+from watching import wait_until
 
 from sgpu.node.container import Container, Process
 from sgpu.pods.processes import find_owners
@@ -113,19 +114,16 @@ def test_mps_server(host: Containers) -> None:
     assert child.poll() is None
 
 
-def test_ends_in_between(host: Containers) -> None:
+@real
+async def test_ends_in_between(host: Containers) -> None:
     """Signal nobody when it ends after it was opened, whoever gets its id."""
     child = host.start(OWNER)
     process = chosen(host, child)
-
-    async def main() -> None:
-        async with open_process(host.places, process, OWNER) as opened:
-            end(host, child)
-            with pytest.raises(ProcessGoneError, match="ended"):
-                opened.send(signal.SIGTERM)
-            assert await opened.ends_within(0.1)
-
-    trio.run(main)
+    async with open_process(host.places, process, OWNER) as opened:
+        end(host, child)
+        with pytest.raises(ProcessGoneError, match="ended"):
+            opened.send(signal.SIGTERM)
+        assert await opened.ends_within(0.1)
 
 
 @pytest.mark.parametrize(

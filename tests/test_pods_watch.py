@@ -20,7 +20,7 @@ import attrs
 import inotify_simple
 import pytest
 import trio
-from virtual_clock import virtual
+from virtual_clock import real, virtual
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
@@ -322,7 +322,8 @@ class TestCheckpoint:
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["inotify", "without inotify"])
-def test_allocations_are_noticed_at_once(
+@real
+async def test_allocations_are_noticed_at_once(
     tmp_path: Path, kubelet: FakeKubelet, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     """List again when the kubelet replaces its checkpoint, in a directory that comes later and is replaced, too.
@@ -342,24 +343,20 @@ def test_allocations_are_noticed_at_once(
         (options.plugin_directory / "new").write_text("{}")
         (options.plugin_directory / "new").rename(options.plugin_directory / FILE)
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_pods, options, new_node())
-            with trio.fail_after(60):
-                await wait_calls(1)
-                options.plugin_directory.mkdir()
-                for count in (2, 3, 4):
-                    allocate()
-                    await wait_calls(count)
-                options.plugin_directory.rename(tmp_path / "old")
-                options.plugin_directory.mkdir()
-                await wait_calls(5)
-                allocate()
-                await wait_calls(6)
-                await trio.sleep(0.2)
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_pods, options, new_node())
+        await wait_calls(1)
+        options.plugin_directory.mkdir()
+        for count in (2, 3, 4):
+            allocate()
+            await wait_calls(count)
+        options.plugin_directory.rename(tmp_path / "old")
+        options.plugin_directory.mkdir()
+        await wait_calls(5)
+        allocate()
+        await wait_calls(6)
+        await trio.sleep(0.2)
+        nursery.cancel_scope.cancel()
     assert len(kubelet.calls) == 6
 
 

@@ -44,6 +44,7 @@ from rpc_peer import (
     text,
     window_update,
 )
+from virtual_clock import real
 
 from sgpu.rpc import unary_call
 from sgpu.rpc.protocol import Protocol
@@ -302,63 +303,57 @@ async def commit(abuse: Abuse, path: Path, source: random.Random) -> None:
 
 
 @pytest.mark.parametrize("abuse", ABUSES, ids=lambda abuse: abuse.name)
-def test_a_bad_peer_leaves_nothing_behind(abuse: Abuse, tmp_path: Path, log: Log) -> None:
+@real
+async def test_a_bad_peer_leaves_nothing_behind(abuse: Abuse, tmp_path: Path, log: Log) -> None:
     """Have the same tasks, descriptors and memory after a thousand of its connections, and answer calls."""
     source = random.Random(SEED)
     methods = Methods()
-
-    async def main() -> None:
-        async with serving(methods.routes(), tmp_path / "s"):
-            await trio.testing.wait_all_tasks_blocked()
-            tasks = trio.lowlevel.current_statistics().tasks_living
-            for _ in range(WARM_UP):
-                await commit(abuse, tmp_path / "s", source)
-            before = await settled(tasks)
-            log.messages.clear()
-            for _ in range(TIMES):
-                await commit(abuse, tmp_path / "s", source)
-            logged = Counter(log.messages)
-            log.messages.clear()
-            after = await settled(tasks)
-            logged += log.messages
-            assert_nothing_stayed(before, after)
-            assert methods.waiting == 0
-            with trio.fail_after(TIMEOUT):
-                assert await unary_call(tmp_path / "s", ECHO, text("next"), BytesValue) == text("next")
-            if abuse.logged != "?":
-                assert sum(logged.values()) == (TIMES if abuse.logged else 0)
-            assert all(line.startswith("WARNING") for line in logged)
-            assert all(abuse.logged in line for line in logged if abuse.logged != "?")
-
-    trio.run(main)
+    async with serving(methods.routes(), tmp_path / "s"):
+        await trio.testing.wait_all_tasks_blocked()
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        for _ in range(WARM_UP):
+            await commit(abuse, tmp_path / "s", source)
+        before = await settled(tasks)
+        log.messages.clear()
+        for _ in range(TIMES):
+            await commit(abuse, tmp_path / "s", source)
+        logged = Counter(log.messages)
+        log.messages.clear()
+        after = await settled(tasks)
+        logged += log.messages
+        assert_nothing_stayed(before, after)
+        assert methods.waiting == 0
+        with trio.fail_after(TIMEOUT):
+            assert await unary_call(tmp_path / "s", ECHO, text("next"), BytesValue) == text("next")
+        if abuse.logged != "?":
+            assert sum(logged.values()) == (TIMES if abuse.logged else 0)
+        assert all(line.startswith("WARNING") for line in logged)
+        assert all(abuse.logged in line for line in logged if abuse.logged != "?")
 
 
 @pytest.mark.parametrize("sends", CALLS_ON_ONE_CONNECTION.values(), ids=CALLS_ON_ONE_CONNECTION)
-def test_a_bad_call_leaves_nothing_behind(sends: Callable[[int], bytes], tmp_path: Path, log: Log) -> None:
+@real
+async def test_a_bad_call_leaves_nothing_behind(sends: Callable[[int], bytes], tmp_path: Path, log: Log) -> None:
     """Have the same tasks, descriptors and memory after a thousand on one connection that stays, and answer calls."""
     methods = Methods()
+    async with serving(methods.routes(), tmp_path / "s"), connection(tmp_path / "s") as stream:
+        reader = Reader(stream)
+        stream_ids = itertools.count(1, 2)
 
-    async def main() -> None:
-        async with serving(methods.routes(), tmp_path / "s"), connection(tmp_path / "s") as stream:
-            reader = Reader(stream)
-            stream_ids = itertools.count(1, 2)
+        async def call(times: int) -> None:
+            """Some bad calls, and a good one behind them that is answered when all have been seen."""
+            for _ in range(times // SOME):
+                bad = b"".join(sends(stream_id) for stream_id in itertools.islice(stream_ids, SOME))
+                good = next(stream_ids)
+                await stream.send_all(bad + request(good, ECHO))
+                await reader.wait_end(good)
 
-            async def call(times: int) -> None:
-                """Some bad calls, and a good one behind them that is answered when all have been seen."""
-                for _ in range(times // SOME):
-                    bad = b"".join(sends(stream_id) for stream_id in itertools.islice(stream_ids, SOME))
-                    good = next(stream_ids)
-                    await stream.send_all(bad + request(good, ECHO))
-                    await reader.wait_end(good)
-
-            await stream.send_all(HELLO)
-            await call(WARM_UP)
-            await trio.testing.wait_all_tasks_blocked()
-            tasks = trio.lowlevel.current_statistics().tasks_living
-            before = await settled(tasks)
-            await call(TIMES)
-            assert_nothing_stayed(before, await settled(tasks))
-            assert methods.waiting == 0
-            assert not {line for line in log.messages if BUG not in line}
-
-    trio.run(main)
+        await stream.send_all(HELLO)
+        await call(WARM_UP)
+        await trio.testing.wait_all_tasks_blocked()
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        before = await settled(tasks)
+        await call(TIMES)
+        assert_nothing_stayed(before, await settled(tasks))
+        assert methods.waiting == 0
+        assert not {line for line in log.messages if BUG not in line}

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
-from sgpu.rpc import AddressInUseError, identity, listen, peer_pid, unix
+from sgpu.rpc import AddressInUseError, Identity, identity, listen, peer_pid, unix
 
 #: Tries to listen when a line comes in; prints whether it does; keeps at it until its input ends.
 LISTENER: Final = """
@@ -135,17 +135,22 @@ class TestListen:
             assert caught.value.pid == 0
             assert path.exists()
 
-    def test_of_many_that_start_at_once_one_gets_it(self, path: Path) -> None:
-        """Let one replace a stale socket; the others name that one."""
-        leave_stale(path)
+    @pytest.mark.parametrize("stale", [False, True], ids=["free", "stale"])
+    def test_of_many_that_start_at_once_one_gets_it(self, path: Path, stale: bool) -> None:
+        """The others name it. Of a stale socket's place, a second can deprive the first, which can see it."""
+        if stale:
+            leave_stale(path)
         with ExitStack() as stack:
             processes = [stack.enter_context(listener_process(path)) for _ in range(4)]
             for process in processes:
                 start(process)
             said = {process.pid: output(process) for process in processes}
-            (winner,) = [pid for pid, word in said.items() if word == "listening"]
-            assert sorted(said.values()) == ["listening", *[f"refused {winner}"] * 3]
-            assert connects(path)
+            listening = {pid for pid, word in said.items() if word == "listening"}
+            assert len(listening) in range(1, 2 + stale)
+            assert {*said.values()} - {"listening"} <= {f"refused {pid}" for pid in listening}
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(path))
+                assert peer_pid(client) in listening
 
     def test_a_socket_that_is_about_to_listen_cannot_be_seen(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Give it its name when it listens: before, it would look stale. Whoever comes meanwhile gets the name."""
@@ -165,23 +170,33 @@ class TestListen:
             assert connects(path)
             assert os.listdir(path.parent) == [path.name]
 
+    @pytest.mark.parametrize("listeners", [1, 2])
     def test_a_socket_that_replaced_a_stale_one_meanwhile_stays(
-        self, path: Path, monkeypatch: pytest.MonkeyPatch
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, listeners: int
     ) -> None:
-        """Look again at what was taken away, and put it back."""
+        """Look again at what was taken away, and put it back, unless another was faster."""
         leave_stale(path)
         rename = Path.rename
+        owners: list[Identity | None] = []
+
+        def listen_meanwhile() -> None:
+            stack.enter_context(listen(path))
+            owners.append(identity(path))
 
         def slow_rename(self: Path, target: Path) -> Path:
             monkeypatch.undo()
-            stack.enter_context(listen(path))
-            return rename(self, target)
+            listen_meanwhile()
+            renamed = rename(self, target)
+            if listeners == 2:
+                listen_meanwhile()
+            return renamed
 
         with ExitStack() as stack:
             monkeypatch.setattr(Path, "rename", slow_rename)
             with pytest.raises(AddressInUseError), listen(path):
                 pass
             assert connects(path)
+            assert identity(path) == owners[-1]
             assert os.listdir(path.parent) == [path.name]
 
     def test_a_burst_of_peers(self, path: Path) -> None:

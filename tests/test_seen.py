@@ -18,10 +18,11 @@ import pytest
 from containers import containers
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
-from fake_pod_resources import FakePodResources, wait_until
+from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from stub_driver import GIB
+from watching import wait_until
 
 from sgpu.node.container import Container
 from sgpu.observe.client import fetch
@@ -126,9 +127,9 @@ def test_counters(node: Node) -> None:
 
 
 def test_pods(node: Node) -> None:
-    """Show pods as long as they have shares, and the driver's figures of the GPU."""
+    """Show pods as long as they have shares, the driver's figures, and a fault, whose log names the pods once."""
     (gpu,) = node.driver.gpus(1)
-    node.driver.change(gpu, used=4 * GIB - gpu.reserved, utilization=30)
+    gpu = node.driver.change(gpu, used=4 * GIB - gpu.reserved, utilization=30)
     web = f"sgpu_container_shares{{container=main,namespace=team,pod=web,uuid={gpu.uuid}}}"
     with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods) as pods, seen(node) as daemon:
         kubelet.wait_devices(SHARES)
@@ -141,6 +142,13 @@ def test_pods(node: Node) -> None:
         status = fetch(str(daemon.status_socket))
         assert [use.pod for use in status.gpus[0].containers] == ["web"]
         assert [(resource.name, resource.streams) for resource in status.resources] == [(RESOURCE, 1)]
+        for pending in (1, 0):
+            node.driver.change(gpu, rows_pending=pending)
+            daemon.wait_series(f"sgpu_gpu_healthy{{uuid={gpu.uuid}}}", 1 - pending)
+            reasons = [name for name in daemon.series() if name.startswith("sgpu_gpu_unhealthy_info{reason=")]
+            assert len(reasons) == pending
+        assert gpu.uuid in daemon.daemon.wait_log("team/web").text
+        assert daemon.daemon.logs.count("team/web") == 1
         pods.release("web", "team")
         daemon.wait_series(web, None)
 
@@ -174,21 +182,3 @@ def test_memory_guard(node: Node) -> None:
             daemon.daemon.wait_log("ended after SIGTERM")
             assert str(children[big].pid) in daemon.daemon.wait_log("sent SIGTERM").text
         assert children[small].poll() is None
-
-
-def test_unhealthy_gpu(node: Node) -> None:
-    """Show the reason for as long as a GPU is unhealthy, and log once which pods use it."""
-    (gpu,) = node.driver.gpus(1)
-    with FakeKubelet(node.plugins) as kubelet, FakePodResources(node.pods) as pods, seen(node) as daemon:
-        kubelet.wait_devices(SHARES)
-        pods.assign("team", "web", "main", [f"{gpu.uuid}::0"])
-        pods.assign("team", "train", "main", [f"{gpu.uuid}::1"])
-        daemon.wait_series(f"sgpu_gpu_shares_allocated{{uuid={gpu.uuid}}}", 2)
-        node.driver.change(gpu, rows_pending=1)
-        daemon.wait_series(f"sgpu_gpu_healthy{{uuid={gpu.uuid}}}", 0)
-        assert any(name.startswith("sgpu_gpu_unhealthy_info{reason=") for name in daemon.series())
-        assert gpu.uuid in daemon.daemon.wait_log("team/train, team/web").text
-        node.driver.change(gpu, rows_pending=0)
-        daemon.wait_series(f"sgpu_gpu_healthy{{uuid={gpu.uuid}}}", 1)
-        assert not any(name.startswith("sgpu_gpu_unhealthy_info") for name in daemon.series())
-        assert daemon.daemon.logs.count("team/train") == 1

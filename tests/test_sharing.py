@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 import grpc
 import pytest
 from fake_kubelet import FakeKubelet
-from fake_pod_resources import FakePodResources, wait_until
+from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from prometheus_client.parser import text_string_to_metric_families
 from stub_driver import GIB, StubGpu
+from watching import wait_until
 
 pytestmark = pytest.mark.soak
 
@@ -176,13 +177,13 @@ def test_who_uses_what(node: Node, kubelet: FakeKubelet, pods: FakePodResources)
     with node.daemon(*FLAGS, "-metrics-address", address):
         memory = {("team", "trainer", "main"): 9 * GIB, ("", "", ""): GIB}
         names = ("namespace", "pod", "container")
-        wait_until(lambda: series("sgpu_container_memory_used_bytes", *names) == memory)
+        wait_until(lambda: series("sgpu_container_memory_used_bytes", *names) == memory, "memory")
         assert series("sgpu_container_shares", "pod") == {("trainer",): 1, ("",): 0}
         assert series("sgpu_container_utilization_ratio", "pod") == {}
         (error,) = series("sgpu_nvml_errors_total", "function", "code")
         assert error == ("nvmlDeviceGetProcessUtilization", "999")
         node.driver.works("nvmlDeviceGetProcessUtilization")
-        wait_until(lambda: series("sgpu_container_utilization_ratio", "pod") == {("trainer",): 0.3, ("",): 0})
+        wait_until(lambda: series("sgpu_container_utilization_ratio", "pod") == {("trainer",): 0.3, ("",): 0}, "use")
         pods.release("trainer", "team")
         node.driver.change(gpu, compute=(), mps=())
-        wait_until(lambda: not series("sgpu_container_shares") and series("sgpu_gpu_healthy"))
+        wait_until(lambda: not series("sgpu_container_shares") and series("sgpu_gpu_healthy"), "no pods")

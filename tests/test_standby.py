@@ -14,9 +14,8 @@ import grpc
 import pytest
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet, NotConnectedError
-from fake_pod_resources import wait_until
 from node import RESOURCE, Node
-from watching import wait_listening
+from watching import wait_listening, wait_until
 
 from sgpu.driver.nvml import Code
 from sgpu.observe.client import fetch

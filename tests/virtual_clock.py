@@ -1,20 +1,38 @@
-"""Asynchronous tests on a clock that jumps."""
+"""Asynchronous tests, on a clock that jumps or on the real one."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 import trio.testing
 
+Test = Callable[..., Awaitable[None]]
 
-def virtual(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an asynchronous test on a clock that jumps to what is waited for next."""
 
+def virtual(test: Test, *, seconds: float = math.inf, threshold: float = 0.0) -> Callable[..., None]:
+    """Run an asynchronous test on a clock that jumps to what is waited for next, and for so many seconds at most.
+
+    A bound fails at once what hangs; without one, threads can be waited for. `threshold`: real seconds for the kernel.
+    """
+    return _on(test, seconds, lambda: trio.testing.MockClock(autojump_threshold=threshold))
+
+
+def real(test: Test, *, seconds: float = 120.0) -> Callable[..., None]:
+    """Run an asynchronous test on the real clock, for so many seconds at most."""
+    return _on(test, seconds, lambda: None)
+
+
+def _on(test: Test, seconds: float, clock: Callable[[], trio.abc.Clock | None]) -> Callable[..., None]:
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        trio.run(functools.partial(test, *args, **kwargs), clock=trio.testing.MockClock(autojump_threshold=0))
+        async def bounded() -> None:
+            with trio.fail_after(seconds):
+                await test(*args, **kwargs)
+
+        trio.run(bounded, clock=clock())
 
     return run

@@ -11,12 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
 from node import RESOURCE, Node
 from stub_driver import StubGpu
+
+T = TypeVar("T")
 
 #: Shares of each GPU: more than one, and few enough to read in a failure.
 SHARES: Final = 4
@@ -85,12 +87,13 @@ def check_updates(kubelet: FakeKubelet) -> None:
         previous = current
 
 
-def wait_until(condition: Callable[[], object], message: str, timeout: float = TIMEOUT) -> None:
-    """Wait for what nobody announces: check every few milliseconds."""
+def wait_until(condition: Callable[[], T], message: str, timeout: float = TIMEOUT) -> T:
+    """Wait for what nobody announces, and return it: check every few milliseconds."""
     deadline = time.monotonic() + timeout
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {message}"
         time.sleep(0.005)
+    return found
 
 
 def wait_listening(node: Node) -> None:
