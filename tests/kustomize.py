@@ -39,7 +39,7 @@ def render(directory: Path) -> Rendered:
     kustomization = _read(directory)
     objects: list[Any] = []
     remote: list[str] = []
-    for resource in kustomization["resources"]:
+    for resource in kustomization.get("resources", ()):
         if "://" in resource:
             remote.append(resource)
         elif (directory / resource).is_dir():
@@ -52,6 +52,13 @@ def render(directory: Path) -> Rendered:
         _apply_patches(directory / component, objects)
     _apply_patches(directory, objects)
     return Rendered(tuple(objects), tuple(remote))
+
+
+def with_component(directory: Path, component: Path) -> tuple[Mapping[str, Any], ...]:
+    """Return the objects of the kustomization in `directory` with a component added."""
+    objects = list(render(directory).objects)
+    _apply_patches(component, objects)
+    return tuple(objects)
 
 
 def _read(directory: Path) -> Mapping[str, Any]:

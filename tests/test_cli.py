@@ -69,7 +69,9 @@ class TestHelp:
         for name in ("config", "print-config", "version", "help"):
             assert re.search(rf"^  .*-{name}\b", captured.out, re.MULTILINE)
         for name, command in COMMANDS.items():
-            assert re.search(rf"^  sgpu {name} +{re.escape(command.summary)}$", captured.out, re.MULTILINE)
+            assert re.search(
+                rf"^  sgpu {name}( {command.argument})? +{re.escape(command.summary)}$", captured.out, re.MULTILINE
+            )
 
     @pytest.mark.parametrize(
         ("name", "default"),

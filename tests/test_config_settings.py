@@ -57,6 +57,8 @@ EXPECTED = {
     "state-file": Expected("/run/sgpu/state.json", *FILES),
     "metrics-address": Expected(":2112", ("", "[::1]:0"), ("2112",)),
     "status-socket": Expected("/run/sgpu/status.sock", *FILES),
+    "node-labels": Expected("off", ("off", "nfd"), ("on", "api")),
+    "node-labels-directory": Expected("/etc/kubernetes/node-feature-discovery/features.d", *PATHS),
     "standby": Expected(False, *BOOLEANS),
     "simulate": Expected(0, ("0", "64"), ("-1", "65")),
     "simulate-faults": Expected("", *FILES),

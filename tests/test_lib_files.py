@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sgpu.lib.files import content_identity, make_private_directory, read_regular_file, write_private_file
+from sgpu.lib.files import (
+    content_identity,
+    make_private_directory,
+    read_regular_file,
+    write_private_file,
+    write_public_file,
+)
 
 
 @pytest.fixture(params=[0o000, 0o277], ids=oct)
@@ -42,6 +48,14 @@ def test_a_private_file(tmp_path: Path) -> None:
     path.chmod(0o644)
     write_private_file(path, b"new")
     assert (mode(path), path.read_bytes()) == (0o600, b"new")
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_public_file(tmp_path: Path) -> None:
+    """It has 0644, whatever the umask, and its name before it is complete begins with a dot."""
+    (tmp_path / ".sgpu.new").touch()  # of a process that was killed
+    write_public_file(tmp_path / "sgpu", b"new")
+    assert (mode(tmp_path / "sgpu"), os.listdir(tmp_path)) == (0o644, ["sgpu"])
 
 
 def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ FIRST_LOOK = K8S / "examples" / "simulated"
 CONFIGURED = K8S / "examples" / "config"
 KUSTOMIZATIONS = [BASE, *OVERLAYS, FIRST_LOOK, CONFIGURED]
 #: The plugin's manifests: all that run it.
-RUNNING = [BASE, *(path for path in OVERLAYS if path.name != "monitoring")]
+RUNNING = [BASE, *(path for path in OVERLAYS if path.name not in ("alerts", "monitoring"))]
 SHARE = Settings().resource_name
 #: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e 3.13-all` sets it.
 OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
@@ -48,9 +48,9 @@ each_running = pytest.mark.parametrize("directory", RUNNING, ids=lambda path: pa
 
 
 def objects(source: Path) -> list[Mapping[str, Any]]:
-    """All of Kubernetes itself. The Prometheus operator's schema is nowhere to be had as a package."""
+    """All of Kubernetes itself. The Prometheus operator's schemas are nowhere to be had as a package."""
     found = kustomize.render(source).objects if source.is_dir() else kustomize.load(source)
-    return [thing for thing in found if thing["kind"] != "PodMonitor"]
+    return [thing for thing in found if thing["kind"] not in ("PodMonitor", "PrometheusRule")]
 
 
 def daemon_set(directory: Path) -> Mapping[str, Any]:
@@ -153,7 +153,14 @@ class TestRendered:
 
     def test_the_readme_names_each_overlay(self) -> None:
         """And the first look, which takes one command."""
-        assert {path.name for path in OVERLAYS} == {"gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated"}
+        assert {path.name for path in OVERLAYS} == {
+            "alerts",
+            "gke-cos",
+            "gke-ubuntu",
+            "host-driver",
+            "monitoring",
+            "simulated",
+        }
         readme = (K8S.parent / "README.md").read_text()
         for path in OVERLAYS:
             assert f"k8s/overlays/{path.name}" in readme

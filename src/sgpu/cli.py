@@ -41,6 +41,8 @@ class Command:
     run: Callable[[Loaded, Mapping[str, Any]], int]
     options: Mapping[str, Option] = attrs.Factory(dict)
     takes_settings: bool = True
+    #: The name of the one argument that is no flag; empty: there is none.
+    argument: str = ""
 
 
 def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
@@ -98,6 +100,17 @@ def _limits(loaded: Loaded, options: Mapping[str, Any]) -> int:
     return OK if limits(loaded, clear=options["clear"]) else FAILED
 
 
+def _import_config(_: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.commands.import_config import import_config
+
+    return OK if import_config(options["FILE"], options["name"]) else FAILED
+
+
+_IMPORT_OPTIONS: Final = {
+    "name": Option(Kind("a name", str, bool, "NAME"), "", "which of several configurations or nodes in the file"),
+}
+
+
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
     "demo": Command("show sgpu working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
@@ -112,14 +125,26 @@ COMMANDS: Final = {
         _limits,
         {"clear": Option(BOOLEAN, False, "remove them: for a node that sgpu is removed from")},
     ),
+    "import-config": Command(
+        "print a -config file for what NVIDIA's plugin or HAMi is configured to; FILE may be their ConfigMap, or -",
+        _import_config,
+        _IMPORT_OPTIONS,
+        takes_settings=False,
+        argument="FILE",
+    ),
     "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }
+
+
+def _usage(name: str, command: Command) -> str:
+    return f"{name} {command.argument}".strip()
+
 
 USAGE_TEXT = f"""\
 Offer each NVIDIA GPU of a Kubernetes node as many shared devices.
 
   sgpu [flags]   run the device plugin
-{"".join(f"  sgpu {name:<9} {command.summary}{chr(10)}" for name, command in COMMANDS.items())}
+{"".join(f"  sgpu {_usage(name, command):<9} {command.summary}{chr(10)}" for name, command in COMMANDS.items())}
 Flags go as `-flag value` or `-flag=value`, with one dash or two. Each can also be set by an environment variable
 (-host-path by {ENVIRONMENT_PREFIX}HOST_PATH) and by a key in the -config file; flag beats environment beats file.
 
@@ -151,7 +176,10 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
             with checked_output():
                 print(f"sgpu {__version__}")
             return OK
-        if flags.positional:
+        argument = command.argument if command else ""
+        if argument and len(flags.positional) != 1:
+            raise UsageError(f"{name} takes one {argument} (see {name} -help)")
+        if flags.positional and not argument:
             raise UsageError(f"unknown command {' '.join((name, *flags.positional)).strip()!r} (see -help)")
         if command and not command.takes_settings and (flags.values or flags.actions):
             raise UsageError(f"{name} takes no flags")
@@ -163,7 +191,8 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
             print(_effective(loaded), end="")
         return OK
     if command:
-        return command.run(loaded, {name: flags.options.get(name, option.default) for name, option in options.items()})
+        given = {name: flags.options.get(name, option.default) for name, option in options.items()}
+        return command.run(loaded, {**given, argument: flags.positional[0]} if argument else given)
     return _run(loaded, partial(load, flags.values, environment), alive)
 
 
@@ -210,7 +239,7 @@ def _help() -> str:
 
 
 def _command_help(name: str, command: Command) -> str:
-    lines = [f"sgpu {name}: {command.summary}.\n"]
+    lines = [f"sgpu {_usage(name, command)}: {command.summary}.\n"]
     for option, about in command.options.items():
         lines.append(_flag_help(option, about.kind, about.default, about.meaning))
     if command.takes_settings:

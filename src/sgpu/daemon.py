@@ -37,6 +37,8 @@ from sgpu.node.guard import GuardPolicy, Sample
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
+from sgpu.observe.labels import labels
+from sgpu.observe.nfd import keep_feature_file
 from sgpu.observe.observer import Observer
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.watchdog import Watchdog, exit_when_stuck
@@ -93,10 +95,13 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             front_ends.start_soon(_after, in_place, partial(limit_containers, _limit_options(settings), node))
             nursery.start_soon(confirm, place, node, registrations)
             # Observers
+            observer = Observer(node, registrations, counters, watchdog, monitor, lambda: place.waiting)
+            if settings.node_labels == "nfd":
+                directory = Path(settings.node_labels_directory)
+                nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
             if settings.metrics_address or settings.status_socket:
                 # Imported here, and in a thread: a registration does not wait for it.
                 endpoints = await run_in_thread(_import_endpoints)
-                observer = Observer(node, registrations, counters, watchdog, monitor, lambda: place.waiting)
                 addresses = (settings.metrics_address, settings.status_socket)
                 nursery.start_soon(endpoints.run, observer, *addresses, in_place)
         await hand_over(place, succession, node, registrations)

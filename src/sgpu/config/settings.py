@@ -118,6 +118,12 @@ class Settings:
         ":2112", ADDRESS, "address of metrics and probes; without a host: all interfaces; empty: not served"
     )
     status_socket: str = setting("/run/sgpu/status.sock", FILE, "socket for `sgpu status`, for root only; empty: none")
+    node_labels: str = setting(
+        "off", choice("off", "nfd"), "whether Node Feature Discovery (nfd) labels the node with what its GPUs are"
+    )
+    node_labels_directory: str = setting(
+        "/etc/kubernetes/node-feature-discovery/features.d", PATH, "where it looks for feature files"
+    )
     standby: bool = setting(
         False,
         BOOLEAN,

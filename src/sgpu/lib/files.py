@@ -1,4 +1,4 @@
-"""Files: is it the same one, and files and directories that only their owner can open. Imports nothing of sgpu."""
+"""Files: is it the same one, files and directories that only their owner can open. Imports nothing of sgpu."""
 
 from __future__ import annotations
 
@@ -68,10 +68,18 @@ def make_private_directory(path: Path) -> None:
 
 def write_private_file(path: Path, content: bytes) -> None:
     """Write a file with mode 0600 in one step: a reader sees the old or the new one. Raises OSError."""
-    new = path.with_name(f"{path.name}.new")
+    _replace(path, path.with_name(f"{path.name}.new"), content, 0o600)
+
+
+def write_public_file(path: Path, content: bytes) -> None:
+    """Write a file with mode 0644 in one step, where whoever reads the directory ignores names with a dot in front."""
+    _replace(path, path.with_name(f".{path.name}.new"), content, 0o644)
+
+
+def _replace(path: Path, new: Path, content: bytes, mode: int) -> None:
     new.unlink(missing_ok=True)  # left by a process that was killed, or a link that leads elsewhere
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)  # the umask may have taken even the owner's rights
+        os.fchmod(descriptor, mode)  # the umask may have taken even the owner's rights
         file.write(content)
     os.replace(new, path)
