@@ -242,6 +242,7 @@ GPUS = {
     "well": (GPU, "ok", ["Tesla T4", "00000000:3B:00.0", "nvidia0", "1.0 of 16.0 GiB"]),
     "free memory unknown": (attrs.evolve(GPU, figures=Figures(memory_total=GIB)), "warn", ["Tesla T4", "withheld"]),
     "memory unknown": (attrs.evolve(GPU, figures=Figures(memory_free=GIB)), "warn", ["Tesla T4", "withheld"]),
+    "in MIG mode": (attrs.evolve(GPU, figures=Figures(), mig_mode=True), "ok", ["Tesla T4", "in MIG mode"]),
     "ill": (attrs.evolve(GPU, error="GPU is lost"), "FAIL", ["Tesla T4", "GPU is lost"]),
 }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import attrs
 import pytest
 from findings import expect
 
 from sgpu.commands.doctor.guard import check_guard
 from sgpu.commands.doctor.host import Host
 from sgpu.config.load import load
-from sgpu.driver.messages import GpuReport
+from sgpu.driver.messages import GpuReport, InstanceReport
 from sgpu.node.figures import Figures
 from sgpu.pods.processes import HOST_NAMESPACE
 
@@ -51,6 +52,18 @@ def test_each(
     settings = load({"memory-guard": mode, "proc-directory": str(tmp_path)}, {}).settings
     (finding,) = check_guard(settings, Host(proc=tmp_path), gpus, listed=listed)
     expect(finding, level, *facts, advice=advice)
+
+
+def test_mig(tmp_path: Path) -> None:
+    """Of a card in MIG mode its instances count."""
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/pid").symlink_to(HOST_NAMESPACE)
+    instances = [InstanceReport(f"MIG-{each}", "A100 MIG 1g.5gb", "1g.5gb", 1, 0, 5, ()) for each in "ab"]
+    seen = attrs.evolve(instances[0], figures=KNOWN)
+    card = GpuReport("GPU-a", "A100", "0:3B:0.0", (), mig_mode=True, instances=(seen, instances[1]))
+    settings = load({"memory-guard": "warn", "proc-directory": str(tmp_path)}, {}).settings
+    (finding,) = check_guard(settings, Host(proc=tmp_path), [card], listed=True)
+    expect(finding, "warn", "MIG instance MIG-b")
 
 
 def test_old_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sgpu.commands.doctor.finding import Finding, Level
 from sgpu.commands.doctor.limits import check_limits
 from sgpu.config.load import load
-from sgpu.driver.messages import Report
+from sgpu.driver.messages import GpuReport, Report
 
 
 @pytest.fixture
@@ -76,6 +76,14 @@ def test_read_only(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_driver(cgroups: Path, driver: str | None, level: str) -> None:
     """The driver's branch has to be R615 or later."""
     assert check(cgroups, driver)[1].level is Level(level)
+
+
+def test_mig(cgroups: Path) -> None:
+    """Nobody is limited within a MIG instance, which the driver's version does not change."""
+    gpu = GpuReport("GPU-a", "A100", "0:3B:0.0", (), mig_mode=True)
+    report = Report((gpu,), (), (), "615.1", "/l")
+    loaded = load({"cgroup-directory": str(cgroups), "memory-limits": "fair"}, {})
+    assert "MIG instances" in list(check_limits(loaded, report))[-1].message
 
 
 def test_off(tmp_path: Path) -> None:

@@ -278,3 +278,12 @@ class TestGpus:
 def test_ago(seconds: float, words: str) -> None:
     """Show a span in one unit, never longer than it was."""
     assert ago(seconds) == words
+
+
+def test_instances() -> None:
+    """Name the GPU of a MIG instance, and say that a GPU in MIG mode has no instances."""
+    instance = attrs.evolve(HEALTHY, uuid="MIG-a", name="A100 MIG 1g.5gb", parent="GPU-p", mig_profile="1g.5gb")
+    lines = text(of(instance, attrs.evolve(HEALTHY, mig_mode=True)), 80).splitlines()
+    (parent,) = (number for number, line in enumerate(lines) if "of GPU-p" in line)
+    assert lines[parent - 1].startswith("MIG-a")
+    assert sum("in MIG mode, without instances" in line for line in lines) == 1

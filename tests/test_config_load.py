@@ -16,7 +16,7 @@ from sgpu.config.settings import SETTINGS, Settings, endpoint
 from sgpu.config.values import BOOLEAN, seconds
 from sgpu.driver.xids import XidPolicy
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
-from sgpu.node.policy import Policy, Rule
+from sgpu.node.policy import Mig, Policy, Rule
 
 pytestmark = pytest.mark.pure
 
@@ -281,6 +281,41 @@ gpus:
         flags = {"resource-name": "example.com/gpu", "gpu-duplication-factor": "7"}
         assert load(flags, {}).policy == Policy("example.com/gpu", 7)
 
+    @pytest.mark.parametrize(
+        ("content", "mig", "resource"),
+        [
+            pytest.param("mig: off", Mig.OFF, "", id="which is false to YAML"),
+            pytest.param("mig: profile", Mig.PROFILE, "deepomatic.com/mig-{profile}", id="domain of the resource"),
+            pytest.param("mig: profile\nresource-name: a.b/c", Mig.PROFILE, "a.b/mig-{profile}", id="of another"),
+            pytest.param(
+                "mig: profile\nmig-resource-name: nvidia.com/mig-{profile}",
+                Mig.PROFILE,
+                "nvidia.com/mig-{profile}",
+                id="its own domain",
+            ),
+        ],
+    )
+    def test_mig(self, config: Path, content: str, mig: Mig, resource: str) -> None:
+        """MIG instances are offered as the settings say, without a warning about another plugin."""
+        loaded = load_file(config, content)
+        assert (loaded.policy.mig, loaded.policy.mig_resource, loaded.warnings) == (mig, resource, ())
+
+    @pytest.mark.parametrize(
+        ("entry", "rule"),
+        [
+            pytest.param("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1), id="uuid in small letters"),
+            pytest.param("{uuid: mig-A, exclude: true}", Rule("", uuid="mig-A", exclude=True), id="instance"),
+            pytest.param(
+                "{mig-profile: 1g.5gb+me, shares: 3}", Rule("", mig_profile="1g.5gb+me", shares=3), id="profile"
+            ),
+            pytest.param("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1), id="bus id"),
+            pytest.param("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2), id="in any order"),
+        ],
+    )
+    def test_taken(self, config: Path, entry: str, rule: Rule) -> None:
+        """All that an entry can say."""
+        assert load_file(config, f"gpus: [{entry}]").policy.rules == (rule,)
+
     @pytest.mark.parametrize("value", ["", "GPU-a", "{uuid: GPU-a, shares: 1}"], ids=["nothing", "word", "mapping"])
     def test_not_a_list(self, config: Path, value: str) -> None:
         """It takes a list."""
@@ -298,7 +333,11 @@ gpus:
             pytest.param("{name: T4}", ("shares", "resource", "exclude"), id="says nothing"),
             pytest.param("{name: T4, exclude: true, shares: 1}", ("exclude", "shares"), id="excluded, with shares"),
             pytest.param("{name: T4, exclude: true, resource: a.b/c}", ("resource",), id="excluded, with a resource"),
-            pytest.param("{uuid: MIG-a, shares: 1}", ("uuid", "'MIG-a'"), id="no GPU's UUID"),
+            pytest.param("{uuid: T4, shares: 1}", ("uuid", "'T4'"), id="no UUID"),
+            pytest.param("{uuid: MIG-GPU-a/1/0, shares: 1}", ("uuid", "R470"), id="a MIG instance by its place"),
+            pytest.param("{mig-profile: 1g, shares: 1}", ("mig-profile", "'1g'"), id="no profile"),
+            pytest.param("{mig-profile: 1g.5gb, name: T4, shares: 1}", ("exactly one",), id="profile and name"),
+            pytest.param("{uuid: 17, shares: 1}", ("uuid", "17"), id="number for a UUID"),
             pytest.param("{pci-bus-id: '3b:00', shares: 1}", ("pci-bus-id", "'3b:00'"), id="no bus id"),
             pytest.param("{name: '', shares: 1}", ("name", "''"), id="empty name"),
             pytest.param("{name: T4, shares: 0}", ("shares", " 0 "), id="no shares"),
@@ -385,6 +424,14 @@ class TestSocketPath:
         """The kubelet connects to the socket by the path of the host, which may be longer than the mount's."""
         flags = {"plugin-directory": "/p", "resource-name": "y" * 20 + ".example.com/" + "x" * 40}
         assert_refused(lambda: load(flags, {}), "-resource-name (command line)", "/var/lib/kubelet/device-plugins/")
+
+    def test_profile(self) -> None:
+        """The longest resource of a MIG profile must fit as well, where there are such."""
+        pattern = "x" * 43 + "-{profile}"
+        directory = self.directory(-30)
+        load({"plugin-directory": directory, "mig-resource-name": pattern}, {})
+        flags = {"plugin-directory": directory, "mig-resource-name": pattern, "mig": "profile"}
+        assert_refused(lambda: load(flags, {}), "-plugin-directory", "-mig-resource-name (command line)")
 
 
 @pytest.mark.parametrize(

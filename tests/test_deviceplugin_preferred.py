@@ -29,6 +29,14 @@ def gpus(shares: int = 12, **allocated: int | None) -> dict[str, UnitLoad]:
     return {f"GPU-{name}": UnitLoad(allocated=count, shares=shares) for name, count in allocated.items()}
 
 
+def with_instances(loads: dict[str, UnitLoad], letters: str) -> dict[str, UnitLoad]:
+    """The same, with these as MIG instances: a container that has a share of one can use nothing else."""
+    return {uuid: attrs.evolve(load, alone=uuid[-1] in letters) for uuid, load in loads.items()}
+
+
+MIXED = with_instances(gpus(a=1, b=2, c=0, d=0), "ab")
+
+
 @attrs.frozen
 class Request:
     """A request of the kubelet, and the figures at that time."""
@@ -97,6 +105,18 @@ def case(
         case("spread same", "a0 b0", 5, "a0 b0", "all where there are too few"),
         case("pack same", "a11 b10 b11", 2, "b10 b11", "not the fullest, without room", loads=gpus(a=11, b=10, c=0)),
         case("pack same", "a0 a1 b11 c10 c11", 3, "b11 c10 c11", "the fullest two", loads=gpus(a=0, b=11, c=10)),
+        # Of MIG instances a container can use one, or else GPUs.
+        case("any", "a0 a1 b0 b1", 2, "a0 a1", "one instance", loads=with_instances(gpus(a=1, b=1), "ab")),
+        case("any", "a0 b0 b1", 2, "b0 b1", "the instance with room", loads=with_instances(gpus(a=1, b=1), "ab")),
+        case(
+            "any", "a0 a1 b0", 2, "b5 b0", "the instance it has", must="b5", loads=with_instances(gpus(a=1, b=1), "ab")
+        ),
+        case("any", "a0 b0", 2, "a0 b0", "two where none has room", loads=with_instances(gpus(a=1, b=1), "ab")),
+        case("spread distinct", "a0 a1 c0 d0", 2, "c0 d0", "GPUs, of which one is the best", loads=MIXED),
+        case("pack distinct", "b0 b1 c0 d0", 2, "b0 b1", "the instance that is the best", loads=MIXED),
+        case("spread distinct", "a0 a1 c0", 2, "a0 a1", "an instance, as too few of the GPUs are free", loads=MIXED),
+        case("spread distinct", "a0 c0", 2, "c0 a0", "what there is", loads=MIXED),
+        case("spread distinct", "a0 c0", 1, "c0", "the best", loads=MIXED),
         # Whatever the policy.
         case("any", "a0 a1 b0", 1, "b0 a1", "more to include than asked for", must="b0 a1"),
         case("any", "a0", 3, "a7 x7 a0", "to include: one that is not free, and one of no GPU", must="a7 x7"),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import attrs
 import pytest
 from node import Node
-from stub_driver import StubGpu
+from stub_driver import StubGpu, mig_gpu
 
 from sgpu.driver import events
 from sgpu.driver.events import EVENTS, EventListener, NoEvents, event_listener
@@ -63,16 +63,19 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the wait for events did not end"))
 
 
+ASK_FOR_POLL = (EventKind.RECOVERY_ACTION, EventKind.MIG_CONFIG_CHANGE)
+
+
 @pytest.mark.parametrize(
     ("bit", "data", "message", "wakes"),
     [
-        pytest.param(bit, 7, DriverEvent(StubGpu(1).uuid, kind, 7), kind is EventKind.RECOVERY_ACTION, id=kind.name)
+        pytest.param(bit, 7, DriverEvent(StubGpu(1).uuid, kind, 7), kind in ASK_FOR_POLL, id=kind.name)
         for bit, kind in EVENTS.items()
     ]
     + [pytest.param(EventType.XID_CRITICAL, 154, DriverEvent(StubGpu(1).uuid, EventKind.XID, 154), True, id="XID 154")],
 )
 def test_event(node: Node, bit: int, data: int, message: DriverEvent, wakes: bool) -> None:
-    """Emit an event of each kind with its GPU and data, and ask for a poll if it changed the recovery action."""
+    """Emit an event of each kind with its GPU and data, and ask for a poll if another state has to be seen."""
     _, gpu = node.driver.gpus(2)
     node.driver.change(gpu, event_types=ALL_EVENTS)
     with listening(node) as made:
@@ -197,3 +200,13 @@ def test_wait_hangs(node: Node) -> None:
             reports += isinstance(decode(process.stdout.readline()), Report)
         node.make_nodes("nvidia9")  # so that the library is opened again
         assert process.wait(TIMEOUT) == 0
+
+
+def test_instance(node: Node) -> None:
+    """Emit the ids of the MIG instance that an event is about."""
+    gpu = mig_gpu()
+    node.driver.set(gpus=(gpu,))
+    instance = node.driver.create(gpu, "1g.5gb", compute_instance=2)
+    with listening(node) as made:
+        node.driver.xid(gpu, 94, instance)
+        assert made.next() == DriverEvent(gpu.uuid, EventKind.XID, 94, gpu_instance=1, compute_instance=2)

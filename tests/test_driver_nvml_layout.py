@@ -14,7 +14,7 @@ from stub_driver import FUNCTIONS, HEADER
 from sgpu.driver.health import FABRIC_COMPLETE, FABRIC_NOT_READY
 from sgpu.driver.nvml import Code, EventType
 from sgpu.driver.nvml._bindings import ffi
-from sgpu.driver.nvml.constants import FIELD_RECOVERY_ACTION, NO_LIMIT, TEXT_SIZE, VARIANTS
+from sgpu.driver.nvml.constants import FIELD_RECOVERY_ACTION, MIG_ENABLED, NO_LIMIT, TEXT_SIZE, VARIANTS
 from sgpu.driver.nvml.processes import COMPUTE, LAYOUTS, NOT_AVAILABLE, OTHERS
 
 pytestmark = pytest.mark.static
@@ -26,6 +26,7 @@ STRUCTURES = [name for name in ffi.list_types()[0] if ffi.typeof(name).kind in (
 EVENT_TYPES = {
     "DOUBLE_BIT_ECC": "nvmlEventTypeDoubleBitEccError",
     "XID_CRITICAL": "nvmlEventTypeXidCriticalError",
+    "MIG_CONFIG_CHANGE": "nvmlEventMigConfigChange",
     "NON_FATAL_POISON": "nvmlEventTypeNonFatalPoisonError",
     "FATAL_POISON": "nvmlEventTypeFatalPoisonError",
     "GPU_UNAVAILABLE": "nvmlEventTypeGpuUnavailableError",
@@ -66,6 +67,7 @@ def facts() -> Iterator[str]:
         yield f"{name} == {ffi.sizeof(f'{name}_t') | 2 << 24}"
     yield f"NVML_DEVICE_MEMORY_LIMIT_MAX == {NO_LIMIT}ULL"
     yield f"NVML_FI_DEV_GET_GPU_RECOVERY_ACTION == {FIELD_RECOVERY_ACTION}"
+    yield f"NVML_DEVICE_MIG_ENABLE == {MIG_ENABLED}"
     yield f"(unsigned long long)NVML_VALUE_NOT_AVAILABLE == {NOT_AVAILABLE}ULL"
     for state, value in zip(
         ("NOT_STARTED", "IN_PROGRESS", "COMPLETED"), (*FABRIC_NOT_READY, FABRIC_COMPLETE), strict=True

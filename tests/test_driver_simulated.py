@@ -15,8 +15,9 @@ import trio
 import trio.testing
 
 from sgpu.driver import simulated
-from sgpu.driver.simulated import read_faults, simulate, simulated_gpus, with_faults
+from sgpu.driver.simulated import Number, read_faults, simulate, simulated_gpus, with_faults
 from sgpu.lib.concurrency import wait_until
+from sgpu.lib.sizes import GIB
 from sgpu.node.gpu import Health
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
@@ -103,7 +104,7 @@ class TestSimulate:
                     nursery.cancel_scope.cancel()
             assert (len(reads) - 1) * simulated.INTERVAL <= trio.current_time()
 
-        def read(path: Path) -> Mapping[int, str]:
+        def read(path: Path) -> Mapping[Number, str]:
             reads.append(path)
             return read_faults(path)
 
@@ -125,3 +126,30 @@ class TestSimulate:
         node = NodeState(Policy("example.com/gpu", 1), interval=5)
         trio.run(simulate, node, 2, "")
         assert [gpu.health for gpu in node.gpus] == [Health.HEALTHY] * 2
+
+
+class TestInstances:
+    GPUS = simulated_gpus(2, now=1.0, profiles="1g.10gb,1g.10gb+me,3g.40gb")
+
+    def test_gpus(self) -> None:
+        """Give each GPU the instances that are asked for, with their memory, and with UUIDs that stay the same."""
+        instances = [instance for gpu in self.GPUS for instance in gpu.instances]
+        assert [instance.profile for instance in instances] == 2 * ["1g.10gb", "1g.10gb+me", "3g.40gb"]
+        assert [instance.memory_bytes for instance in self.GPUS[0].instances] == [10 * GIB, 10 * GIB, 40 * GIB]
+        assert len({instance.uuid for instance in instances}) == 6
+        assert instances[0].uuid == "MIG-0b2eea7b-5754-57e4-b42f-88489ad6d976"
+        assert [(gpu.mig_mode, gpu.memory_bytes) for gpu in self.GPUS] == 2 * [(True, 80 * GIB)]
+        assert simulated_gpus(1, profiles="7g.141gb")[0].memory_bytes == 141 * GIB
+
+    def test_faults(self, tmp_path: Path) -> None:
+        """A number behind a slash is that of an instance."""
+        (tmp_path / "faults").write_text("0/1 hot\n1/9 no such instance\n0/x\n/1\n1/\n1 lost")
+        first, second = with_faults(self.GPUS, read_faults(tmp_path / "faults"), 2.0)
+        assert [(instance.reason, instance.since) for instance in first.instances] == [
+            ("", 1.0),
+            ("hot", 2.0),
+            ("", 1.0),
+        ]
+        assert (first.reason, second.reason, second.since) == ("", "lost", 2.0)
+        again, _ = with_faults((first, second), {(0, 1): "hotter"}, 3.0)
+        assert (again.instances[1].reason, again.instances[1].since) == ("hotter", 2.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sgpu.driver import uvm
-from sgpu.driver.uvm import UvmNodes
+from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 
 
 def modprobe(host_path: Path, script: str, directory: str = "bin") -> Path:
@@ -70,3 +70,17 @@ def test_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         now += seconds
         assert "17" in nodes.ask()
         assert len((tmp_path / "asked").read_text()) == runs
+
+
+def test_capabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run it for capability files, at most once a minute for the same ones."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    modprobe(tmp_path, f'echo "$@" >> {tmp_path}/asked')
+    nodes = CapabilityNodes(tmp_path, uvm.DEV_DIRECTORY)
+    first, second = (Path("/proc/a"), Path("/proc/b")), (Path("/proc/c"),)
+    for files in (first, second, first):
+        assert "did not make it" in nodes.make(files)
+    now += uvm.PAUSE
+    nodes.make(first)
+    assert (tmp_path / "asked").read_text().splitlines() == ["-f/proc/a -f/proc/b", "-f/proc/c", "-f/proc/a -f/proc/b"]

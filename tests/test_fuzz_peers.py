@@ -53,6 +53,7 @@ from sgpu.driver.messages import (
     EventKind,
     Failure,
     GpuReport,
+    InstanceReport,
     LimitReport,
     LimitStarted,
     Message,
@@ -110,6 +111,7 @@ OF: Final[dict[Any, st.SearchStrategy[Any]]] = {
     bool | None: st.none() | st.booleans(),
     tuple[str, ...]: some(TEXTS),
     tuple[GpuReport, ...]: some(built(GpuReport)),
+    tuple[InstanceReport, ...]: some(built(InstanceReport)),
     tuple[ProcessUse, ...] | None: st.none() | some(built(ProcessUse)),
 }
 
@@ -136,12 +138,15 @@ def test_worker_config(config: WorkerConfig) -> None:
 
 
 GPU: Final = GpuReport("GPU-a", "Tesla T4", "0000:3B:00.0", ("nvidia0",), 1, Figures(9, 5, 40, (ProcessUse(7, 3, 40),)))
+INSTANCE: Final = InstanceReport("MIG-a", "A100 MIG 1g.5gb", "1g.5gb", 1, 0, 5, ("nvidia-caps/nvidia-cap12",))
+CARD: Final = GpuReport("GPU-b", "A100", "0000:5E:00.0", ("nvidia1",), mig_mode=True, instances=(INSTANCE,))
 LINES: Final = [
     encode(each)
     for each in (
-        Report((GPU,), ("no",), (), "550", "/lib"),
+        Report((GPU, CARD), ("no",), (), "550", "/lib"),
         NotReady("not yet"),
         DriverEvent("GPU-a", EventKind.XID, 79),
+        DriverEvent("GPU-b", EventKind.XID, 79, 1, 0),
         CallStarted("GPU-a"),
         Failure("nvmlInit_v2", 9),
     )
@@ -172,7 +177,7 @@ def handle(message: Message) -> None:
         node = NodeState(Policy("example.com/gpu", 10), 5, check_size)
         counters = Counters()
         monitor = Monitor(node, XidPolicy(), FaultRecord(), counters.nvml_errors)
-        monitor.report(Report((GPU,), (), (), "550", "/lib"))
+        monitor.report(Report((GPU, CARD), (), (), "550", "/lib"))
         handlers: dict[type, Callable[[Any], None]] = {
             Report: monitor.report,
             NotReady: monitor.not_ready,

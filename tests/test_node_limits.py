@@ -6,7 +6,7 @@ import pytest
 
 from sgpu.node.cgroup_limit import Target
 from sgpu.node.container import Container
-from sgpu.node.gpu import Gpu, units
+from sgpu.node.gpu import Gpu, MigInstance, units, without
 from sgpu.node.limits import PodCgroups, WantedLimits, allowed_by_container, allowed_memory, wanted_limits
 from sgpu.node.offers import Offer
 from sgpu.node.shares import Share
@@ -42,9 +42,17 @@ def test_allowed_memory(memory: int | None, factor: float, shares: int, allowed:
 def test_by_container() -> None:
     """Shares of one unit add up; each unit and each container counts by itself."""
     holders = {Share("GPU-a", 0): MAIN, Share("GPU-a", 5): MAIN, Share("GPU-b", 0): MAIN, Share("GPU-a", 1): OTHER}
-    gone = {Share("GPU-x", 0): MAIN, Share("GPU-c", 0): MAIN}
-    allowed = allowed_by_container([offer("a"), offer("b", 80), offer("c", None)], holders | gone)
-    assert allowed == {"GPU-a": {MAIN: 250, OTHER: 125}, "GPU-b": {MAIN: 10}}
+    holders |= {Share("MIG-a", 1): MAIN}
+    instance = MigInstance("MIG-a", "A100 MIG 1g.5gb", "1g.5gb", 40)
+    (unit,) = units(Gpu("GPU-p", "A100", "0:3B:0.0", (), 400, mig_mode=True, instances=(instance,)))
+    gone = {Share("GPU-x", 0): MAIN, Share("GPU-c", 0): MAIN, Share("GPU-d", 1): MAIN}
+    left = Offer(without(offer("d").unit, 0.0), 0, (1,))
+    offers = [offer("a"), offer("b", 80), offer("c", None), Offer(unit, 4), left]
+    assert allowed_by_container(offers, holders | gone) == {
+        "GPU-a": {MAIN: 250, OTHER: 125},
+        "GPU-b": {MAIN: 10},
+        "MIG-a": {MAIN: 10},
+    }
 
 
 class TestWantedLimits:

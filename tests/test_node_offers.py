@@ -108,5 +108,15 @@ class TestOffers:
         held = parse("a1 a5")
         made = offers(Policy(SHARED, 3, (WHOLE_B,)), [A, B], {SHARED: held}, {"GPU-a", "GPU-x"}, held)
         assert made == {SHARED: (offer("a", 3, (5,), {0, 2}),), WHOLE: (offer("b", 1),)}
-        both = offers(Policy(SHARED, 3, (WHOLE_B,)), [A, B], {}, {"GPU-a", "GPU-b"})
-        assert [each.withheld for each in (*both[SHARED], *both[WHOLE])] == [{0, 1, 2}, {0}]
+
+    @pytest.mark.parametrize(
+        ("held", "withheld"),
+        [
+            pytest.param({SHARED: (), WHOLE: ()}, [{0, 1, 2}, {0}], id="both listed"),
+            pytest.param({SHARED: ()}, [{0, 1, 2}, set()], id="one not listed yet"),
+        ],
+    )
+    def test_withheld_if_listed(self, held: Mapping[str, Collection[Share]], withheld: list[set[int]]) -> None:
+        """Shares are withheld only of resources whose holders are known."""
+        made = offers(Policy(SHARED, 3, (WHOLE_B,)), [A, B], held, {"GPU-a", "GPU-b"})
+        assert [each.withheld for each in (*made[SHARED], *made[WHOLE])] == withheld

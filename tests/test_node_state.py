@@ -358,7 +358,7 @@ class TestPressure:
         fill(node, 99, A, B)
         hold(node, shared="a1", whole="b0")
         node.update_pressure(0.95)
-        hold(node, shared="a0 a2")
+        hold(node, shared="a0 a2", whole="")
         assert withheld(node) == {"a": {1, 3}, "b": {0}}
 
     def test_holders_unknown(self, node: NodeState) -> None:

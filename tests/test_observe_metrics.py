@@ -98,7 +98,11 @@ class TestSeries:
         ("name", "value"),
         [
             ("sgpu_build_info{driver_version=550.54,version=0.1.0}", 1),
-            ("sgpu_gpu_info{name=Tesla T4,pci_bus_id=00000000:3B:00.0,resource=example.com/gpu,uuid=GPU-a}", 1),
+            (
+                "sgpu_gpu_info{mig_profile=,name=Tesla T4,parent=,pci_bus_id=00000000:3B:00.0,"
+                "resource=example.com/gpu,uuid=GPU-a}",
+                1,
+            ),
             ("sgpu_gpu_memory_total_bytes{uuid=GPU-a}", 15 * GIB),
             ("sgpu_gpu_memory_used_bytes{uuid=GPU-a}", 7 * GIB),
             ("sgpu_gpu_memory_free_bytes{uuid=GPU-a}", 8 * GIB),
@@ -217,3 +221,12 @@ class TestFormat:
             return [line for line in text.splitlines() if not line.startswith(b"process_")]
 
         assert own(gzip.decompress(compressed.text)) == own(plain.text)
+
+
+def test_instance(accept: str) -> None:
+    """A MIG instance has the series of a GPU, with its GPU and its profile in the information."""
+    instance = attrs.evolve(UP, uuid="MIG-a", parent="GPU-p", mig_profile="1g.5gb", utilization=None)
+    found = series(attrs.evolve(NODE, gpus=(instance,)), Counters(), accept)
+    assert any("parent=GPU-p" in name and "mig_profile=1g.5gb" in name and "uuid=MIG-a" in name for name in found)
+    assert found["sgpu_container_memory_used_bytes{container=main,namespace=team,pod=web,uuid=MIG-a}"] == GIB
+    assert "sgpu_gpu_utilization_ratio{uuid=MIG-a}" not in found

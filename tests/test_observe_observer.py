@@ -16,7 +16,7 @@ from sgpu.driver.xids import XidPolicy
 from sgpu.lib.sizes import GIB
 from sgpu.node.container import Container
 from sgpu.node.figures import Figures, ProcessUse
-from sgpu.node.gpu import Gpu, Health
+from sgpu.node.gpu import Gpu, Health, MigInstance
 from sgpu.node.policy import Policy, Rule
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
@@ -98,6 +98,28 @@ class TestGpus:
             withheld=3,
             containers=(ContainerUse("team", "web", "main", 1),),
         )
+
+    def test_instances(self, world: World) -> None:
+        """Show a GPU in MIG mode by its instances: those that are there, and those that are gone and in use."""
+        instances = tuple(MigInstance(f"MIG-{letter}", "T4 MIG 1g.5gb", "1g.5gb", GIB) for letter in "xy")
+        parent = gpu("a", mig_mode=True, instances=instances)
+        world.node.set_gpus((parent,))
+        world.node.set_holders({SHARED: {Share("MIG-x", 0): WEB}})
+        world.node.usage.set_figures({"MIG-y": Figures(GIB, GIB // 2, None, ())}, NOW)
+        world.node.set_gpus((attrs.evolve(parent, instances=instances[1:]),))
+        there, gone = world.snapshot().gpus
+        assert (there.uuid, there.parent, there.mig_profile, there.mig_mode) == ("MIG-y", "GPU-a", "1g.5gb", False)
+        assert (there.memory_used, there.utilization, there.shares, there.healthy) == (GIB // 2, None, 1, True)
+        assert (gone.uuid, gone.healthy, gone.shares, gone.allocated) == ("MIG-x", False, 0, 1)
+        assert gone.since > WALL
+        assert [use.pod for use in gone.containers] == ["web"]
+
+    def test_no_instances(self, world: World) -> None:
+        """Show a GPU in MIG mode that has no instances by itself."""
+        world.node.set_holders({SHARED: {}})
+        world.node.set_gpus((gpu("a", mig_mode=True),))
+        (seen,) = world.snapshot().gpus
+        assert (seen.uuid, seen.resource, seen.shares, seen.mig_mode, seen.parent) == ("GPU-a", "", 0, True, "")
 
     def test_rules(self, world: World) -> None:
         """Show the resource and the shares of each GPU, and of one that is excluded, none."""

@@ -13,13 +13,14 @@ from sgpu.observe.snapshot import Snapshot, decode, encode
 pytestmark = pytest.mark.pure
 
 USES = (ContainerUse("team", "web", "main", 2, 1 << 30, 7, 1), ContainerUse("", "", "", 0))
+INSTANCE = attrs.evolve(GPU, uuid="MIG-a", parent="GPU-a", mig_profile="1g.5gb")
 UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, containers=USES)
 
 
 @pytest.mark.parametrize(
     "snapshot",
     [
-        pytest.param(attrs.evolve(SNAPSHOT, gpus=(GPU, UNKNOWN), sampled_at=None), id="full"),
+        pytest.param(attrs.evolve(SNAPSHOT, gpus=(GPU, UNKNOWN, INSTANCE), sampled_at=None), id="full"),
         pytest.param(attrs.evolve(SNAPSHOT, gpus=(), resources=()), id="empty"),
         pytest.param(attrs.evolve(SNAPSHOT, stale_answers=(StaleAnswer("a/b", ("/x",), ("/y", "/z")),)), id="stale"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sgpu.node.container import Container, OtherUse
-from sgpu.node.gpu import Gpu
+from sgpu.node.gpu import Gpu, MigInstance
 from sgpu.node.shares import Share
 from sgpu.pods.held import Held, OtherDevice, collect, other_uses
 
@@ -13,7 +13,11 @@ pytestmark = pytest.mark.pure
 
 OURS, THEIRS = "example.com/gpu", "nvidia.com/gpu"
 UUID, OTHER_UUID = "GPU-bf428e1d-f221-55de-a77f-a61755a4d727", "GPU-5d0a3c1e-7b7e-5c0f-9d3b-0e4a8f6b7c22"
-GPUS = [Gpu(UUID, "T4", "00000000:3B:00.0", ("nvidia0", "nvidiactl")), Gpu(OTHER_UUID, "T4", "00000000:5E:00.0", ())]
+INSTANCE = "MIG-0f1e2d3c-4b5a-5968-8776-a5b4c3d2e1f0"
+GPUS = [
+    Gpu(UUID, "T4", "00000000:3B:00.0", ("nvidia0", "nvidiactl")),
+    Gpu(OTHER_UUID, "T4", "00000000:5E:00.0", (), instances=(MigInstance(INSTANCE, "T4 MIG 1g.5gb", "1g.5gb", 5),)),
+]
 POD, INIT = Container("team", "one", "main"), Container("team", "one", "init")
 
 
@@ -58,11 +62,13 @@ def test_merge() -> None:
         pytest.param(OTHER_UUID, OTHER_UUID, True, id="of a GPU without device nodes"),
         pytest.param(UUID.replace("b", "c"), None, False, id="of no GPU of this node"),
         pytest.param("nvidia1", None, False, id="of no device node of this node"),
-        pytest.param(f"MIG-{UUID.removeprefix('GPU-')}", None, False, id="MIG by a UUID of its own"),
+        pytest.param(INSTANCE, INSTANCE, True, id="NVIDIA's, MIG"),
+        pytest.param(f"{INSTANCE}::3", INSTANCE, False, id="NVIDIA's, MIG, shared"),
+        pytest.param(INSTANCE.replace("0f", "1f"), None, False, id="of no MIG instance of this node"),
         pytest.param("nvidia-nic", None, False, id="no GPU"),
     ],
 )
 def test_other_uses(device_id: str, uuid: str | None, whole: bool) -> None:
-    """Find the GPU by its UUID or its device node, and whether it is all of it."""
+    """Find the GPU or MIG instance by its UUID or device node, and whether it is all of it."""
     uses = other_uses({OtherDevice(THEIRS, device_id): POD}, GPUS)
     assert uses == ({uuid: (OtherUse(POD, THEIRS, whole),)} if uuid else {})

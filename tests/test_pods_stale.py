@@ -7,13 +7,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import attrs
 import pytest
 
 from sgpu.api import v1beta1_pb2
 from sgpu.node.container import Container, StaleAnswer
-from sgpu.node.gpu import Gpu
+from sgpu.node.gpu import Gpu, MigInstance
 from sgpu.node.shares import Share
 from sgpu.pods.checkpoint import FILE, read_checkpoint
+from sgpu.pods.held import Holders
 from sgpu.pods.stale import stale_answers
 
 RESOURCE = "example.com/gpu"
@@ -24,6 +26,9 @@ GPUS = [
     Gpu("GPU-c", "Tesla T4", "00000000:AF:00.0", (), simulated=True),
 ]
 
+#: Of one GPU, with the minor numbers of their capabilities.
+INSTANCES = {"MIG-a": (21, 22), "MIG-b": (30, 31)}
+
 
 def stored(*nodes: str) -> str:
     """Return an answer with these device nodes, as the kubelet stores it."""
@@ -31,11 +36,18 @@ def stored(*nodes: str) -> str:
     return base64.b64encode(v1beta1_pb2.ContainerAllocateResponse(devices=devices).SerializeToString()).decode()
 
 
-def stale(directory: Path, answer: object, ids: Sequence[str], resource: str = RESOURCE) -> list[StaleAnswer]:
+def stale(
+    directory: Path,
+    answer: object,
+    ids: Sequence[str],
+    resource: str = RESOURCE,
+    held: Holders = HELD,
+    gpus: Sequence[Gpu] = GPUS,
+) -> list[StaleAnswer]:
     entry = {"PodUID": "u", "ContainerName": "main", "ResourceName": resource, "DeviceIDs": {"-1": ids}}
     data = {"PodDeviceEntries": [{**entry, "AllocResp": answer}]}
     (directory / FILE).write_text(json.dumps({"Data": data, "Checksum": 1}))
-    return stale_answers(read_checkpoint(directory), HELD, GPUS)
+    return stale_answers(read_checkpoint(directory), held, gpus)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +88,25 @@ def test_not_stale(tmp_path: Path, answer: object, ids: Sequence[str]) -> None:
 def test_other_resource(tmp_path: Path) -> None:
     """Leave out resources that are not ours."""
     assert stale(tmp_path, stored("nvidia1"), ["GPU-a::0"], "example.com/other") == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ids", "right"),
+    [
+        (("nvidia3", "nvidia-caps/nvidia-cap21", "nvidia-caps/nvidia-cap22"), ["MIG-a::0"], None),
+        (("nvidia3", "nvidia-caps/nvidia-cap30", "nvidia-caps/nvidia-cap31"), ["MIG-a::0"], (21, 22)),
+        (("nvidia3", "nvidia-caps/nvidia-cap30", "nvidia-caps/nvidia-cap31"), ["MIG-a::0", "MIG-b::0"], None),
+        (("nvidia3",), ["MIG-a::0"], (21, 22)),
+    ],
+    ids=["right", "another instance of the same GPU", "one of two", "the GPU alone"],
+)
+def test_instances(tmp_path: Path, nodes: Sequence[str], ids: Sequence[str], right: tuple[int, ...] | None) -> None:
+    """A MIG instance is told from others of its GPU by its capabilities. Of several, a container gets one."""
+    capabilities = {name: tuple(f"nvidia-caps/nvidia-cap{n}" for n in ns) for name, ns in INSTANCES.items()}
+    instances = (MigInstance(name, "", "1g.5gb", 1, nodes) for name, nodes in capabilities.items())
+    gpu = attrs.evolve(GPUS[0], device_nodes=("nvidia3", "nvidiactl"), mig_mode=True, instances=tuple(instances))
+    held = {RESOURCE: {Share(name, 0): Container("team", "trainer", "main") for name in INSTANCES}}
+    found = stale(tmp_path, stored(*nodes), ids, held=held, gpus=[gpu])
+    assert [answer.right for answer in found] == (
+        [] if right is None else [(*(f"/dev/nvidia-caps/nvidia-cap{n}" for n in right), "/dev/nvidia3")]
+    )

@@ -202,6 +202,22 @@ def test_faults_of_the_daemon_before(node: Node) -> None:
         assert kubelet.gaps == []
 
 
+def test_mig_profiles(node: Node) -> None:
+    """The resource of a MIG profile is handed over, too."""
+    resource, flags = "deepomatic.com/mig-1g.10gb", ("-mig", "profile", "-simulate-mig", "1g.10gb")
+    with FakeKubelet(node.plugins) as kubelet, node.daemon(*flags, simulate=1) as first:
+        kubelet.wait_devices(1, resource=resource)
+        with node.daemon(*flags, "-standby", simulate=1) as second:
+            second.wait_log("standing by")
+            second.wait_log("SIMULATED")
+            first.terminate()
+            kubelet.wait_registrations(2)
+            first.wait_exit()
+            assert "no daemon took over" not in first.logs
+            kubelet.wait_devices(1, resource=resource)
+        assert kubelet.gaps == []
+
+
 def get(url: str) -> tuple[int, str]:
     """The status and the text of a page."""
     try:

@@ -78,7 +78,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             monitor = None
             sender = limit_file.LimitSender(node.enforcement, _limit_file(settings), fault_file.read_boot_id())
             if settings.simulate:
-                nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults)
+                nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults, settings.simulate_mig)
             else:
                 record = FaultRecord() if place.waiting else await _load_faults(settings)
                 monitor = Monitor(node, loaded.xids, record, counters.nvml_errors)
@@ -175,6 +175,7 @@ async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog
         dev_directory=settings.dev_directory,
         sysfs_directory=settings.sysfs_directory,
         interval=settings.sample_interval,
+        proc_directory=settings.proc_directory,
     )
     await supervise(config, monitor, settings.driver_timeout, partial(watchdog.arm, "driver"), feed)
 
@@ -229,7 +230,7 @@ def _guard(
 def _apply(node: NodeState, policy: Policy) -> str:
     """Apply a policy, and say what is offered now."""
     node.set_policy(policy)
-    shares = {resource: sum(offer.shares for offer in node.offered(resource)) for resource in policy.resources()}
+    shares = {resource: sum(offer.shares for offer in node.offered(resource)) for resource in node.resources()}
     if not node.gpus:
         return "nothing, as there is no GPU yet"
     return ", ".join(f"{count} x {resource}" for resource, count in shares.items())
@@ -243,5 +244,6 @@ def _import_endpoints() -> ModuleType:
 
 def _source(settings: Settings) -> str:
     if settings.simulate:
-        return f"{settings.simulate} SIMULATED GPUs, no driver is used"
+        instances = f" with MIG instances {settings.simulate_mig}" if settings.simulate_mig else ""
+        return f"{settings.simulate} SIMULATED GPUs{instances}, no driver is used"
     return f"the driver's libraries under {settings.host_path}"

@@ -10,9 +10,10 @@
  *     process_surplus=8                  bytes by which the _v3 functions make an entry of such a list longer (negative: shorter)
  *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
  *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
+ *     UUID.mig.3=MIG-UUID                the MIG instance at an index; its facts stand under its own UUID
  *     limits=dmem                        who keeps memory limits: dmem, misc, or lies, which says that it does and does not
  *     UUID.limit_used.NAME=4096          bytes that the processes in the cgroup directory of that name use
- *     events=1                           how many there have been; event.1=UUID TYPE DATA says which
+ *     events=1                           how many there have been; event.1=UUID TYPE DATA GI CI says which
  *
  * A file `calls` beside the library, where there is one, gets a line for each call: the function, and the GPU's UUID.
  * What this file must not know: Python, sgpu, and anything that is better said in the state.
@@ -49,7 +50,7 @@ enum {
     ARGUMENT_VERSION_MISMATCH = 25,
 };
 
-enum { MOST_GPUS = 256, VALUE = 256 };
+enum { MOST_GPUS = 8192, VALUE = 256 }; /* MIG instances of all times among them */
 
 /* A handle is the address of a slot, and a slot belongs to one UUID for as long as the library is loaded. */
 struct nvmlDevice_st {
@@ -209,9 +210,16 @@ static nvmlReturn_t enter(const char *function, nvmlDevice_t device)
     return code == SUCCESS && !initialized && !always ? UNINITIALIZED : code;
 }
 
+static bool is_instance(nvmlDevice_t device)
+{
+    return strncmp(device->uuid, "MIG-", strlen("MIG-")) == 0;
+}
+
 static nvmlReturn_t gpu_state(nvmlDevice_t device)
 {
     char value[VALUE];
+    if (is_instance(device)) /* one that was destroyed has no facts */
+        return *fact(value, device, "parent") ? gpu_state(slot(value)) : INVALID_ARGUMENT;
     return strcmp(fact(value, device, "lost"), "0") == 0 ? SUCCESS : GPU_IS_LOST; /* a GPU that vanished has no facts */
 }
 
@@ -640,6 +648,65 @@ nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUti
     return written ? SUCCESS : NOT_FOUND;
 }
 
+nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, unsigned int *pending)
+{
+    ENTER_GPU(device);
+    SUPPORTED(device, "mig_mode");
+    *current = fact_number(device, "mig_mode");
+    *pending = fact_number(device, "mig_pending");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMaxMigDeviceCount(nvmlDevice_t device, unsigned int *count)
+{
+    ENTER_GPU(device);
+    *count = fact_number(device, "mig_mode") ? fact_number(device, "mig_max") : 0;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMigDeviceHandleByIndex(nvmlDevice_t device, unsigned int index, nvmlDevice_t *instance)
+{
+    ENTER_GPU(device);
+    char uuid[VALUE];
+    if (!look(uuid, "%s.mig.%u", device->uuid, index))
+        return NOT_FOUND;
+    *instance = slot(uuid);
+    return SUCCESS;
+}
+
+/* Questions that are only for MIG instances. A whole GPU answers as a real H200 does. */
+#define INSTANCE(device, otherwise) \
+    do { \
+        if (!is_instance(device)) \
+            return otherwise; \
+    } while (0)
+
+nvmlReturn_t nvmlDeviceGetGpuInstanceId(nvmlDevice_t device, unsigned int *id)
+{
+    ENTER_GPU(device);
+    INSTANCE(device, INVALID_ARGUMENT);
+    *id = fact_number(device, "gpu_instance");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetComputeInstanceId(nvmlDevice_t device, unsigned int *id)
+{
+    ENTER_GPU(device);
+    INSTANCE(device, INVALID_ARGUMENT);
+    *id = fact_number(device, "compute_instance");
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetAttributes_v2(nvmlDevice_t device, nvmlDeviceAttributes_t *attributes)
+{
+    ENTER_GPU(device);
+    INSTANCE(device, NOT_SUPPORTED);
+    memset(attributes, 0, sizeof *attributes);
+    attributes->gpuInstanceSliceCount = attributes->computeInstanceSliceCount = fact_number(device, "slices");
+    attributes->memorySizeMB = fact_number(device, "total") >> 20;
+    return SUCCESS;
+}
+
 nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
 {
     ENTER_GPU(device);
@@ -671,10 +738,10 @@ static bool next_event(nvmlEventSet_t set, nvmlEventData_t *data)
     char value[VALUE], uuid[VALUE];
     while (look(value, "event.%llu", set->next)) {
         unsigned long long serial = set->next++;
-        if (sscanf(value, "%s %llu %llu", uuid, &data->eventType, &data->eventData) != 3)
+        if (sscanf(value, "%s %llu %llu %u %u", uuid, &data->eventType, &data->eventData, &data->gpuInstanceId,
+                   &data->computeInstanceId) != 5)
             abort();
         data->device = slot(uuid);
-        data->gpuInstanceId = data->computeInstanceId = 0xFFFFFFFF; /* the whole GPU */
         if (set->registered[data->device - slots].types & data->eventType
             && serial > set->registered[data->device - slots].since)
             return true;

@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from sgpu.config.settings import SETTINGS, Settings, endpoint
-from sgpu.config.values import BOOLEAN, MEMORY_LIMITS, NAMESPACES, NUMBERS, RESOURCE, SHARES, Kind, parse_limits
+from sgpu.config.values import (
+    BOOLEAN,
+    LONGEST_PROFILE,
+    MEMORY_LIMITS,
+    MIG_PROFILE,
+    NAMESPACES,
+    NUMBERS,
+    RESOURCE,
+    SHARES,
+    Kind,
+    parse_limits,
+)
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
 from sgpu.lib.logs import cut, printable
-from sgpu.node.policy import BUS_ID, Policy, Rule
+from sgpu.node.policy import BUS_ID, Mig, Policy, Rule, profile_resource
 
 if TYPE_CHECKING:
     from sgpu.config.file import Entry
@@ -25,11 +36,17 @@ MOST_QUOTED: Final = 100
 #: Characters of a message: what is quoted of a file can be as long as the file.
 MOST_MESSAGE: Final = 1500
 #: What an entry of `gpus` in the file names GPUs by, and all that it takes.
-SELECTORS: Final = ("uuid", "pci-bus-id", "name")
+SELECTORS: Final = ("uuid", "pci-bus-id", "name", "mig-profile")
 RULE_KINDS: Final = {
-    "uuid": Kind("a GPU's UUID, as `nvidia-smi -L` shows it", str, lambda value: value.upper().startswith("GPU-")),
+    "uuid": Kind(
+        "the UUID of a GPU or a MIG instance, as `nvidia-smi -L` shows it (MIG-GPU-… of drivers before R470 is none: "
+        "an instance that is created later gets the name of another)",
+        str,
+        lambda value: value.upper().startswith(("GPU-", "MIG-")) and not value.upper().startswith("MIG-GPU-"),
+    ),
     "pci-bus-id": Kind("a PCI bus id, as in 0000:3b:00.0", str, lambda value: bool(BUS_ID.fullmatch(value))),
     "name": Kind("a pattern of product names, as in *A100*", str, bool),
+    "mig-profile": MIG_PROFILE,
     "shares": SHARES,
     "resource": RESOURCE,
     "memory-limits": MEMORY_LIMITS,
@@ -151,14 +168,25 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
             take(name, _from_text(name, text, "command line"), "command line")
     warnings = (*_merge_intervals(values, origins), *_unknown_variables(environment))
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
-    factor = parse_limits(settings.memory_limits)
-    policy = Policy(settings.resource_name, settings.gpu_duplication_factor, rules, factor)
+    policy = _policy(settings, rules)
     warnings = (*warnings, *_foreign_resources(policy))
     _check_socket_path(settings, settings.resource_name, f"-resource-name ({origins['resource-name']})", origins)
+    if policy.mig is Mig.PROFILE:
+        longest = profile_resource(policy.mig_resource, LONGEST_PROFILE)
+        _check_socket_path(settings, longest, f"-mig-resource-name ({origins['mig-resource-name']})", origins)
     for rule in rules:
         if rule.resource:
             _check_socket_path(settings, rule.resource, f"gpus: resource ({rule.place})", origins)
     return Loaded(settings, origins, policy, config, _xid_policy(settings, origins), warnings)
+
+
+def _policy(settings: Settings, rules: tuple[Rule, ...]) -> Policy:
+    mig, name = Mig(settings.mig), settings.mig_resource_name
+    if "/" not in name:
+        name = f"{settings.resource_name.partition('/')[0]}/{name}"
+    pattern = name if mig is Mig.PROFILE else ""
+    factor = parse_limits(settings.memory_limits)
+    return Policy(settings.resource_name, settings.gpu_duplication_factor, rules, mig, pattern, factor)
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
@@ -215,9 +243,9 @@ def _rules(entry: Entry, path: str) -> tuple[Rule, ...]:
     if not isinstance(entry.value, list):
         raise UsageError(f"gpus ({path}:{entry.line}) takes a list of entries, as in `- uuid: …`")
     rules = tuple(_rule(item.value, f"{path}:{item.line}") for item in entry.value)
-    seen: dict[tuple[str, str, str], Rule] = {}
+    seen: dict[tuple[str, ...], Rule] = {}
     for rule in rules:
-        other = seen.setdefault((rule.uuid, rule.pci_bus_id, rule.name), rule)
+        other = seen.setdefault((rule.uuid, rule.pci_bus_id, rule.name, rule.mig_profile), rule)
         if other is not rule:
             raise UsageError(f"gpus: {other} and {rule} select the same GPUs")
     return rules

@@ -11,6 +11,9 @@ from sgpu.config.values import (
     BOOLEAN,
     FILE,
     MEMORY_LIMITS,
+    MIG,
+    MIG_PROFILES,
+    MIG_RESOURCE,
     NAMESPACES,
     NUMBERS,
     PATH,
@@ -47,10 +50,18 @@ class Settings:
     )
     gpu_duplication_factor: int = setting(100, SHARES, "shares per GPU")
     resource_name: str = setting("deepomatic.com/shared-gpu", RESOURCE, "name of the extended resource")
+    mig: str = setting(
+        "shared",
+        MIG,
+        "how MIG instances are offered: as shares like GPUs, each as one device of a resource for its profile, or not",
+    )
+    mig_resource_name: str = setting(
+        "mig-{profile}", MIG_RESOURCE, "with -mig profile: name of the resource of each profile"
+    )
     dev_directory: str = setting("/dev", PATH, "where the device nodes are")
     sysfs_directory: str = setting("/sys", PATH, "where the kernel lists PCI devices with their NUMA nodes")
     proc_directory: str = setting(
-        "/proc", PATH, "the host's processes, to attribute GPU memory to pods (needs hostPID)"
+        "/proc", PATH, "the host's processes, to attribute GPU memory to pods (needs hostPID), and MIG capabilities"
     )
     container_log_directory: str = setting(
         "/var/log/containers", PATH, "the kubelet's links to container logs, whose names attribute processes to pods"
@@ -130,8 +141,14 @@ class Settings:
         "where another daemon serves the resource, wait and take over when it stops, instead of exiting (for surge)",
     )
     simulate: int = setting(0, integer(0, 64), "number of simulated GPUs to offer instead of real ones; 0: none")
+    simulate_mig: str = setting(
+        "", MIG_PROFILES, "with -simulate: the MIG instances that each simulated GPU has; empty: MIG mode is off"
+    )
     simulate_faults: str = setting(
-        "", FILE, "with -simulate: file with the numbers of unhealthy GPUs, one per line; read while running"
+        "",
+        FILE,
+        "with -simulate: file with the numbers of unhealthy GPUs (or MIG instances: 0/1), one per line; read while "
+        "running",
     )
     log_format: str = setting("text", choice("text", "json"), "format of the log's lines")
     v: int = setting(0, integer(0, 10), "verbosity of the log; 1 and more: debug messages")

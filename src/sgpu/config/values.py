@@ -197,3 +197,32 @@ NAMESPACES: Final = Kind("names of namespaces with commas between, or nothing", 
 RESOURCE: Final = Kind(
     "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
 )
+#: As NVIDIA names the sizes of MIG instances: slices, memory, and what else they have (`+me`, `-me`, `+gfx`).
+_PROFILE: Final = re.compile(r"([1-9]c\.)?[1-9][0-9]?g\.[1-9][0-9]{0,3}gb([+-][a-z0-9]+([.+-][a-z0-9]+)*)?")
+#: What stands for a profile in the name of a resource, and the longest that there is.
+_PLACE: Final = "{profile}"
+LONGEST_PROFILE: Final = "1c.7g.141gb.me"
+
+
+def _is_profile_resource(text: str) -> bool:
+    name = text.replace(_PLACE, LONGEST_PROFILE)
+    return text.count(_PLACE) == 1 and is_extended_resource(name if "/" in name else f"example.com/{name}")
+
+
+MIG: Final = choice("shared", "profile", "off")
+MIG_RESOURCE: Final = Kind(
+    f"the name of an extended resource with {_PLACE} in it, as in nvidia.com/mig-{_PLACE}; without a domain, it has "
+    f"that of -resource-name",
+    str,
+    _is_profile_resource,
+    "NAME",
+)
+MIG_PROFILE: Final = Kind(
+    "a MIG profile, as in 1g.10gb or 1g.10gb+me", str, lambda value: _PROFILE.fullmatch(value) is not None
+)
+MIG_PROFILES: Final = Kind(
+    "MIG profiles with commas between, as in 1g.10gb,2g.20gb",
+    str,
+    lambda value: not value or all(map(_PROFILE.fullmatch, value.split(","))),
+    "PROFILE,PROFILE",
+)

@@ -31,7 +31,7 @@ RETRY: Final = 1.0
 #: Seconds for which a file must stay as it is before it is read: one that is just being written can be valid, too.
 SETTLING_TIME: Final = 0.1
 #: The settings that the policy is made of, which takes effect at once.
-LIVE: Final = frozenset({"resource-name", "gpu-duplication-factor", "memory-limits"})
+LIVE: Final = frozenset({"resource-name", "gpu-duplication-factor", "memory-limits", "mig", "mig-resource-name"})
 
 
 async def watch_settings(

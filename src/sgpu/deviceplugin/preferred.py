@@ -46,10 +46,28 @@ def preferred(
     ranked = rank({uuid: loads[uuid] for uuid in sorted(choice)}, allocated, placement)
     rooms = {uuid: len(choice[uuid]) for uuid in ranked}
     used = Counter(map(unit_of, chosen))
-    divide = _on_few if multi_share is MultiShare.SAME else _on_many
+    few = multi_share is MultiShare.SAME
+    if any(loads[uuid].alone for uuid in rooms):
+        rooms = _usable_together(rooms, used, rest, loads)
+        few = few or any(loads[uuid].alone for uuid in rooms)
+    divide = _on_few if few else _on_many
     for uuid, count in divide(rooms, used, rest).items():
         chosen += choice[uuid][:count]
     return chosen
+
+
+def _usable_together(
+    rooms: dict[str, int], used: Mapping[str, int], rest: int, loads: Mapping[str, UnitLoad]
+) -> dict[str, int]:
+    """Return the units that a container can use together: those of the kind of the best one that has room for it.
+
+    All of them where nothing has: a container with fewer shares than it can use starts, one with fewer than it asked
+    for does not.
+    """
+    ours = {uuid: room for uuid, room in rooms.items() if uuid in used}
+    whole = {uuid: room for uuid, room in rooms.items() if not loads[uuid].alone}
+    candidates = [whole if uuid in whole else {uuid: rooms[uuid]} for uuid in (*ours, *rooms)]
+    return next((each for each in candidates if sum(each.values()) >= rest), rooms)
 
 
 # Both ways to divide a request take the room on each GPU (best GPU first), how many of its shares the container has

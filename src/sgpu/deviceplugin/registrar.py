@@ -32,7 +32,7 @@ async def run(
     watchdog: Watchdog,
     succession: Succession,
 ) -> NoReturn:
-    """Keep each resource of the policy registered as soon as there is a GPU for it. Raises rpc.AddressInUseError.
+    """Keep each resource registered as soon as there is a GPU for it. Raises rpc.AddressInUseError.
 
     A resource that fails to register does not stop the others.
     """
@@ -40,7 +40,7 @@ async def run(
     running: set[str] = set()
 
     async def keep(resource: str) -> None:
-        while resource in node.policy.resources():  # it can be wanted again while it is being left
+        while resource in node.resources():  # it can be wanted again while it is being left
             await race(partial(register, resource), partial(_wait_unwanted, node, resource))
         running.remove(resource)
         registrations.remove(resource)
@@ -56,7 +56,7 @@ async def run(
         while True:
             changed = node.changed.next
             if node.gpus:
-                for resource in set(node.policy.resources()) - running:
+                for resource in set(node.resources()) - running:
                     running.add(resource)
                     nursery.start_soon(keep, resource)
             await changed.wait()
@@ -65,9 +65,9 @@ async def run(
 async def _wait_unwanted(node: NodeState, resource: str) -> None:
     """Wait until a resource is no longer offered, and the kubelet has had time to receive the empty list."""
     while True:
-        await wait_until(lambda: resource not in node.policy.resources(), node.changed)
+        await wait_until(lambda: resource not in node.resources(), node.changed)
         await trio.sleep(FAREWELL)
-        if resource not in node.policy.resources():
+        if resource not in node.resources():
             return
 
 

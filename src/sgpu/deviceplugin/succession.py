@@ -83,7 +83,7 @@ async def confirm(place: Place, node: NodeState, registrations: Registrations) -
 
 async def _wait_served(node: NodeState, registrations: Registrations) -> None:
     def is_served() -> bool:
-        offered = [resource for resource in node.policy.resources() if node.offered(resource)]
+        offered = [resource for resource in node.resources() if node.offered(resource)]
         return bool(offered) and all(map(registrations.serves, offered))
 
     await wait_until(is_served, registrations.changed)

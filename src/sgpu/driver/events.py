@@ -19,7 +19,7 @@ from sgpu.lib.limits import PROCESSES
 EVENT_WAIT: Final = 0.5
 #: Seconds after which that wait counts as one that never returns.
 EVENT_TIMEOUT: Final = 5.0
-#: The events that may mean that a GPU can't be used.
+#: The events that may mean that a GPU can't be used, or that its MIG instances are others.
 EVENTS: Final = {
     EventType.XID_CRITICAL: EventKind.XID,
     EventType.DOUBLE_BIT_ECC: EventKind.DOUBLE_BIT_ECC,
@@ -27,6 +27,7 @@ EVENTS: Final = {
     EventType.FATAL_POISON: EventKind.FATAL_POISON,
     EventType.GPU_UNAVAILABLE: EventKind.GPU_UNAVAILABLE,
     EventType.RECOVERY_ACTION: EventKind.RECOVERY_ACTION,
+    EventType.MIG_CONFIG_CHANGE: EventKind.MIG_CONFIG_CHANGE,
 }
 
 
@@ -80,7 +81,9 @@ class EventListener(threading.Thread):
             while not self._ending.is_set():
                 event = self._events.wait(int(EVENT_WAIT * 1000))
                 if event and event.type in EVENTS:
-                    message = DriverEvent(event.uuid, EVENTS[event.type], event.data)
+                    message = DriverEvent(
+                        event.uuid, EVENTS[event.type], event.data, event.gpu_instance, event.compute_instance
+                    )
                     self._emit(message)
                     if message.asks_for_poll:
                         self._wake.set()

@@ -53,7 +53,8 @@ class Fault:
 
 @attrs.frozen
 class Condition:
-    """The problems of one GPU. `polled` are those that the last poll showed, `unanswered` is why there was none.
+    """The problems of one GPU or MIG instance. `polled` are those that the last poll showed, `unanswered` is why there
+    was none.
 
     `unclean`: when a poll last showed something, in seconds since the node was started.
     `gone`: the driver answered without this GPU, or was reloaded since it last answered for it.
@@ -102,15 +103,41 @@ def polled(condition: Condition, report: GpuReport, now: float) -> Condition:
     A GPU that was gone and is there again has been reset. One that only did not answer has not.
     """
     problems = polled_problems(report)
-    asked = any(problem.startswith(_ASKS) for problem in condition.polled)
-    unclean = now if problems else condition.unclean
+    return _after_poll(condition, problems, problems, report.recovery_action, now, asked=asks(condition))
+
+
+def instance_polled(condition: Condition, problem: str, gpu: GpuReport, now: float, *, asked: bool) -> Condition:
+    """Return the condition of a MIG instance after a poll of its GPU that answered. `problem` is the instance's own.
+
+    What the driver asks for, now and before (`asked`), it asks of the GPU.
+    """
+    problems = (problem,) if problem else ()
+    return _after_poll(condition, problems, polled_problems(gpu), gpu.recovery_action, now, asked=asked)
+
+
+def asks(condition: Condition) -> bool:
+    """Return whether the last poll showed that the driver asks for something."""
+    return any(problem.startswith(_ASKS) for problem in condition.polled)
+
+
+def _after_poll(
+    condition: Condition,
+    problems: tuple[str, ...],
+    of_gpu: tuple[str, ...],
+    recovery_action: int | None,
+    now: float,
+    *,
+    asked: bool,
+) -> Condition:
+    clean = not problems and not of_gpu
+    unclean = condition.unclean if clean else now
     kept = tuple(
         fault
         for fault in condition.faults
         if not _over(
             fault,
-            report,
-            clean=not problems,
+            recovery_action,
+            clean=clean,
             quiet=now - max(fault.since, unclean) >= QUARANTINE,
             fresh=condition.gone,
             asked=asked,
@@ -140,10 +167,10 @@ def polled_problems(report: GpuReport) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _over(fault: Fault, report: GpuReport, *, clean: bool, quiet: bool, fresh: bool, asked: bool) -> bool:
+def _over(fault: Fault, recovery_action: int | None, *, clean: bool, quiet: bool, fresh: bool, asked: bool) -> bool:
     """`quiet`: neither the fault nor an unclean poll for as long as a quarantine."""
     if fault.clearance is Clearance.QUARANTINE:
         return quiet
     # That the driver asks for nothing any more is evidence at once; that it asked for nothing all along is some only
     # after a while, because it makes up its mind late. Drivers that never say need a reset.
-    return fresh or (report.recovery_action == 0 and clean and (asked or quiet))
+    return fresh or (recovery_action == 0 and clean and (asked or quiet))

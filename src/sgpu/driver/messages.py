@@ -31,10 +31,29 @@ class WorkerConfig:
     dev_directory: str
     sysfs_directory: str
     interval: float
+    proc_directory: str = "/proc"
     suspects: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     once: bool = False
     look_only: bool = False
+
+
+@attrs.frozen
+class InstanceReport:
+    """One MIG instance in a poll. `problem` says why no container can open it; empty where one can.
+
+    `memory_bytes` are those of its profile. `capability_nodes` are its device nodes, relative to /dev.
+    """
+
+    uuid: str
+    name: str
+    profile: str
+    gpu_instance: int
+    compute_instance: int
+    memory_bytes: int
+    capability_nodes: tuple[str, ...]
+    figures: Figures = attrs.Factory(Figures)
+    problem: str = ""
 
 
 @attrs.frozen
@@ -43,6 +62,9 @@ class GpuReport:
 
     `recovery_action` is NVML's field 230: 0 is none. `fabric_state` is `nvmlGpuFabricState_t`, and `fabric_status` what
     NVML says of a fabric that is complete. `error` is what NVML answered where a call failed that should not.
+
+    `mig_mode`: MIG is on, so that only the `instances` can be used; `mig_pending`: it will be after the next reset.
+    `memory_refused`: the driver does not say the memory to this process for want of permission.
     """
 
     uuid: str
@@ -58,6 +80,10 @@ class GpuReport:
     fabric_state: int | None = None
     fabric_status: int | None = None
     error: str = ""
+    mig_mode: bool = False
+    mig_pending: bool = False
+    memory_refused: bool = False
+    instances: tuple[InstanceReport, ...] = ()
 
 
 @attrs.frozen
@@ -101,20 +127,24 @@ class EventKind(enum.Enum):
     FATAL_POISON = "fatal poison"
     GPU_UNAVAILABLE = "GPU unavailable"
     RECOVERY_ACTION = "recovery action"
+    MIG_CONFIG_CHANGE = "MIG configuration change"
 
 
 @attrs.frozen
 class DriverEvent:
-    """One NVML event: the GPU, what kind, and for an XID its number."""
+    """One NVML event: the GPU, what kind, for an XID its number, and the MIG instance where it is about one."""
 
     uuid: str
     kind: EventKind
     xid: int = 0
+    gpu_instance: int | None = None
+    compute_instance: int | None = None
 
     @property
     def asks_for_poll(self) -> bool:
-        """Return whether the event only asks for a poll: the driver's recovery action changed, be it to none."""
-        return self.kind is EventKind.RECOVERY_ACTION or (self.kind is EventKind.XID and self.xid == RECOVERY_XID)
+        """Return whether the event only asks for a poll: the driver's recovery action or MIG instances changed."""
+        changed = self.kind in (EventKind.RECOVERY_ACTION, EventKind.MIG_CONFIG_CHANGE)
+        return changed or (self.kind is EventKind.XID and self.xid == RECOVERY_XID)
 
 
 @attrs.frozen

@@ -16,11 +16,21 @@ import trio
 
 from sgpu.driver import health
 from sgpu.driver.health import Clearance, Condition, Fault, FaultRecord
-from sgpu.driver.messages import DriverEvent, EventKind, Failure, GpuReport, LimitReport, NotReady, Report
+from sgpu.driver.instances import InstanceConditions, instances_of, of_instance, unit_figures, with_known_facts
+from sgpu.driver.messages import (
+    DriverEvent,
+    EventKind,
+    Failure,
+    GpuReport,
+    InstanceReport,
+    LimitReport,
+    NotReady,
+    Report,
+)
 from sgpu.driver.xids import XidClass, XidPolicy, describe
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
-from sgpu.node.gpu import Gpu, Health
+from sgpu.node.gpu import MIG_PREFIX, Gpu, Health, MigInstance, label
 from sgpu.node.state import NodeState
 
 logger = logging.getLogger(__name__)
@@ -61,7 +71,9 @@ class Monitor:
         self._clock = clock
         self._reports: dict[str, GpuReport] = {}
         self._gpus: dict[str, Gpu] = {}
-        self._conditions = {uuid: Condition(faults=faults) for uuid, faults in record.faults.items()}
+        recorded = {uuid: Condition(faults=faults) for uuid, faults in record.faults.items()}
+        self._conditions = {uuid: known for uuid, known in recorded.items() if not uuid.startswith(MIG_PREFIX)}
+        self._instances = InstanceConditions({uuid: recorded[uuid] for uuid in recorded.keys() - self._conditions})
         #: Empty as long as no driver was seen.
         self.driver_version = record.driver_version
         #: Why there is no GPU to ask; empty if there is.
@@ -79,14 +91,15 @@ class Monitor:
     def adopt(self, record: FaultRecord) -> None:
         """Take what another daemon has recorded by now, beside what was seen here."""
         for uuid, faults in record.faults.items():
-            condition = self._conditions.get(uuid, Condition())
+            conditions = self._instances.conditions if uuid.startswith(MIG_PREFIX) else self._conditions
+            condition = conditions.get(uuid, Condition())
             reasons = {fault.reason for fault in faults}
             seen_here = tuple(fault for fault in condition.faults if fault.reason not in reasons)
             adopted = attrs.evolve(condition, faults=(*faults, *seen_here))
             reloaded = "" not in (self.driver_version, record.driver_version) and (
                 self.driver_version != record.driver_version
             )
-            self._conditions[uuid] = health.reloaded(adopted) if reloaded else adopted
+            conditions[uuid] = health.reloaded(adopted) if reloaded else adopted
         self.driver_version = self.driver_version or record.driver_version
         self._publish()
 
@@ -106,20 +119,30 @@ class Monitor:
         if restarted:
             self._driver.clear()
             self._conditions = {uuid: health.reloaded(known) for uuid, known in self._conditions.items()}
+            self._instances.reloaded()
         self._driver.report(f"driver {report.driver_version} ({report.library})")
         self.driver_version, self._driver_away = report.driver_version, False
         gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped)
-        for gpu in report.gpus:
-            if gpu.uuid not in self._reports:
+        for answer in report.gpus:
+            before = self._reports.get(answer.uuid)
+            gpu = with_known_facts(answer, before)
+            if before is None:
                 logger.info("GPU %s: %s at %s", gpu.uuid, gpu.name, gpu.pci_bus_id)
             self._reports[gpu.uuid] = gpu
             condition = self._conditions.get(gpu.uuid, Condition())
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
-        self._node.usage.set_figures({gpu.uuid: gpu.figures for gpu in report.gpus}, trio.current_time())
+            self._instances.polled(gpu, before, now, asked=health.asks(condition))
+        answered = (self._reports[gpu.uuid] for gpu in report.gpus)
+        figures = {uuid: known for gpu in answered for uuid, known in unit_figures(gpu).items()}
+        self._node.usage.set_figures(figures, trio.current_time())
         for uuid in gone:
             nodeless = uuid in report.nodeless  # a reset does not do that
             reason = "its device node is not there" if nodeless else "the driver no longer lists it"
             self._conditions[uuid] = health.silent(self._conditions[uuid], reason, gone=not nodeless)
+            if uuid in self._reports and not nodeless:
+                self._instances.gone(self._reports[uuid])
+        if not (gone or report.skipped or report.problems):
+            self._instances.forget_others(self._reports.values())
         self._publish()
 
     def not_ready(self, message: NotReady) -> None:
@@ -137,11 +160,17 @@ class Monitor:
         self._publish()
 
     def event(self, event: DriverEvent) -> None:
-        """Take an event of a GPU."""
-        fault = self._fault(event)
-        if fault is None or event.uuid not in self._reports:
+        """Take an event of a GPU, or of a MIG instance: that one alone is struck, where the event says which."""
+        gpu = self._reports.get(event.uuid)
+        if gpu and event.kind is EventKind.MIG_CONFIG_CHANGE:
+            self._instances.reconfigured(gpu)
+        fault = self._fault(event, gpu)
+        if fault is None or gpu is None:
             return
-        self._conditions[event.uuid] = health.struck(self._conditions[event.uuid], fault)
+        if of_instance(event, gpu):
+            self._instances.struck(gpu, event, fault)
+        else:
+            self._conditions[gpu.uuid] = health.struck(self._conditions[gpu.uuid], fault)
         self._publish()
 
     def call_failed(self, failure: Failure) -> None:
@@ -152,7 +181,7 @@ class Monitor:
         """Take what became of memory limits."""
         self._node.set_limits(report.answers)
 
-    def _fault(self, event: DriverEvent) -> Fault | None:
+    def _fault(self, event: DriverEvent, gpu: GpuReport | None) -> Fault | None:
         if event.asks_for_poll:
             return None  # the poll comes at once, and shows what the action is now
         if event.kind is EventKind.XID:
@@ -162,7 +191,9 @@ class Monitor:
             if xid_class is XidClass.APPLICATION:
                 ignored = event.xid in self._policy.ignored
                 why = "ignored by -ignore-xids" if ignored else "the application's fault, ignored"
-                self._log_ignored(event.uuid, event.xid, f"{description}; {why}")
+                uuids = [each.uuid for each in instances_of(event, gpu)] if gpu else []
+                struck = uuids[0] if len(uuids) == 1 else event.uuid
+                self._log_ignored(struck, event.xid, f"{description}; {why}")
                 return None
             clearance = Clearance.QUARANTINE if xid_class is XidClass.TRANSIENT else Clearance.RESET
             return Fault(f"{description}; {xid.action}", self._clock(), clearance)
@@ -178,12 +209,13 @@ class Monitor:
             return
         self._ignored[uuid, xid] = now, 0
         more = f" ({count} more since the last line)" if count else ""
-        logger.info("GPU %s: %s%s", uuid, description, more)
+        logger.info("%s: %s%s", label(uuid), description, more)
 
     def _publish(self) -> None:
         self._gpus = {uuid: self._gpu(report) for uuid, report in self._reports.items()}
         self._node.set_gpus(tuple(self._gpus.values()))
-        faults = {uuid: condition.faults for uuid, condition in self._conditions.items() if condition.faults}
+        conditions = {**self._conditions, **self._instances.conditions}
+        faults = {uuid: condition.faults for uuid, condition in conditions.items() if condition.faults}
         record = FaultRecord(self.driver_version, faults)
         if record != self.record:
             self.record = record
@@ -192,9 +224,8 @@ class Monitor:
     def _gpu(self, report: GpuReport) -> Gpu:
         reasons = self._conditions[report.uuid].reasons
         before = self._gpus.get(report.uuid)
-        faults = self._conditions[report.uuid].faults
-        # A fault that another daemon recorded is older than what this one has seen of the GPU.
-        age = max((self._clock() - fault.since for fault in faults), default=0.0)
+        reason = "; ".join(reasons)
+        known = {instance.uuid: instance for instance in before.instances} if before else {}
         new = Gpu(
             uuid=report.uuid,
             name=report.name,
@@ -205,16 +236,39 @@ class Monitor:
             memory_total=report.figures.memory_total or (before.memory_total if before else None),
             numa_node=report.numa_node,
             health=Health.UNHEALTHY if reasons else Health.HEALTHY,
-            reason="; ".join(reasons),
-            since=time.time() - age,
+            reason=reason,
+            since=self._since(self._conditions[report.uuid], before),
+            mig_mode=report.mig_mode,
+            mig_pending=report.mig_pending,
+            instances=tuple(self._instance(instance, known.get(instance.uuid)) for instance in report.instances),
         )
-        _log_change(before, new)
-        return attrs.evolve(new, since=before.since) if before and before.health is new.health else new
+        _log_change(f"GPU {new.uuid} ({new.name})", before.reason if before else "", reason)
+        return new
+
+    def _instance(self, report: InstanceReport, before: MigInstance | None) -> MigInstance:
+        condition = self._instances.conditions[report.uuid]
+        reason = "; ".join(condition.reasons)
+        _log_change(f"MIG instance {report.uuid} ({report.name})", before.reason if before else "", reason)
+        return MigInstance(
+            uuid=report.uuid,
+            name=report.name,
+            profile=report.profile,
+            memory_bytes=report.memory_bytes,
+            capability_nodes=report.capability_nodes,
+            reason=reason,
+            since=self._since(condition, before),
+        )
+
+    def _since(self, condition: Condition, before: Gpu | MigInstance | None) -> float:
+        """Return when the health last changed, in seconds since the epoch."""
+        if before and bool(before.reason) is bool(condition.reasons):
+            return before.since
+        # A fault that another daemon recorded is older than what this one has seen of the GPU.
+        return time.time() - max((self._clock() - fault.since for fault in condition.faults), default=0.0)
 
 
-def _log_change(old: Gpu | None, new: Gpu) -> None:
-    before = old.reason if old else ""
-    if new.reason and new.reason != before:
-        logger.warning("GPU %s (%s) is unhealthy: %s", new.uuid, new.name, new.reason)
-    elif before and not new.reason:
-        logger.warning("GPU %s (%s) is healthy again; it was unhealthy: %s", new.uuid, new.name, before)
+def _log_change(what: str, before: str, reason: str) -> None:
+    if reason and reason != before:
+        logger.warning("%s is unhealthy: %s", what, reason)
+    elif before and not reason:
+        logger.warning("%s is healthy again; it was unhealthy: %s", what, before)

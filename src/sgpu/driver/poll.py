@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -14,7 +15,8 @@ import attrs
 
 from sgpu.driver import nvml, plausible
 from sgpu.driver.messages import GpuReport, Report
-from sgpu.driver.nvml import GPU_LOST, NO_ANSWER, Handle, Library, NvmlError
+from sgpu.driver.mig import Capabilities, find_instances
+from sgpu.driver.nvml import GPU_LOST, NO_ANSWER, Code, Handle, Library, NvmlError
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.node.figures import Figures, ProcessUse
 
@@ -41,11 +43,12 @@ class NoDeviceNodeError(Exception):
 
 @attrs.frozen
 class Places:
-    """Directories to look in: libraries, device nodes, and the kernel's PCI devices."""
+    """Directories to look in: libraries, device nodes, and the kernel's PCI devices and MIG capabilities."""
 
     host_path: Path
     dev_directory: Path
     sysfs_directory: Path
+    proc_directory: Path = Path("/proc")
 
 
 def poll(
@@ -58,16 +61,19 @@ def poll(
     call_started: Callable[[str], None] = lambda uuid: None,
     found: Callable[[str, Handle], None] = lambda uuid, handle: None,
     ask_for_uvm: Callable[[], str] = lambda: "",
+    make_nodes: Callable[[tuple[Path, ...]], str] = lambda files: "",
 ) -> Report:
     """Ask the driver about all of its GPUs, in NVML's order, except those whose UUID is in `skip`.
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
     `call_started` is called with the UUID that the next calls are about (empty: the driver), and `found` with each GPU
-    before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it.
+    before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it;
+    `make_nodes` those of the capability files of MIG instances.
     Raises NotReadyError where no GPU could be used.
     """
     shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
+    capabilities = Capabilities(places.proc_directory, places.dev_directory, make_nodes)
     gpus, problems, skipped, nodeless = [], [], [], []
     order: list[str] = []
     answered: dict[str, int] = {}
@@ -90,7 +96,10 @@ def poll(
             call_started(uuid)
             found(uuid, handle)
             gpu = _gpu(library, handle, uuid, places, shared_nodes)
-            if not gpu.error:
+            if gpu.mig_mode and not gpu.error:
+                gpu, left_out = _with_instances(library, handle, gpu, capabilities)
+                problems += left_out
+            elif not gpu.error:
                 processes = _processes(library, handle, interval, gpu.figures.memory_total)
                 gpu = attrs.evolve(gpu, figures=attrs.evolve(gpu.figures, processes=processes))
             gpus.append(gpu)
@@ -157,6 +166,8 @@ def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nod
 def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport:
     """Return the report with the GPU's state, as far as the GPU and its driver support the calls."""
     gpu = attrs.evolve(gpu, figures=_figures(library, handle))
+    if mode := _ask(library.mig_mode, handle):
+        gpu = attrs.evolve(gpu, mig_mode=mode.current, mig_pending=mode.pending)
     if rows := _ask(library.remapped_rows, handle):
         gpu = attrs.evolve(gpu, rows_pending=rows.pending, rows_failed=rows.failed)
     if fabric := _ask(library.fabric, handle):
@@ -190,17 +201,49 @@ def _figure(call: Callable[[Handle], Answer], handle: Handle) -> Answer | None:
         return None
 
 
-def _processes(library: Library, handle: Handle, interval: float, total: int | None) -> tuple[ProcessUse, ...] | None:
-    """Return the processes that use the GPU; None where unknown. A failure here says nothing about the GPU."""
+def _with_instances(
+    library: Library, handle: Handle, gpu: GpuReport, capabilities: Capabilities
+) -> tuple[GpuReport, tuple[str, ...]]:
+    """Return the report with the GPU's MIG instances, and a line for each that can't be offered."""
+
+    def measure(instance: Handle) -> Figures:
+        figures = attrs.evolve(_figures(library, instance), utilization=None)  # no driver knows it of an instance
+        return attrs.evolve(figures, processes=_processes(library, instance, None, figures.memory_total))
+
+    minor = int(gpu.device_nodes[0].removeprefix("nvidia"))
+    try:
+        instances, problems = find_instances(library, handle, minor, capabilities, measure)
+        refused = gpu.figures.memory_total is None and _is_refused(library.memory, handle)
+    except NvmlError as error:
+        return attrs.evolve(gpu, error=str(error)), ()
+    return attrs.evolve(gpu, instances=instances, memory_refused=refused), problems
+
+
+def _is_refused(question: Callable[[Handle], object], handle: Handle) -> bool:
+    """Return whether the driver answers this for want of permission."""
+    try:
+        question(handle)
+    except NvmlError as error:
+        return error.code == Code.NO_PERMISSION
+    return False
+
+
+def _processes(
+    library: Library, handle: Handle, interval: float | None, total: int | None
+) -> tuple[ProcessUse, ...] | None:
+    """Return the processes that use the GPU; None where unknown. A failure here says nothing about the GPU.
+
+    Without an interval, nothing is asked about their utilization.
+    """
     try:
         memory = nvml.memory_by_process(library, handle)
     except NvmlError:
         return None
-    try:
-        since = max(int((time.time() - interval) * 1e6), 0)  # a node whose clock is not set yet is at the epoch
-        busy: Mapping[int, int] | None = nvml.utilization_by_process(library, handle, since)
-    except NvmlError:
-        busy = None
+    busy: Mapping[int, int] | None = None
+    if interval is not None:
+        with suppress(NvmlError):
+            since = max(int((time.time() - interval) * 1e6), 0)  # a node whose clock is not set yet is at the epoch
+            busy = nvml.utilization_by_process(library, handle, since)
     return tuple(
         ProcessUse(pid, plausible.process_memory(used, total), None if busy is None else busy.get(pid, 0))
         for pid, used in sorted(memory.items())

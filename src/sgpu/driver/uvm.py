@@ -1,4 +1,6 @@
-"""Running `nvidia-modprobe` for the node `nvidia-uvm`, which exists only once something has asked for it.
+"""Running `nvidia-modprobe` for device nodes that exist only once something has asked for them.
+
+They are `nvidia-uvm`, and those of the capabilities of MIG instances.
 
 Blocks as long as that takes: it runs in the driver's process (`worker`). Knows neither NVML nor Kubernetes.
 """
@@ -6,6 +8,7 @@ Blocks as long as that takes: it runs in the driver's process (`worker`). Knows 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,31 +39,50 @@ class UvmNodes:
         now = time.monotonic()
         if now - self._asked_at >= PAUSE:
             self._asked_at = now
-            self._outcome = self._run()
+            self._outcome = _run(self._host_path, self._dev_directory, ARGUMENTS)
         return self._outcome
 
-    def _run(self) -> str:
-        if self._dev_directory != DEV_DIRECTORY:
-            return f"sgpu can't make it: {NAME} makes nodes in {DEV_DIRECTORY} only"
-        import subprocess  # here, because nearly always the nodes are there, and it is a megabyte
 
-        program = next(filter(Path.is_file, (self._host_path / path / NAME for path in DIRECTORIES)), None)
-        if program is None:
-            return f"sgpu can't make it: no {NAME} under {self._host_path}"
-        try:
-            done = subprocess.run(
-                [program, *ARGUMENTS],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the worker writes its messages there
-                stderr=subprocess.PIPE,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"{program} did not end within {TIMEOUT:g} s"
-        except OSError as error:
-            return f"{program} can't be run: {error.strerror}"
-        if done.returncode == 0:
-            return f"{program} was run, and did not make it"
-        said = b" ".join(done.stderr.split()).decode(errors="replace") or "most often because the module is not loaded"
-        return f"{program} could not, exit code {done.returncode}: {said}"
+class CapabilityNodes:
+    """Has the nodes of capability files made, those of one file not again and again."""
+
+    def __init__(self, host_path: Path, dev_directory: Path) -> None:
+        self._host_path = host_path
+        self._dev_directory = dev_directory
+        self._asked: dict[tuple[Path, ...], tuple[float, str]] = {}
+
+    def make(self, files: tuple[Path, ...]) -> str:
+        """Run it if that was not done lately for these files. Returns what came of it."""
+        now = time.monotonic()
+        asked_at, outcome = self._asked.get(files, (float("-inf"), ""))
+        if now - asked_at >= PAUSE:
+            outcome = _run(self._host_path, self._dev_directory, [f"-f{file}" for file in files])
+            self._asked[files] = now, outcome
+        return outcome
+
+
+def _run(host_path: Path, dev_directory: Path, arguments: Sequence[str]) -> str:
+    if dev_directory != DEV_DIRECTORY:
+        return f"sgpu can't make it: {NAME} makes nodes in {DEV_DIRECTORY} only"
+    import subprocess  # here, because nearly always the nodes are there, and it is a megabyte
+
+    program = next(filter(Path.is_file, (host_path / path / NAME for path in DIRECTORIES)), None)
+    if program is None:
+        return f"sgpu can't make it: no {NAME} under {host_path}"
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the worker writes its messages there
+            stderr=subprocess.PIPE,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{program} did not end within {TIMEOUT:g} s"
+    except OSError as error:
+        return f"{program} can't be run: {error.strerror}"
+    if done.returncode == 0:
+        return f"{program} was run, and did not make it"
+    said = b" ".join(done.stderr.split()).decode(errors="replace") or "most often because the module is not loaded"
+    return f"{program} could not, exit code {done.returncode}: {said}"

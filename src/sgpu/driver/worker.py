@@ -35,7 +35,7 @@ from sgpu.driver.messages import (
 from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
 from sgpu.driver.poll import NotReadyError, Places, poll
-from sgpu.driver.uvm import UvmNodes
+from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.files import content_identity
 from sgpu.lib.retry import growing_delays
@@ -63,8 +63,10 @@ class Worker:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
-        self._places = Places(Path(config.host_path), Path(config.dev_directory), Path(config.sysfs_directory))
+        places = (config.host_path, config.dev_directory, config.sysfs_directory, config.proc_directory)
+        self._places = Places(*map(Path, places))
         self._uvm = UvmNodes(self._places.host_path, self._places.dev_directory)
+        self._capabilities = CapabilityNodes(self._places.host_path, self._places.dev_directory)
         self._known = config.known
         self._in_call: str | None = None  # as CallStarted said last
         # Standard output is the parent's alone: what the library prints goes where the log goes.
@@ -156,6 +158,7 @@ class Worker:
                     call_started=self._call_started,
                     found=found,
                     ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,
+                    make_nodes=(lambda files: "") if self._config.look_only else self._capabilities.make,
                 )
                 self._known = report.order
                 if not (report.gpus or report.skipped):

@@ -83,11 +83,12 @@ class DeviceNode:
 
 @attrs.frozen
 class ContainerEdits:
-    """All that one container gets."""
+    """All that one container gets. `warning` says what it has shares of and can't use; empty if there is nothing."""
 
     environment: Mapping[str, str]
     device_nodes: tuple[DeviceNode, ...]
     mounts: tuple[Mount, ...]
+    warning: str = ""
 
 
 def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> ContainerEdits:
@@ -95,9 +96,11 @@ def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> C
 
     Raises NotDistinctError.
     """
+    allocated, warning = _usable_together(allocated)
+    instance = next((offer.unit.uuid for offer in allocated if offer.unit.instance), "")
     counts = Counter(offer.unit.uuid for offer in allocated)
     offers = {offer.unit.uuid: offer for offer in allocated}
-    if options.multi_share is MultiShare.STRICT_DISTINCT and len(offers) < len(allocated):
+    if options.multi_share is MultiShare.STRICT_DISTINCT and len(offers) < len(allocated) and not instance:
         raise NotDistinctError(
             f"{len(allocated)} shares from {len(offers)} GPU(s), where -multi-share strict-distinct asks for as many "
             f"GPUs: ask for fewer shares, or wait until more GPUs of the node have a free one"
@@ -110,12 +113,36 @@ def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> C
             "SGPU_SHARES": str(len(allocated)),
             "SGPU_GPU_UUIDS": ",".join(offers),
             **IGNORED_BY_NVIDIA_RUNTIME,
+            **({"CUDA_VISIBLE_DEVICES": instance} if instance else {}),
             **_allowed_memory(offers, counts),
             **({"SGPU_SIMULATED": "1"} if simulated else {}),
             **(FRAMEWORK_HINTS if options.framework_hints and not simulated else {}),
         },
         device_nodes=tuple(DeviceNode(os.path.join(paths.devices, node), f"/dev/{node}") for node in nodes),
         mounts=() if simulated else (Mount(paths.libraries, paths.libraries_in_container),),
+        warning=warning,
+    )
+
+
+def _usable_together(allocated: Sequence[Offer]) -> tuple[Sequence[Offer], str]:
+    """Return those that one process can use, and a warning about the others.
+
+    CUDA gives a process GPUs, or one MIG instance. The first decides; to refuse the rest would only fail the pod.
+    """
+    if not any(offer.unit.instance for offer in allocated):
+        return allocated, ""
+    first = allocated[0].unit
+    used = [
+        offer
+        for offer in allocated
+        if (offer.unit.uuid == first.uuid if first.instance else offer.unit.instance is None)
+    ]
+    others = dict.fromkeys(str(offer.unit) for offer in allocated if offer not in used)
+    if not others:
+        return used, ""
+    return used, (
+        f"a container was given shares of {first} and of {', '.join(others)}: CUDA can use only one MIG instance, so "
+        f"it gets the first; ask for no more shares than one instance has free"
     )
 
 

@@ -44,10 +44,10 @@ class WantedLimits:
 def allowed_memory(offer: Offer, shares: int) -> int | None:
     """Return the bytes that a container with that many shares of a unit may use, at most all; None where unknown.
 
-    Without limits it is the fair part, which nobody enforces.
+    Without limits it is the fair part, which nobody enforces. It is unknown of a unit that is no longer there.
     """
     usable = offer.unit.memory_bytes
-    if usable is None:
+    if usable is None or offer.unit.gone:
         return None
     return min(int(usable * shares * (offer.limit_factor or 1)) // offer.shares, usable)
 

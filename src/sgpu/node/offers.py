@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 
 import attrs
 
-from sgpu.node.gpu import Gpu, Health, Unit, units
+from sgpu.node.gpu import Gpu, Health, Unit, units, without
 from sgpu.node.policy import Policy, assign
 from sgpu.node.shares import Share, ids
 
@@ -36,7 +36,8 @@ class Offer:
 
     def share_health(self) -> list[Health]:
         """Return the health of all shares, in the same order."""
-        return [Health.UNHEALTHY if number in self.withheld else self.unit.health for number in self._numbers()]
+        health = self.unit.health  # once: there can be thousands of shares
+        return [Health.UNHEALTHY if number in self.withheld else health for number in self._numbers()]
 
     def has(self, share: Share) -> bool:
         """Return whether the share, which is one of this unit, is offered."""
@@ -58,23 +59,58 @@ def offers(
     held: Mapping[str, Collection[Share]],
     pressed: Set[str] = frozenset(),
     allocated: Collection[Share] = (),
+    left: Iterable[tuple[str, Offer]] = (),
 ) -> Offers:
     """Return what is offered, by resource.
 
     `held` has, by resource, the shares that containers have: they stay known where there are fewer shares now. By
     resource, because a share that is in use as one would be free as another. `pressed` has the UUIDs of the units whose
-    free shares are withheld, and `allocated` all shares that are not free. Raises PolicyConflictError.
+    free shares are withheld, unless `held` lacks their resource, and `allocated` all shares that are not free. `left`
+    are offers of units that are no longer there, with their resources. Raises PolicyConflictError.
     """
     made: dict[str, list[Offer]] = {resource: [] for resource in policy.resources()}
     for resource, unit, terms in assign(policy, [unit for gpu in gpus for unit in units(gpu)]):
-        made[resource].append(Offer(unit, terms.shares, limit_factor=terms.limit_factor))
+        made.setdefault(resource, []).append(Offer(unit, terms.shares, limit_factor=terms.limit_factor))
+    for resource, offer in left:
+        made.setdefault(resource, []).append(offer)
     return {
         resource: tuple(
-            offer.withhold(allocated) if offer.unit.uuid in pressed else offer
+            offer.withhold(allocated) if offer.unit.uuid in pressed and resource in held else offer
             for offer in _with_retained(each, held.get(resource, ()))
         )
         for resource, each in made.items()
     }
+
+
+def units_left(before: Offers, gpus: Iterable[Gpu]) -> tuple[tuple[str, Offer], ...]:
+    """Return, with their resources, the offers of units that these GPUs no longer have."""
+    known = {gpu.uuid: {unit.uuid for unit in units(gpu)} for gpu in gpus}
+    return tuple(
+        (resource, offer)
+        for resource, each in before.items()
+        for offer in each
+        if offer.unit.uuid not in known.get(offer.unit.gpu.uuid, {offer.unit.uuid})
+    )
+
+
+def still_listed(
+    left: Iterable[tuple[str, Offer]],
+    held: Mapping[str, Collection[Share]],
+    allocated: Collection[Share] | None,
+    now: float,
+) -> Iterator[tuple[str, Offer]]:
+    """Yield those of the offers of which containers have shares, with these shares alone.
+
+    A share that vanished would read as healthy in a pod's status. `held` and `allocated` are as for `offers`; None: it
+    is unknown which shares are in use, so all may be. `now` is in seconds since the epoch.
+    """
+    for resource, offer in left:
+        uuid, unit = offer.unit.uuid, without(offer.unit, now)
+        used = {share.number for share in (*held.get(resource, ()), *(allocated or ())) if share.uuid == uuid}
+        if allocated is None:
+            yield resource, attrs.evolve(offer, unit=unit, limit_factor=0.0)
+        elif used:
+            yield resource, Offer(unit, 0, tuple(sorted(used)))
 
 
 def _with_retained(made: Collection[Offer], held: Collection[Share]) -> Iterator[Offer]:

@@ -33,7 +33,8 @@ class UnitLoad:
     `allocated`: how many of its `shares` containers have; None: unknown, then those that are not free count.
     `free_memory`: bytes, as last sampled, less what the shares handed out moments ago will still take.
     `utilization`: percent. Both are None where the driver does not say or the figures are old. `others`: how many of
-    its shares stand for what other device plugins gave out of it; all of them for a whole unit.
+    its shares stand for what other device plugins gave out of it; all of them for a whole unit. `alone`: a container
+    that has a share of it can use no other unit.
     """
 
     allocated: int | None
@@ -41,6 +42,7 @@ class UnitLoad:
     free_memory: int | None = None
     utilization: int | None = None
     others: int = 0
+    alone: bool = False
 
     @property
     def is_given_away(self) -> bool:

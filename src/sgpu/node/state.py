@@ -7,7 +7,8 @@ at once; nothing here waits. Knows neither NVML nor gRPC.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import attrs
 import trio
@@ -25,9 +26,9 @@ from sgpu.node.edits import (
     container_edits,
 )
 from sgpu.node.enforcement import Enforcement
-from sgpu.node.gpu import Gpu, Health, units
-from sgpu.node.offers import Offer, Offers, offers
-from sgpu.node.policy import OffersRefusedError, Policy
+from sgpu.node.gpu import Gpu, Health, Unit, label, units, units_or_whole, without
+from sgpu.node.offers import Offer, Offers, offers, still_listed, units_left
+from sgpu.node.policy import OffersRefusedError, Policy, mig_notes
 from sgpu.node.rank import UnitLoad
 from sgpu.node.shares import Share
 from sgpu.node.usage import Usage
@@ -67,6 +68,7 @@ class NodeState:
         self._by_unit: Mapping[str, Mapping[str, Offer]] = {}  # the offers, by resource and UUID
         self._refused = OnChange(logger, logging.ERROR)
         self._unmatched = OnChange(logger, logging.WARNING)
+        self._mig = OnChange(logger, logging.WARNING)
         self._unenforced = OnChange(logger, logging.WARNING)
 
     # Inputs
@@ -77,15 +79,18 @@ class NodeState:
         Raises OffersRefusedError for the first ones. Later it is logged, and only the GPUs of before stay offered: one
         that was added must not end the daemon.
         """
-        before = {gpu.uuid for gpu in self.gpus if gpu.health is Health.UNHEALTHY}
+        before = {unit.uuid: unit.health for unit in _units(self.gpus)}
         differ, self.gpus = gpus != self.gpus, gpus
         if not differ:
             return
         self._refresh()
-        for gpu in gpus:
-            if gpu.health is Health.UNHEALTHY and gpu.uuid not in before and (pods := self.usage.pods(gpu.uuid)):
-                names = ", ".join(pod or NO_POD for pod in pods)
-                logger.warning("GPU %s is unhealthy and is used by %s", gpu.uuid, names)
+        health = {unit.uuid: unit.health for unit in _units(gpus)}
+        for uuid in health:
+            if health[uuid] is Health.UNHEALTHY and before.get(uuid) is not Health.UNHEALTHY:
+                self._log_users(uuid, "is unhealthy")
+        for uuid in before:
+            if uuid not in health:
+                self._log_users(uuid, "is gone")
         self.changed.notify()
 
     def set_policy(self, policy: Policy) -> None:
@@ -126,6 +131,17 @@ class NodeState:
 
     # For the front-ends
 
+    def resources(self) -> tuple[str, ...]:
+        """Return the names of all resources: those of the policy, and of the MIG profiles that are offered."""
+        return tuple(dict.fromkeys((*self.policy.resources(), *self.offers)))
+
+    def shown(self) -> Iterator[Unit]:
+        """Yield what an observer shows: all units, also those that are gone and in use, and GPUs that have none."""
+        gone = {offer.unit.uuid: offer.unit for each in self.offers.values() for offer in each if offer.unit.gone}
+        for gpu in self.gpus:
+            left = [unit for unit in gone.values() if unit.gpu.uuid == gpu.uuid]
+            yield from (*units(gpu), *left) or units_or_whole(gpu)
+
     def offered(self, resource: str) -> tuple[Offer, ...]:
         """Return what is offered under this name; nothing under one that the policy does not have."""
         return self.offers.get(resource, ())
@@ -144,6 +160,9 @@ class NodeState:
         now = self._clock()
         wanted = [[self._find(resource, share_id) for share_id in share_ids] for share_ids in containers]
         edits = [container_edits([offer for _, offer in each], options) for each in wanted]
+        for each in edits:
+            if each.warning:
+                logger.warning("%s", each.warning)
         granted = [pair for each in wanted for pair in each]
         for share, offer in granted:
             self.usage.grants.add(share, (offer.unit.memory_bytes or 0) // offer.shares, now)
@@ -158,9 +177,12 @@ class NodeState:
         if share is None or offer is None or not offer.has(share):
             raise UnknownShareError(f"share {share_id} is not one of this node's")
         if offer.unit.health is not Health.HEALTHY:
-            reason = offer.unit.gpu.reason
-            raise UnhealthyShareError(f"share {share_id}: GPU {offer.unit.uuid} is unhealthy ({reason})")
+            raise UnhealthyShareError(f"share {share_id}: {offer.unit} is unhealthy ({offer.unit.reason})")
         return share, offer
+
+    def _log_users(self, uuid: str, what: str) -> None:
+        if pods := self.usage.pods(uuid):
+            logger.warning("%s %s and is used by %s", label(uuid), what, ", ".join(pod or NO_POD for pod in pods))
 
     # How offers are made
 
@@ -185,15 +207,17 @@ class NodeState:
             self._refused.clear()
 
     def _offer(self, policy: Policy, gpus: tuple[Gpu, ...]) -> None:
-        allocated = self.usage.allocated(self._clock()) if self._pressed else None
+        left = units_left(self.offers, gpus)
+        allocated = self.usage.allocated(self._clock()) if self._pressed or left else None
         pressed = frozenset() if allocated is None else self._pressed
-        made = offers(policy, gpus, self._held, pressed, allocated or ())
+        listed = still_listed(left, self._held, allocated, time.time())
+        made = offers(policy, gpus, self._held, pressed, allocated or (), listed)
         for each in made.values():
             self._check(each)
         if gpus:
-            candidates = [unit for gpu in gpus for unit in units(gpu)]
-            unmatched = "; ".join(f"rule {rule} matches no GPU of this node" for rule in policy.unmatched(candidates))
-            self._unmatched.update(unmatched)
+            unmatched = policy.unmatched([unit for gpu in gpus for unit in units_or_whole(gpu)])
+            self._unmatched.update("; ".join(f"rule {rule} matches no GPU of this node" for rule in unmatched))
+            self._mig.update("; ".join(mig_notes(policy, gpus)))
         self._accepted = frozenset(gpu.uuid for gpu in gpus)
         self._set_offers(made)
 
@@ -202,10 +226,16 @@ class NodeState:
         self._by_unit = {resource: {offer.unit.uuid: offer for offer in each} for resource, each in made.items()}
 
 
+def _units(gpus: Iterable[Gpu]) -> Iterator[Unit]:
+    return (unit for gpu in gpus for unit in units(gpu))
+
+
 def _with_current_units(made: Offers, gpus: tuple[Gpu, ...]) -> Offers:
     """Return the same offers, of the units as they are now: their health must not be an old one."""
-    current = {unit.uuid: unit for gpu in gpus for unit in units(gpu)}
+    current = {unit.uuid: unit for unit in _units(gpus)}
     return {
-        resource: tuple(attrs.evolve(offer, unit=current.get(offer.unit.uuid, offer.unit)) for offer in each)
+        resource: tuple(
+            attrs.evolve(offer, unit=current.get(offer.unit.uuid) or without(offer.unit, time.time())) for offer in each
+        )
         for resource, each in made.items()
     }

@@ -154,6 +154,7 @@ class Usage:
                 free_memory=None if free is None else max(free - expected.get(uuid, 0), 0),
                 utilization=known.utilization,
                 others=sum(offer.shares if use.whole else 1 for use in self.others.get(uuid, ())),
+                alone=offer.unit.instance is not None,
             )
         return loads
 

@@ -82,9 +82,9 @@ def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
     gpus = snapshot.gpus
     yield _info(
         "sgpu_gpu",
-        "A GPU of the node.",
-        ("uuid", "name", "pci_bus_id", "resource"),
-        [(gpu.uuid, gpu.name, gpu.pci_bus_id, gpu.resource) for gpu in gpus],
+        "A GPU of the node, or a MIG instance; parent is the UUID of its GPU.",
+        ("uuid", "name", "pci_bus_id", "resource", "parent", "mig_profile"),
+        [(gpu.uuid, gpu.name, gpu.pci_bus_id, gpu.resource, gpu.parent, gpu.mig_profile) for gpu in gpus],
     )
     yield _info(
         "sgpu_gpu_unhealthy",

@@ -11,7 +11,7 @@ import trio
 
 from sgpu import __version__
 from sgpu.driver.monitor import Monitor
-from sgpu.node.gpu import Gpu, Health
+from sgpu.node.gpu import Health, Unit
 from sgpu.node.offers import Offer
 from sgpu.node.rank import UnitLoad
 from sgpu.node.state import NodeState
@@ -47,9 +47,9 @@ class Observer:
         }
         loads = usage.loads((offer for _, offer in offered.values()), now)
         gpus = []
-        for gpu in self.node.gpus:
-            resource, offer = offered.get(gpu.uuid, ("", None))  # the operator's rules may exclude it
-            gpus.append(self._gpu(gpu, resource, offer, loads.get(gpu.uuid), now))
+        for unit in self.node.shown():
+            resource, offer = offered.get(unit.uuid, ("", None))  # the operator's rules may exclude it
+            gpus.append(self._unit(unit, resource, offer, loads.get(unit.uuid), now))
         return Snapshot(
             version=__version__,
             time=wall,
@@ -72,22 +72,22 @@ class Observer:
             return ResourceSnapshot(name, registered=False, streams=0)
         return ResourceSnapshot(name, registration.registered, registration.streams)
 
-    def _gpu(self, gpu: Gpu, resource: str, offer: Offer | None, load: UnitLoad | None, now: float) -> GpuSnapshot:
+    def _unit(self, unit: Unit, resource: str, offer: Offer | None, load: UnitLoad | None, now: float) -> GpuSnapshot:
         usage = self.node.usage
-        figures = usage.fresh(now).get(gpu.uuid)
-        total = figures.memory_total if figures else gpu.memory_total
+        figures = usage.fresh(now).get(unit.uuid)
+        total = figures.memory_total if figures else unit.memory_total
         free = figures.memory_free if figures else None
-        uses = usage.uses(gpu.uuid)
+        uses = usage.uses(unit.uuid)
         if usage.processes_known and figures is None:
             uses = tuple(_without_figures(use) for use in uses if use.shares)
         return GpuSnapshot(
-            uuid=gpu.uuid,
-            name=gpu.name,
-            pci_bus_id=gpu.pci_bus_id,
+            uuid=unit.uuid,
+            name=unit.name,
+            pci_bus_id=unit.gpu.pci_bus_id,
             resource=resource,
-            healthy=gpu.health is Health.HEALTHY,
-            reason=gpu.reason,
-            since=gpu.since,
+            healthy=unit.health is Health.HEALTHY,
+            reason=unit.reason,
+            since=unit.since,
             memory_total=total,
             memory_used=None if total is None or free is None else total - free,
             memory_free=free,
@@ -96,6 +96,9 @@ class Observer:
             allocated=load.allocated if load else None,
             withheld=len(offer.withheld) if offer else 0,
             containers=uses,
+            parent=unit.gpu.uuid if unit.instance else "",
+            mig_profile=unit.instance.profile if unit.instance else "",
+            mig_mode=unit.gpu.mig_mode and not unit.instance,
         )
 
 

@@ -16,9 +16,11 @@ from sgpu.node.usage import ContainerUse
 
 @attrs.frozen
 class GpuSnapshot:
-    """One GPU, whether or not it is healthy. `resource` is empty for one that is not offered.
+    """One GPU or MIG instance, whether or not it is healthy. `resource` is empty for one that is not offered.
 
     `since`: when it became healthy or unhealthy, as far as the daemon has seen. `reason` is empty when it is healthy.
+    `parent` is the UUID of an instance's GPU, and `mig_profile` its size; both are empty for a GPU. `mig_mode`: it is a
+    GPU in MIG mode, which has no instance to show in its place.
     """
 
     uuid: str
@@ -36,6 +38,9 @@ class GpuSnapshot:
     allocated: int | None
     withheld: int
     containers: tuple[ContainerUse, ...] = ()
+    parent: str = ""
+    mig_profile: str = ""
+    mig_mode: bool = False
 
 
 @attrs.frozen

@@ -14,20 +14,23 @@ from google.protobuf.message import DecodeError
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.files import read_regular_file
+from sgpu.node.gpu import MIG_PREFIX
 from sgpu.node.shares import Share
 
 FILE: Final = "kubelet_internal_checkpoint"
 #: Longest that is read: 110 pods with thousands of ids each stay below.
 MAX_BYTES: Final = 64 * 1024 * 1024
 
-_GPU_NODE: Final = re.compile(r"/dev/nvidia[0-9]+")
+#: Of a GPU, and of the capabilities of a MIG instance.
+_GPU_NODE: Final = re.compile(r"/dev/nvidia(-caps/nvidia-cap)?[0-9]+")
 
 
 @attrs.frozen
 class Entry:
     """The devices of one resource that one container has.
 
-    `gpu_nodes` are the paths of GPUs in the stored answer of Allocate; empty where there is none that can be read.
+    `gpu_nodes` are the paths of GPUs and capabilities in the stored answer of Allocate; empty where there is none that
+    can be read.
     """
 
     pod_uid: str
@@ -68,7 +71,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 def strangers(share_ids: Sequence[str]) -> list[str]:
     """Return the ids that sgpu did not make. Those of NVIDIA's plugin for shared GPUs look the same as ours."""
     shares = ((share_id, Share.parse(share_id)) for share_id in share_ids)
-    return [share_id for share_id, share in shares if share is None or not share.uuid.startswith("GPU-")]
+    return [share_id for share_id, share in shares if share is None or not share.uuid.startswith(("GPU-", MIG_PREFIX))]
 
 
 def _entry(fields: Any) -> Entry:  # noqa: ANN401  # as it stands in the file

@@ -15,6 +15,7 @@ import trio
 
 from sgpu.lib.logs import OnChange
 from sgpu.lib.sizes import GIB, part_of
+from sgpu.node.gpu import label
 from sgpu.node.guard import GuardPolicy, OverUse, OverUsers, Sample
 from sgpu.node.limits import allowed_by_container
 from sgpu.node.state import NodeState
@@ -120,7 +121,7 @@ class Guard:
 def _describe(use: OverUse) -> str:
     """Return who uses how much of what it may use, and how full the GPU is."""
     return (
-        f"GPU {use.uuid}: container {use.container.container} of {use.container} uses {use.used / GIB:.1f} GiB and may "
-        f"use {use.allowed / GIB:.1f} (tolerance {use.tolerance / GIB:.1f}); of the GPU's memory, "
+        f"{label(use.uuid)}: container {use.container.container} of {use.container} uses {use.used / GIB:.1f} GiB and "
+        f"may use {use.allowed / GIB:.1f} (tolerance {use.tolerance / GIB:.1f}); of the GPU's memory, "
         f"{part_of(use.gpu_used, use.gpu_total)} are used"
     )

@@ -65,12 +65,15 @@ def gpus_in(device_ids: Iterable[str]) -> list[str]:
 
 
 def other_uses(others: Mapping[OtherDevice, Container], gpus: Iterable[Gpu]) -> Mapping[str, tuple[OtherUse, ...]]:
-    """Return, by UUID of these GPUs, the containers to which other plugins gave it.
+    """Return, by UUID of these GPUs and their MIG instances, the containers to which other plugins gave it.
 
-    An id that is only the GPU's UUID or device node is all of it; one that goes on (`GPU-…::3`, `nvidia0-_-1`,
+    An id that is only the UUID or the GPU's device node is all of it; one that goes on (`GPU-…::3`, `nvidia0-_-1`,
     `MIG-GPU-…/7/0`) is a part.
     """
-    names = {name: gpu.uuid for gpu in gpus for name in (gpu.uuid, *gpu.device_nodes[:1])}
+    names = {}
+    for gpu in gpus:
+        names.update(dict.fromkeys((gpu.uuid, *gpu.device_nodes[:1]), gpu.uuid))
+        names.update({instance.uuid: instance.uuid for instance in gpu.instances})
     uses = defaultdict(list)
     for (resource, device_id), container in others.items():
         name = _NAME.search(device_id)

@@ -18,6 +18,7 @@ from sgpu.lib.sizes import GIB, part_of
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.container import NO_POD, OtherUse
 from sgpu.node.figures import Figures
+from sgpu.node.gpu import label
 from sgpu.node.guard import Sample
 from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
@@ -79,7 +80,7 @@ async def _look_again_and_again(
         try:
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
-            resources = tuple(dict.fromkeys((*node.policy.resources(), *resources)))
+            resources = tuple(dict.fromkeys((*node.resources(), *resources)))
             held = await recorded.add(await list_holders(options.socket, resources))
             node.set_holders(held.shares)
             node.usage.stale_answers = recorded.stale(held, node.gpus)
@@ -120,8 +121,8 @@ class _OtherPlugins:
                 pods.setdefault((uuid, use.resource), []).append(str(use.container))
         for (uuid, resource), names in sorted(pods.items()):
             if (uuid, resource) not in self._known:
-                message = "GPU %s: also given out as %s, not by this daemon, to %s; placement counts that"
-                logger.warning(message, uuid, resource, few(names))
+                message = "%s: also given out as %s, not by this daemon, to %s; placement counts that"
+                logger.warning(message, label(uuid), resource, few(names))
         self._known = frozenset(pods)
 
 
@@ -167,7 +168,9 @@ class _Attribution:
             self._unknown.clear()
         mps = frozenset(uuid for uuid, each in listed.items() if any(process.pid in owners.mps for process in each))
         for uuid in sorted(mps - self._mps):
-            logger.info("GPU %s: an MPS server uses it; what is unknown of its clients is shown as the server's", uuid)
+            logger.info(
+                "%s: an MPS server uses it; what is unknown of its clients is shown as the server's", label(uuid)
+            )
         self._mps = mps
         return Sample(sampled_at, fresh, owners)
 
@@ -178,9 +181,9 @@ def withhold(watermark: float, node: NodeState) -> None:
     for uuid in sorted(now - before):
         users = _users(node.usage.pods(uuid)) or "no pod that has a share of it"
         used = _used(node.usage.figures[uuid])
-        logger.warning("GPU %s: memory is full, %s used by %s; its free shares are withheld", uuid, used, users)
+        logger.warning("%s: memory is full, %s used by %s; its free shares are withheld", label(uuid), used, users)
     for uuid in sorted(before - now):
-        logger.warning("GPU %s: its free shares are no longer withheld", uuid)
+        logger.warning("%s: its free shares are no longer withheld", label(uuid))
 
 
 def _users(pods: Mapping[str, int | None]) -> str:

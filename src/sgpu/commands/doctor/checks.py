@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -10,7 +11,18 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
-from sgpu.commands.doctor import configured, driver, guard, kubelet, libraries, limits, nodes, served, surroundings
+from sgpu.commands.doctor import (
+    configured,
+    driver,
+    guard,
+    kubelet,
+    libraries,
+    limits,
+    mig,
+    nodes,
+    served,
+    surroundings,
+)
 from sgpu.commands.doctor.driver import Answer
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip
 from sgpu.commands.doctor.host import Host
@@ -19,8 +31,11 @@ from sgpu.commands.doctor.libraries import Library
 from sgpu.commands.doctor.peer import failure
 from sgpu.config.load import Loaded
 from sgpu.driver import simulated
+from sgpu.driver.instances import unit_figures
 from sgpu.lib.concurrency import find_error
 from sgpu.node.gpu import Gpu
+from sgpu.node.offers import offers
+from sgpu.node.policy import Mig, OffersRefusedError
 from sgpu.pods.held import Held
 from sgpu.pods.processes import Places
 from sgpu.pods.unlisted import Unlisted
@@ -57,6 +72,9 @@ class Check:
 def checks(loaded: Loaded) -> list[Check]:
     """Return the checks for these settings, in the order in which an operator should read their findings."""
     daemons = {f"daemon for {resource}": resource for resource in loaded.policy.resources()}
+    # Which profiles there are, only the GPUs say.
+    after_gpus = ("driver",) if loaded.policy.mig is Mig.PROFILE else ()
+    of_profiles = [Check("daemons for MIG profiles", _profile_daemons, after_gpus)] if after_gpus else []
     of_driver = (
         [Check("driver", _simulated)]
         if loaded.settings.simulate
@@ -65,6 +83,7 @@ def checks(loaded: Loaded) -> list[Check]:
             Check("libraries", _libraries),
             Check("driver", _driver, ("libraries",)),
             Check("device nodes", _nodes, ("driver",)),
+            Check("MIG", _mig, ("driver",)),
             Check("rules per GPU", _rules, ("driver",)),
         ]
     )
@@ -87,9 +106,10 @@ def checks(loaded: Loaded) -> list[Check]:
         Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
         Check("kubelet.sock", _kubelet),
         *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
-        Check("other plugins", _others),
-        Check("PodResources", _pod_resources),
-        Check("metrics and probes", _served, tuple(daemons)),
+        *of_profiles,
+        Check("other plugins", _others, after_gpus),
+        Check("PodResources", _pod_resources, after_gpus),
+        Check("metrics and probes", _served, (*daemons, *(check.subject for check in of_profiles))),
         Check("settings", _blocking(lambda facts: configured.check_settings(facts.loaded, facts.host))),
         Check("inotify", _blocking(lambda facts: surroundings.check_inotify())),
         Check("memory limit", _blocking(lambda facts: [surroundings.check_memory(facts.host)])),
@@ -170,7 +190,7 @@ def _logs(facts: Facts) -> Path:
 async def _simulated(facts: Facts) -> Iterable[Finding]:
     count = facts.loaded.settings.simulate
     finding = ok("driver", f"-simulate {count}: the GPUs are simulated, and no driver is asked")
-    facts.gpus = simulated.simulated_gpus(count)
+    facts.gpus = simulated.simulated_gpus(count, profiles=facts.loaded.settings.simulate_mig)
     facts.gpus_asked.set()
     return [finding, *configured.check_rules(facts.loaded, facts.gpus)]
 
@@ -210,15 +230,30 @@ async def _nodes(facts: Facts) -> Iterable[Finding]:
     return await _look(lambda: list(look()))
 
 
+async def _mig(facts: Facts) -> Iterable[Finding]:
+    report = facts.answer.report
+    gpus = report.gpus if report else None
+    return await _look(lambda: list(mig.check_mig(facts.loaded.policy, _dev(facts), facts.host, gpus)))
+
+
 async def _rules(facts: Facts) -> Iterable[Finding]:
     return configured.check_rules(facts.loaded, facts.gpus)
 
 
 async def _processes(facts: Facts) -> Iterable[Finding]:
     report = facts.answer.report
-    pids = {process.pid for gpu in (report.gpus if report else ()) for process in gpu.figures.processes or ()}
+    known = [figures for gpu in (report.gpus if report else ()) for figures in unit_figures(gpu).values()]
+    pids = {process.pid for figures in known for process in figures.processes or ()}
     places = Places(_proc(facts), _logs(facts))
     return [await _look(lambda: surroundings.check_processes(places, pids))]
+
+
+def _resources(facts: Facts) -> tuple[str, ...]:
+    """Return the names of all resources: those of the policy, and of MIG profiles as far as the GPUs are known."""
+    policy = facts.loaded.policy
+    with suppress(OffersRefusedError):  # the check of the rules says so
+        return tuple(offers(policy, facts.gpus or (), {}))
+    return policy.resources()
 
 
 # The kubelet and the daemon
@@ -245,23 +280,29 @@ async def _daemon(resource: str, facts: Facts) -> Iterable[Finding]:
 
 async def _may_be_offered(facts: Facts, resource: str) -> bool:
     """Return whether the rules offer a GPU as this resource: the daemon registers no others."""
-    if len(facts.loaded.policy.resources()) > 1:
+    policy = facts.loaded.policy
+    if len(policy.resources()) > 1 or policy.mig is Mig.PROFILE:
         with trio.move_on_after(driver.DEADLINE + driver.REAP_TIMEOUT):
             await facts.gpus_asked.wait()
-    return facts.gpus is None or configured.is_offered(facts.loaded.policy, facts.gpus, resource)
+    return facts.gpus is None or configured.is_offered(policy, facts.gpus, resource)
+
+
+async def _profile_daemons(facts: Facts) -> Iterable[Finding]:
+    """Check the daemon that serves each resource of a MIG profile."""
+    resources = [resource for resource in _resources(facts) if resource not in facts.loaded.policy.resources()]
+    return [finding for resource in resources for finding in await _daemon(resource, facts)]
 
 
 async def _others(facts: Facts) -> Iterable[Finding]:
     directory = _plugins(facts)
     if not await _look(directory.is_dir):
         return [skip("other plugins", "because the plugin directory is not there")]
-    paths = await _look(partial(kubelet.other_plugins, directory, facts.loaded.policy.resources()))
+    paths = await _look(partial(kubelet.other_plugins, directory, _resources(facts)))
     return [await kubelet.check_others(directory, paths)]
 
 
 async def _pod_resources(facts: Facts) -> Iterable[Finding]:
-    settings, resources = facts.loaded.settings, facts.loaded.policy.resources()
-    finding, facts.held = await kubelet.check_pod_resources(settings, resources)
+    finding, facts.held = await kubelet.check_pod_resources(facts.loaded.settings, _resources(facts))
     return [finding]
 
 

@@ -12,7 +12,7 @@ from sgpu.config.load import Loaded, UsageError, load, parse_flags
 from sgpu.config.settings import SETTINGS
 from sgpu.deviceplugin.messages import TooManySharesError, check_size
 from sgpu.driver.messages import GpuReport
-from sgpu.node.gpu import Gpu, units
+from sgpu.node.gpu import Gpu, MigInstance, units_or_whole
 from sgpu.node.offers import offers
 from sgpu.node.policy import Policy, PolicyConflictError
 
@@ -40,8 +40,9 @@ def _contradictions(loaded: Loaded, host: Host) -> Iterator[Finding]:
     if settings.simulate and host.module_version():
         message = f"-simulate {settings.simulate} offers GPUs that are not there, on a node with a driver"
         yield warn(subject, message, "leave out -simulate where pods should get the real ones")
-    if settings.simulate_faults and not settings.simulate:
-        yield warn(subject, "-simulate-faults does nothing without -simulate", "set both, or neither")
+    for name in ("simulate-faults", "simulate-mig"):
+        if getattr(settings, name.replace("-", "_")) and not settings.simulate:
+            yield warn(subject, f"-{name} does nothing without -simulate", "set both, or neither")
     yield from _guard_contradictions(loaded)
     faults = Path(settings.simulate_faults or "/nowhere")
     if faults.exists() and not faults.is_file():
@@ -103,7 +104,7 @@ def check_rules(loaded: Loaded, gpus: Sequence[Gpu] | None) -> Iterator[Finding]
     except TooManySharesError as error:
         yield fail(subject, str(error), "the daemon does not start with more")
         return
-    for rule in loaded.policy.unmatched([unit for gpu in gpus for unit in units(gpu)]):
+    for rule in loaded.policy.unmatched([unit for gpu in gpus for unit in units_or_whole(gpu)]):
         message = f"rule {rule} matches no GPU of this node"
         yield warn(subject, message, "no harm where the file is for several kinds of node")
     counts = {resource: sum(offer.shares for offer in each) for resource, each in offered.items()}
@@ -111,7 +112,8 @@ def check_rules(loaded: Loaded, gpus: Sequence[Gpu] | None) -> Iterator[Finding]
     if total:
         yield ok(subject, f"{len(gpus)} GPU(s) are offered as {total}")
     else:
-        yield fail(subject, "every GPU is excluded, so nothing is offered", "see `gpus` in the -config file")
+        message = "every GPU is excluded, or in MIG mode without instances to offer, so nothing is offered"
+        yield fail(subject, message, "see `gpus` in the -config file, and -mig")
 
 
 def is_offered(policy: Policy, gpus: Sequence[Gpu], resource: str) -> bool:
@@ -125,7 +127,21 @@ def is_offered(policy: Policy, gpus: Sequence[Gpu], resource: str) -> bool:
 def gpus(reports: Sequence[GpuReport]) -> list[Gpu]:
     """Return the GPUs of a report."""
     return [
-        Gpu(report.uuid, report.name, report.pci_bus_id, report.device_nodes, numa_node=report.numa_node)
+        Gpu(
+            report.uuid,
+            report.name,
+            report.pci_bus_id,
+            report.device_nodes,
+            report.figures.memory_usable,
+            report.figures.memory_total,
+            report.numa_node,
+            mig_mode=report.mig_mode,
+            mig_pending=report.mig_pending,
+            instances=tuple(
+                MigInstance(each.uuid, each.name, each.profile, each.memory_bytes, each.capability_nodes)
+                for each in report.instances
+            ),
+        )
         for report in reports
     ]
 

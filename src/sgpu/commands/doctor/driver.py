@@ -66,7 +66,7 @@ async def ask(settings: Settings) -> Answer:
     NVML itself may make device nodes that are missing, as it does for `nvidia-smi`, where `nvidia-modprobe` is at hand.
     """
     places = (settings.host_path, settings.dev_directory, settings.sysfs_directory)
-    config = WorkerConfig(*places, interval=1.0, once=True, look_only=True)
+    config = WorkerConfig(*places, interval=1.0, proc_directory=settings.proc_directory, once=True, look_only=True)
     said: list[Message] = []
     ended: list[trio.Process] = []
     began = trio.current_time()
@@ -123,8 +123,9 @@ def check_nvml(host: Host, library: Library | None, answer: Answer) -> Finding:
     if library is None:
         return skip("NVML", "because there is no library to load")
     if answer.report:
-        gpus = len(answer.report.gpus) + len(answer.report.problems)
-        message = f"driver {answer.report.driver_version} lists {gpus} GPU(s), after {answer.seconds:.1f} s"
+        message = (
+            f"driver {answer.report.driver_version} lists {_listed(answer.report)} GPU(s), after {answer.seconds:.1f} s"
+        )
         version = host.module_version()
         if version and version != answer.report.driver_version:
             return fail("NVML", f"{message}, but the kernel module is {version}", _MISMATCH)
@@ -159,10 +160,15 @@ def check_gpus(settings: Settings, host: Host, answer: Answer) -> Iterator[Findi
         )
     for problem in report.problems:
         yield fail("GPUs", problem, f"the others are offered without it; {_LOG}")
-    seen = len(report.gpus) + len(report.problems)
+    seen = _listed(report)
     if (on_bus := host.pci_gpus()) and len(on_bus) > seen:
         message = f"there are {len(on_bus)} on the PCI bus, and the driver lists {seen}"
         yield warn("GPUs", message, f"one has fallen off the bus, or is not the driver's (vfio-pci, excluded): {_LOG}")
+
+
+def _listed(report: Report) -> int:
+    """Return how many GPUs the driver lists, whether or not they can be offered."""
+    return len(report.gpus) + sum(problem.startswith("GPU ") for problem in report.problems)
 
 
 def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
@@ -170,6 +176,8 @@ def _gpu(settings: Settings, gpu: GpuReport) -> Finding:
     message = f"{gpu.name} at {gpu.pci_bus_id}, {gpu.device_nodes[0]}"
     if problems := polled_problems(gpu):
         return fail(subject, f"{message}: {'; '.join(problems)}", f"all its shares are unhealthy until then; {_LOG}")
+    if gpu.mig_mode:  # its memory is that of its instances
+        return ok(subject, f"{message}, in MIG mode")
     if gpu.figures.memory_total is None or gpu.figures.memory_free is None:
         return _unknown_memory(settings, subject, message)
     used = gpu.figures.memory_total - gpu.figures.memory_free

@@ -10,8 +10,10 @@ from typing import Final
 from sgpu.commands.doctor.finding import Finding, ok, skip, warn
 from sgpu.commands.doctor.host import Host
 from sgpu.config.settings import Settings
+from sgpu.driver.instances import unit_figures
 from sgpu.driver.kernelmodule import read_text
 from sgpu.driver.messages import GpuReport
+from sgpu.node.gpu import label
 from sgpu.pods.processes import UnattributableError, check_namespace
 
 SUBJECT: Final = "memory guard"
@@ -40,10 +42,9 @@ def _blind(settings: Settings, gpus: Sequence[GpuReport], *, listed: bool) -> It
     except UnattributableError as error:
         problem, _, advice = str(error).partition("; ")
         yield warn(SUBJECT, f"it acts on nobody: {problem}", advice or "use -memory-guard off on this node")
-    for gpu in gpus:
-        figures = gpu.figures
+    for uuid, figures in (known for gpu in gpus for known in unit_figures(gpu).items()):
         if figures.memory_total is None or figures.memory_free is None or figures.processes is None:
-            message = f"GPU {gpu.uuid}: the driver reports no memory or no processes, so that nobody is named there"
+            message = f"{label(uuid)}: the driver reports no memory or no processes, so that nobody is named there"
             yield warn(SUBJECT, message, "no harm to others; where all GPUs are like that, use -memory-guard off")
 
 

@@ -22,7 +22,7 @@ from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin.registration import SOCKET
 from sgpu.deviceplugin.session import is_removed
 from sgpu.lib.logs import few
-from sgpu.node.gpu import Gpu
+from sgpu.node.gpu import Gpu, label
 from sgpu.pods import holders
 from sgpu.pods.checkpoint import FILE, Checkpoint, read_checkpoint, strangers
 from sgpu.pods.held import Held, other_uses
@@ -201,7 +201,7 @@ def _other_uses(held: Held, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     for uuid, uses in other_uses(held.others, gpus).items():
         pods = few([f"{use.container} ({use.resource})" for use in uses])
         message = f"another device plugin gave it to containers, which placement counts: {pods}"
-        yield warn(f"GPU {uuid} of another plugin", message, _TWO_PLUGINS)
+        yield warn(f"{label(uuid)} of another plugin", message, _TWO_PLUGINS)
 
 
 def _stored_answers(checkpoint: Checkpoint, held: Held, gpus: Sequence[Gpu]) -> Finding:

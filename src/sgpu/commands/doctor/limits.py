@@ -25,6 +25,8 @@ def check_limits(loaded: Loaded, report: Report | None) -> Iterator[Finding]:
     cgroups = Path(loaded.settings.cgroup_directory)
     yield _check_cgroups(cgroups)
     yield _check_driver(report)
+    if report and any(gpu.mig_mode for gpu in report.gpus):
+        yield ok(SUBJECT, "shares of MIG instances have none: an instance is a hard wall, and nobody is limited within")
 
 
 def _wanted(loaded: Loaded) -> bool:

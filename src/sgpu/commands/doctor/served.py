@@ -11,6 +11,7 @@ from typing import Final
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.peer import failure
 from sgpu.config.values import split_address
+from sgpu.node.gpu import label
 from sgpu.observe.client import NoAnswerError, fetch
 
 #: Seconds for one answer.
@@ -64,7 +65,7 @@ def check_gpus(path: str) -> Iterator[Finding]:
     for gpu in down:
         since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(gpu.since))
         advice = "`python -m sgpu status` says which pods use it; it is offered again by itself when it is well"
-        yield fail(f"daemon's GPU {gpu.uuid}", f"all its shares are unhealthy since {since}: {gpu.reason}", advice)
+        yield fail(f"daemon's {label(gpu.uuid)}", f"all its shares are unhealthy since {since}: {gpu.reason}", advice)
     if not down:
         yield ok(subject, f"it has all {len(snapshot.gpus)} for healthy")
 

@@ -157,7 +157,7 @@ def _stack(snapshot: Snapshot, now: float, view: View, width: int) -> Iterator[R
 
 
 def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]) -> list[Text]:
-    """Return the GPU's name, its resource unless all have the same, and its health."""
+    """Return the GPU's name, an instance's GPU, its resource unless all have the same, and its health."""
     name = Text(printable(gpu.name), style="bold").append(f"  {printable(gpu.pci_bus_id)}", style="not bold dim")
     since = ago(now - gpu.since)
     if gpu.healthy:
@@ -168,7 +168,16 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
         )
     offered = Text(f"as {printable(gpu.resource)}" if gpu.resource else "not offered", style=DIM)
     alike = {gpu.resource} == {resource.name for resource in resources}
-    return [name, Text(printable(gpu.uuid)), *(() if alike else (offered,)), health]
+    parent = Text(f"of {printable(gpu.parent)}", style=DIM)
+    empty = Text("in MIG mode, without instances", style=NOTE)
+    return [
+        name,
+        Text(printable(gpu.uuid)),
+        *((parent,) if gpu.parent else ()),
+        *((empty,) if gpu.mig_mode else ()),
+        *(() if alike else (offered,)),
+        health,
+    ]
 
 
 def _moment(moment: float, now: float) -> str:

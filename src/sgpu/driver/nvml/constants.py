@@ -56,11 +56,17 @@ class EventType:
 
     DOUBLE_BIT_ECC: Final = 0x2
     XID_CRITICAL: Final = 0x8
+    MIG_CONFIG_CHANGE: Final = 0x100
     NON_FATAL_POISON: Final = 0x1000
     FATAL_POISON: Final = 0x2000
     GPU_UNAVAILABLE: Final = 0x4000
     RECOVERY_ACTION: Final = 0x8000
 
+
+#: `NVML_DEVICE_MIG_ENABLE`.
+MIG_ENABLED: Final = 1
+#: The instance in an event that belongs to none.
+NO_INSTANCE: Final = 0xFFFFFFFF
 
 #: `NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`.
 FIELD_RECOVERY_ACTION: Final = 230

@@ -61,14 +61,24 @@ class Fabric:
 
 
 @attrs.frozen
+class MigMode:
+    """Whether MIG is on, and whether it will be after the next reset of the GPU."""
+
+    current: bool
+    pending: bool
+
+
+@attrs.frozen
 class Event:
     """One NVML event: the GPU's UUID (empty if it is none that was registered), the `EventType` bit, and for an XID its
-    number.
+    number. The ids of the MIG instance that it is about are None where it is about none, or the GPU as a whole.
     """
 
     uuid: str
     type: int
     data: int
+    gpu_instance: int | None = None
+    compute_instance: int | None = None
 
 
 @attrs.frozen
@@ -216,6 +226,41 @@ class Library:
         self.call("nvmlDeviceGetGpuFabricInfoV", handle, info)
         return Fabric(state=int(info.state), status=int(info.status))
 
+    def mig_mode(self, handle: Handle) -> MigMode:
+        current, pending = ffi.new("unsigned int *"), ffi.new("unsigned int *")
+        self.call("nvmlDeviceGetMigMode", handle, current, pending)
+        return MigMode(current[0] == constants.MIG_ENABLED, pending[0] == constants.MIG_ENABLED)
+
+    def mig_count(self, handle: Handle) -> int:
+        """Return how many MIG instances the GPU can have at most: their indices are below, with holes."""
+        return self._unsigned("nvmlDeviceGetMaxMigDeviceCount", handle)
+
+    def mig_handle(self, handle: Handle, index: int) -> Handle | None:
+        """Return the handle of a MIG instance, None where there is none at the index.
+
+        It turns invalid, or another instance's, when an instance is destroyed: ask anew each time.
+        """
+        found = ffi.new("nvmlDevice_t *")
+        try:
+            self.call("nvmlDeviceGetMigDeviceHandleByIndex", handle, index, found)
+        except NvmlError as error:
+            if error.code == Code.NOT_FOUND:
+                return None
+            raise
+        return Handle(found[0])
+
+    def gpu_instance(self, handle: Handle) -> int:
+        return self._unsigned("nvmlDeviceGetGpuInstanceId", handle)
+
+    def compute_instance(self, handle: Handle) -> int:
+        return self._unsigned("nvmlDeviceGetComputeInstanceId", handle)
+
+    def mig_memory(self, handle: Handle) -> int:
+        """Return the bytes of memory that a MIG instance of this profile has."""
+        attributes = ffi.new("nvmlDeviceAttributes_t *")
+        self.call("nvmlDeviceGetAttributes_v2", handle, attributes)
+        return int(attributes.memorySizeMB) << 20
+
     @contextmanager
     def event_set(self) -> Iterator[EventSet]:
         """Open an event set; it is freed at the end."""
@@ -275,11 +320,23 @@ class EventSet:
 
     def wait(self, milliseconds: int) -> Event | None:
         """Return the next event, or None when none came in time."""
-        data = ffi.new("nvmlEventData_t *")
+        # Drivers from before MIG do not write the ids.
+        none = constants.NO_INSTANCE
+        data = ffi.new("nvmlEventData_t *", {"gpuInstanceId": none, "computeInstanceId": none})
         try:
             self.library.call("nvmlEventSetWait", self.pointer, data, milliseconds)
         except NvmlError as error:
             if error.code == Code.TIMEOUT:
                 return None
             raise
-        return Event(uuid=self._uuids.get(data.device, ""), type=int(data.eventType), data=int(data.eventData))
+        return Event(
+            uuid=self._uuids.get(data.device, ""),
+            type=int(data.eventType),
+            data=int(data.eventData),
+            gpu_instance=_instance(data.gpuInstanceId),
+            compute_instance=_instance(data.computeInstanceId),
+        )
+
+
+def _instance(number: int) -> int | None:
+    return None if number == constants.NO_INSTANCE else number
