@@ -42,6 +42,7 @@ class FakePodResources:
         self.delay = 0.0
 
         self._pods: defaultdict[tuple[str, str], list[tuple[str, str, tuple[str, ...]]]] = defaultdict(list)
+        self._claims: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
         self._refusal: tuple[grpc.StatusCode, str] | None = None
         self._changed = threading.Condition()
         self._running = False
@@ -81,6 +82,12 @@ class FakePodResources:
         """A container has these from now on, beside what it has already."""
         with self._changed:
             self._pods[namespace, pod].append((container, resource, tuple(share_ids)))
+
+    def claim(self, namespace: str, pod: str, container: str, share_id: str) -> None:
+        """A container has a device of a claim from now on."""
+        with self._changed:
+            self._claims[namespace, pod, container].append(share_id)
+            self._pods[namespace, pod].append((container, "", ()))
 
     def release(self, pod: str, namespace: str = "default") -> None:
         """A pod is gone, and what its containers had is free."""
@@ -122,7 +129,12 @@ class FakePodResources:
             refusal = self._refusal
         if refusal is not None:
             context.abort(*refusal)
-        return _answer(pods)
+        response = _answer(pods)
+        for pod in response.pod_resources:
+            for entry in pod.containers:
+                for share_id in self._claims.get((pod.namespace, pod.name, entry.name), ()):
+                    entry.dynamic_resources.add().claim_resources.add(driver_name="d", share_id=share_id)
+        return response
 
 
 def _answer(pods: dict[tuple[str, str], list[tuple[str, str, tuple[str, ...]]]]) -> Any:  # noqa: ANN401

@@ -92,7 +92,7 @@ def test_the_committed_files_are_what_the_manifests_generate() -> None:
     assert files == made.keys() | by_hand
     out_of_date = [name for name, text in made.items() if (helm_chart.CHART / name).read_text() != text]
     assert out_of_date == [], "run `tox -e generate`"
-    assert [path.stem for path in VALUES_FILES] == sorted(path.name for path in (*OVERLAYS, *COMPONENTS))
+    assert sorted(path.stem for path in VALUES_FILES) == sorted(path.name for path in (*OVERLAYS, *COMPONENTS))
 
 
 @pytest.mark.parametrize(

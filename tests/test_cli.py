@@ -20,6 +20,7 @@ from sgpu.cli import COMMANDS, FAILED, OK, USAGE, main
 from sgpu.config.load import Loaded, load, parse_flags
 from sgpu.config.settings import SETTINGS, Settings
 from sgpu.deviceplugin.session import DirectoryRemovedError
+from sgpu.kubeapi import ApiServerError
 from sgpu.node.policy import OffersRefusedError, PolicyConflictError
 
 Daemon = Callable[[BaseException | None], list[Settings]]
@@ -186,6 +187,7 @@ class TestUsage:
             pytest.param(["demo", "more"], {}, ["'demo more'"], id="more than a command"),
             pytest.param(["a\nb"], {}, [r"'a\nb'"], id="command with a newline"),
             pytest.param(["-print-config", "-v=x"], {}, ["-v", "'x'"], id="nothing to print"),
+            pytest.param(["-api=dra"], {}, ["-node-name", "SGPU_NODE_NAME"], id="no name of the node"),
             pytest.param(["doctor"], {"SGPU_V": "x"}, ["-v", "'x'", "SGPU_V"], id="environment"),
             pytest.param(["demo", "-v=5"], {}, ["demo"], id="setting of a command that takes none"),
             pytest.param(["demo", "-print-config"], {}, ["demo"], id="action of a command that takes none"),
@@ -267,6 +269,7 @@ class TestRun:
             pytest.param(PolicyConflictError("matched twice"), USAGE, id="two rules for a GPU"),
             pytest.param(rpc.AddressInUseError(Path("/x.sock"), 0), FAILED, id="address in use"),
             pytest.param(DirectoryRemovedError(Path("/x")), FAILED, id="directory removed"),
+            pytest.param(ApiServerError("needs a pod"), FAILED, id="no API server"),
         ],
     )
     def test_for_the_operator(

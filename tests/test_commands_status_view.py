@@ -162,6 +162,13 @@ class TestHead:
         assert "sample" not in head
         assert "!" not in rest
 
+    def test_claims(self) -> None:
+        """Show what claims take, and why the scheduler does not know the resource."""
+        gpu = attrs.evolve(HEALTHY, memory_claimed=3 << 29)
+        shown = text(attrs.evolve(of(gpu), resources=(ResourceSnapshot("example.com/gpu", True, 1, "no\nserver"),)))
+        assert r"not published: no\nserver" in shown
+        assert "claims for 1.5 GiB" in shown
+
     def test_resources(self) -> None:
         """Show of each resource how it stands with the kubelet."""
         resources = tuple(

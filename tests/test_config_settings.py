@@ -27,6 +27,7 @@ INTERVAL = (("0.1", "3600"), ("0", "3601"))
 NUMBERS = (("", "13, 31"), ("x",))
 
 EXPECTED = {
+    "api": Expected("device-plugin", ("device-plugin", "dra"), ("DRA", "auto")),
     "host-path": Expected("/home/kubernetes/bin/nvidia", *PATHS),
     "container-path": Expected("/usr/local/nvidia", *PATHS),
     "plugin-directory": Expected("/device-plugin", *PATHS),
@@ -73,6 +74,12 @@ EXPECTED = {
         ("1g", "5gb", "1g.10gb,", "0g.5gb", "1g.5GB", "1g.5gb+", "a100", " 1g.10gb"),
     ),
     "simulate-faults": Expected("", *FILES),
+    "node-name": Expected("", ("", "node-a.example"), ("Node", "a_b", "a" * 254)),
+    "dra-registry-directory": Expected("/var/lib/kubelet/plugins_registry", *PATHS),
+    "dra-plugin-directory": Expected("/var/lib/kubelet/plugins", *PATHS),
+    "dra-memory-default": Expected("none", ("none", "fair"), ("0",)),
+    "dra-evict": Expected(False, *BOOLEANS),
+    "cdi-directory": Expected("/var/run/cdi", *PATHS),
     "log-format": Expected("text", ("text", "json"), ("JSON",)),
     "v": Expected(0, ("0", "10"), ("-1", "11")),
     "logtostderr": Expected(True, *BOOLEANS),

@@ -8,13 +8,14 @@ import pytest
 import trio
 import trio.testing
 
-from sgpu.deviceplugin.prestart import TIMEOUT, wait_limited
+from sgpu.deviceplugin.prestart import wait_limited
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target
 from sgpu.node.gpu import Gpu
 from sgpu.node.limits import WantedLimits
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
+from sgpu.pods.gate import TIMEOUT
 from sgpu.rpc import RpcError
 
 RESOURCE = "example.com/gpu"

@@ -25,6 +25,7 @@ from sgpu.deviceplugin.registrar import FAREWELL
 from sgpu.deviceplugin.succession import Succession
 from sgpu.driver.simulated import simulated_gpus
 from sgpu.lib.concurrency import Broadcast, wait_until
+from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.policy import Policy, Rule
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
@@ -71,6 +72,9 @@ class Kubelet:
         self.changed.notify()
 
 
+OPTIONS = AllocationOptions(HostPaths("/host/nvidia", "/usr/local/nvidia", "/dev"))
+
+
 @attrs.frozen
 class World:
     """A node, its kubelet, and what the daemon records of the two."""
@@ -91,7 +95,8 @@ async def running(policy: Policy, refused: str = "") -> AsyncIterator[World]:
             kubelet = Kubelet(directory, nursery, {refused})
             async with serving(rpc.routes([Registrar(kubelet.register).service]), directory / registration.SOCKET):
                 settings = Settings(plugin_directory=str(directory))
-                nursery.start_soon(registrar.run, node, settings, registrations, counters, watchdog, Succession())
+                served = (node, settings, OPTIONS, registrations, counters, watchdog, Succession())
+                nursery.start_soon(registrar.run, *served)
                 yield World(node, kubelet, registrations, watchdog)
                 nursery.cancel_scope.cancel()
 

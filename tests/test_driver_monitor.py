@@ -276,6 +276,7 @@ class TestEvents:
         two.event(FIRST, EventKind.XID, xid.number)
         assert two.faults == {"GPU-a": [clearance]}
         assert list(two.unhealthy) == ["GPU-a"]
+        assert [gpu.needs_reset for gpu in two.node.gpus] == [clearance is Clearance.RESET, False]
         assert all(fact in two.unhealthy["GPU-a"] for fact in (f"XID {xid.number}", xid.meaning, xid.action))
 
     @pytest.mark.parametrize(

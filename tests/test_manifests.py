@@ -22,6 +22,7 @@ from sgpu.cli import COMMANDS
 from sgpu.config.load import load, parse_flags
 from sgpu.config.settings import Settings
 from sgpu.config.values import split_address
+from sgpu.dra.slices import DEVICE_TYPE, DRIVER
 
 # What `tox -e 3.13-all` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
 pytestmark = pytest.mark.static
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.static
 K8S = plain.DIRECTORY
 BASE = K8S / "base"
 OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
+SIMULATED = K8S / "overlays" / "simulated"
 EXAMPLES = sorted(K8S.glob("examples/*.yaml"))
 #: Added to any of them, for newer Kubernetes.
 SURGE = K8S / "components" / "surge"
@@ -36,14 +38,18 @@ SURGE = K8S / "components" / "surge"
 FIRST_LOOK = K8S / "examples" / "simulated"
 #: An overlay with a -config file.
 CONFIGURED = K8S / "examples" / "config"
-KUSTOMIZATIONS = [BASE, *OVERLAYS, FIRST_LOOK, CONFIGURED]
+#: With dynamic resource allocation, each made of another one; and pods for it. For Kubernetes 1.36 and later.
+DRA = {K8S / "overlays" / "dra": K8S / "overlays" / "host-driver", K8S / "overlays" / "dra-simulated": SIMULATED}
+DRA_EXAMPLES = sorted(K8S.glob("examples/dra/*.yaml"))
+OLDER = [BASE, *(path for path in OVERLAYS if path not in DRA), FIRST_LOOK, CONFIGURED]
+KUSTOMIZATIONS = [*OLDER, *DRA]
 #: The plugin's manifests: all that run it.
-RUNNING = [BASE, *(path for path in OVERLAYS if path.name not in ("alerts", "monitoring"))]
+RUNNING = [BASE, *(path for path in OVERLAYS if path.name not in ("alerts", "monitoring") and path not in DRA)]
 SHARE = Settings().resource_name
 #: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e 3.13-all` sets it.
 OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
 
-each_source = pytest.mark.parametrize("source", [plain.PLAIN, *EXAMPLES, *KUSTOMIZATIONS], ids=lambda path: path.stem)
+each_source = pytest.mark.parametrize("source", [plain.PLAIN, *EXAMPLES, *OLDER], ids=lambda path: path.stem)
 each_running = pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
 
 
@@ -115,6 +121,15 @@ class TestTaken:
         for thing in objects(source):
             kubernetes_validate.validate(thing, version, strict=True)
 
+    @pytest.mark.parametrize("version", ["1.36", "1.37"])
+    @pytest.mark.parametrize("source", [*DRA, *DRA_EXAMPLES], ids=lambda path: path.stem)
+    def test_with_dynamic_resource_allocation(self, source: Path, version: str) -> None:
+        """By the releases that have it, as far as their schemas go."""
+        import kubernetes_validate
+
+        for thing in objects(source):
+            kubernetes_validate.validate(thing, version, strict=True)
+
     def test_the_checks_see_what_is_too_new_or_wrong(self, old_definitions: Mapping[str, Any]) -> None:
         """A field that came with 1.20, and one that never was."""
         import kubernetes_validate
@@ -142,7 +157,8 @@ class TestRendered:
         if rendered.remote:
             pytest.skip(f"needs {rendered.remote[0]}")
         output = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=True).stdout
-        assert tuple(yaml.safe_load_all(output)) == rendered.objects
+        made = sorted(yaml.safe_load_all(output), key=kustomize.identity)  # kubectl sorts by kind
+        assert made == sorted(rendered.objects, key=kustomize.identity)
 
     def test_what_others_publish_is_pinned(self) -> None:
         """To a commit: what an overlay applies does not change by itself."""
@@ -154,12 +170,7 @@ class TestRendered:
     def test_the_readme_names_each_overlay(self) -> None:
         """And the first look, which takes one command."""
         assert {path.name for path in OVERLAYS} == {
-            "alerts",
-            "gke-cos",
-            "gke-ubuntu",
-            "host-driver",
-            "monitoring",
-            "simulated",
+            *("alerts", "gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated", "dra", "dra-simulated")
         }
         readme = (K8S.parent / "README.md").read_text()
         for path in OVERLAYS:
@@ -277,6 +288,48 @@ class TestSurge:
         """Our kustomize gives what kubectl would apply."""
         output = subprocess.run(["kubectl", "kustomize", surging], capture_output=True, text=True, check=True).stdout
         assert tuple(yaml.safe_load_all(output)) == kustomize.render(surging).objects
+
+
+@pytest.mark.parametrize("directory", DRA, ids=lambda path: path.name)
+class TestDra:
+    def test_what_differs(self, directory: Path) -> None:
+        """The API server's token, the kubelet's directories at the same paths, and CDI; all else is as without it."""
+        before, after = pod_spec(DRA[directory]), pod_spec(directory)
+        assert after["automountServiceAccountToken"] is True
+        assert {key for key in after if after[key] != before.get(key)} == {
+            *("automountServiceAccountToken", "serviceAccountName", "containers", "volumes")
+        }
+        (old,), (new,) = before["containers"], after["containers"]
+        added = {key: [each for each in new[key] if each not in old[key]] for key in new if new[key] != old[key]}
+        assert added.keys() == {"env", "volumeMounts"}
+        assert [variable["name"] for variable in added["env"]] == ["SGPU_API", "SGPU_NODE_NAME"]
+        paths = {volume["name"]: volume["hostPath"]["path"] for volume in after["volumes"]}
+        assert {mount["mountPath"]: paths[mount["name"]] for mount in added["volumeMounts"]} == {
+            path: path
+            for path in ("/var/lib/kubelet/plugins_registry", f"/var/lib/kubelet/plugins/{DRIVER}", "/var/run/cdi")
+        }
+
+    def test_the_class_selects_what_is_published(self, directory: Path) -> None:
+        """By the driver's name, and by attributes that every device has."""
+        (found,) = (thing for thing in kustomize.render(directory).objects if thing["kind"] == "DeviceClass")
+        (selector,) = found["spec"]["selectors"]
+        assert found["spec"]["extendedResourceName"] == SHARE
+        wanted = {"type": DEVICE_TYPE, "resource": SHARE}
+        terms = [f'device.attributes["{DRIVER}"].{name} == "{value}"' for name, value in wanted.items()]
+        assert selector["cel"]["expression"].split(" && ") == [f'device.driver == "{DRIVER}"', *terms]
+
+    def test_rights_and_the_policy_are_of_the_same_account(self, directory: Path) -> None:
+        """Else one of them would be without effect."""
+        rendered = {thing["kind"]: thing for thing in kustomize.render(directory).objects}
+        account = pod_spec(directory)["serviceAccountName"]
+        subject = {"kind": "ServiceAccount", "name": account, "namespace": "kube-system"}
+        assert rendered["ClusterRoleBinding"]["subjects"] == [subject]
+        (condition,) = rendered["ValidatingAdmissionPolicy"]["spec"]["matchConditions"]
+        assert f'"system:serviceaccount:kube-system:{account}"' in condition["expression"]
+        assert rendered["ServiceAccount"]["metadata"] == {"name": account, "namespace": "kube-system"}
+        verbs = {rule["resources"][0]: rule["verbs"] for rule in rendered["ClusterRole"]["rules"]}
+        assert verbs.keys() == {"resourceclaims", "resourceslices", "nodes"}
+        assert {verb for each in verbs.values() for verb in each}.isdisjoint({"*", "patch", "deletecollection"})
 
 
 class TestBeside:

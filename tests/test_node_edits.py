@@ -16,6 +16,7 @@ from sgpu.node.edits import (
     HostPaths,
     Mount,
     NotDistinctError,
+    claim_edits,
     container_edits,
 )
 from sgpu.node.gpu import Gpu, units
@@ -150,3 +151,21 @@ class TestOptions:
         else:
             with pytest.raises(NotDistinctError, match="-multi-share strict-distinct"):
                 container_edits(allocated, strict)
+
+
+class TestClaimEdits:
+    def test_only_device(self) -> None:
+        """Beside the variables of shares there are those with the unit's name, and all else is as with a share."""
+        edits = claim_edits(A, 2, 5000, PLAIN, hints=True, only=True)
+        own = {"SGPU_SHARES_GPU_A": "2", "SGPU_MEMORY_BYTES_GPU_A": "5000"}
+        sums = {"SGPU_SHARES": "2", "SGPU_MEMORY_BYTES": "5000", "SGPU_GPU_UUIDS": "GPU-a"}
+        assert edits.environment == own | sums | IGNORED_BY_NVIDIA_RUNTIME | FRAMEWORK_HINTS
+        share = container_edits([A], PLAIN)
+        assert (edits.device_nodes, edits.mounts) == (share.device_nodes, share.mounts)
+
+    def test_one_of_several(self) -> None:
+        """Two devices of a claim set no variable to different values: one of the edits would win."""
+        both = [claim_edits(each, 1, None, PLAIN, hints=False, only=False).environment for each in (A, B)]
+        common = both[0].keys() & both[1].keys()
+        assert {name: both[0][name] for name in common} == {name: both[1][name] for name in common}
+        assert both[0].keys() - common == {"SGPU_SHARES_GPU_A"}

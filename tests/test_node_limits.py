@@ -39,6 +39,14 @@ def test_allowed_memory(memory: int | None, factor: float, shares: int, allowed:
     assert allowed_memory(offer(memory=memory, factor=factor), shares) == allowed
 
 
+def test_claimed_memory() -> None:
+    """What a claim names is what its container may use, beside the fair part of other shares, and at most all."""
+    shares = [Share("GPU-a", number) for number in range(4)]
+    amounts = {shares[0]: 300, shares[1]: 0, shares[3]: 2000}
+    holders = dict(zip(shares, (MAIN, MAIN, MAIN, OTHER), strict=True))
+    assert allowed_by_container([offer()], holders, amounts) == {"GPU-a": {MAIN: 425, OTHER: 1000}}
+
+
 def test_by_container() -> None:
     """Shares of one unit add up; each unit and each container counts by itself."""
     holders = {Share("GPU-a", 0): MAIN, Share("GPU-a", 5): MAIN, Share("GPU-b", 0): MAIN, Share("GPU-a", 1): OTHER}

@@ -9,6 +9,7 @@ from functools import partial
 import attrs
 import pytest
 
+from sgpu.node.claims import ClaimedUnit, PreparedClaim
 from sgpu.node.container import NO_POD, Container
 from sgpu.node.edits import (
     AllocationError,
@@ -380,6 +381,23 @@ class TestPressure:
             node.set_gpus(gpus)
             assert withheld(node) == numbers
         assert not notifies(node, lambda: node.set_gpus((A, B)))
+
+
+class TestSetClaims:
+    def test_expected(self, node: NodeState) -> None:
+        """What new claims take of a GPU is expected to be used, and those of before are not counted again."""
+
+        def claimed(letter: str, *numbers: int, memory: int = 0) -> PreparedClaim:
+            shares = tuple(Share(f"GPU-{letter}", number) for number in numbers)
+            return PreparedClaim("", "team", "c", (), (ClaimedUnit("s", f"GPU-{letter}", SHARED, shares, memory),))
+
+        first = {"1": claimed("a", 0, 1, memory=600), "2": claimed("a", 2), "3": claimed("z", 0)}
+        assert notifies(node, lambda: node.set_claims(first))
+        assert node.claims == first
+        assert node.usage.grants.expected_bytes(0) == {"GPU-a": 600 + 250, "GPU-z": 0}
+        node.usage.grants.reconcile(())
+        node.set_claims({**first, "4": claimed("a", 3)})
+        assert node.usage.grants.expected_bytes(0)["GPU-a"] == 600 + 2 * 250
 
 
 class TestAllocate:

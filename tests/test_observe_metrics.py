@@ -39,7 +39,7 @@ WEB = ContainerUse(
 )
 TRAIN = ContainerUse("team", "train", "main", shares=1, memory_limit=GIB, limit_state="refused")
 STRAY = ContainerUse("", "", "", shares=0, memory_used=2 * GIB, processes=3)
-UP = attrs.evolve(GPU, uuid="GPU-a", resource=RESOURCE, withheld=97, containers=(WEB, TRAIN, STRAY))
+UP = attrs.evolve(GPU, uuid="GPU-a", resource=RESOURCE, withheld=97, containers=(WEB, TRAIN, STRAY), memory_claimed=GIB)
 DOWN = attrs.evolve(
     UP,
     uuid="GPU-b",
@@ -58,7 +58,7 @@ NODE = attrs.evolve(
     time=1000.0,
     sampled_at=997.5,
     stale_answers=(StaleAnswer("team/web", ("/dev/nvidia1",), ("/dev/nvidia0",)),),
-    resources=(ResourceSnapshot(RESOURCE, True, 1), ResourceSnapshot("example.com/none", False, 0)),
+    resources=(ResourceSnapshot(RESOURCE, True, 1, ""), ResourceSnapshot("example.com/none", False, 0)),
     gpus=(UP, DOWN),
 )
 UNKNOWN = attrs.evolve(NODE, sampled_at=None, stale_answers=None, gpus=(attrs.evolve(DOWN, healthy=True, reason=""),))
@@ -106,6 +106,7 @@ class TestSeries:
             ("sgpu_gpu_memory_total_bytes{uuid=GPU-a}", 15 * GIB),
             ("sgpu_gpu_memory_used_bytes{uuid=GPU-a}", 7 * GIB),
             ("sgpu_gpu_memory_free_bytes{uuid=GPU-a}", 8 * GIB),
+            ("sgpu_gpu_memory_claimed_bytes{uuid=GPU-a}", GIB),
             ("sgpu_gpu_utilization_ratio{uuid=GPU-a}", 0.37),
             ("sgpu_gpu_healthy{uuid=GPU-a}", 1),
             ("sgpu_gpu_healthy{uuid=GPU-b}", 0),
@@ -124,6 +125,7 @@ class TestSeries:
             ("sgpu_container_memory_used_bytes{container=,namespace=,pod=,uuid=GPU-a}", 2 * GIB),
             ("sgpu_registered{resource=example.com/gpu}", 1),
             ("sgpu_registered{resource=example.com/none}", 0),
+            ("sgpu_published{resource=example.com/gpu}", 1),
             ("sgpu_registrations_total{resource=example.com/gpu,result=success}", 2),
             ("sgpu_registrations_total{resource=example.com/gpu,result=failure}", 1),
             ("sgpu_registrations_total{resource=example.com/none,result=success}", 0),

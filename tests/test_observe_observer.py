@@ -14,6 +14,7 @@ from sgpu.driver.messages import NotReady, Report
 from sgpu.driver.monitor import Monitor
 from sgpu.driver.xids import XidPolicy
 from sgpu.lib.sizes import GIB
+from sgpu.node.claims import ClaimedUnit, PreparedClaim
 from sgpu.node.container import Container
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.gpu import Gpu, Health, MigInstance
@@ -120,6 +121,14 @@ class TestGpus:
         world.node.set_gpus((gpu("a", mig_mode=True),))
         (seen,) = world.snapshot().gpus
         assert (seen.uuid, seen.resource, seen.shares, seen.mig_mode, seen.parent) == ("GPU-a", "", 0, True, "")
+
+    def test_claims(self, world: World) -> None:
+        """Show what claims take of a GPU's memory, where there are claims at all."""
+        unit = ClaimedUnit("s", "GPU-a", SHARED, (Share("GPU-a", 0),), 4 * GIB)
+        world.node.set_claims({"u": PreparedClaim("u", "team", "c", (), (unit, attrs.evolve(unit, uuid="GPU-b")))})
+        assert world.gpu().memory_claimed is None
+        world.observer = attrs.evolve(world.observer, claims=True)
+        assert [gpu.memory_claimed for gpu in world.snapshot().gpus] == [4 * GIB, 4 * GIB, 0]
 
     def test_rules(self, world: World) -> None:
         """Show the resource and the shares of each GPU, and of one that is excluded, none."""

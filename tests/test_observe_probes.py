@@ -66,6 +66,11 @@ def test_ready(snapshot: Snapshot) -> None:
         pytest.param(node(gpu(), shared=None), f"{SHARED} is not registered", id="kubelet"),
         pytest.param(node(gpu(), gpu(WHOLE), shared=1, whole=None), f"{WHOLE} is not registered", id="one of two"),
         pytest.param(node(gpu(), shared=0), "ListAndWatch", id="stream"),
+        pytest.param(
+            attrs.evolve(node(gpu()), resources=(ResourceSnapshot(SHARED, True, 1, "no API server"),)),
+            "the scheduler does not know example.com/shared: no API server",
+            id="API server",
+        ),
     ],
 )
 def test_unready(snapshot: Snapshot, fact: str) -> None:

@@ -13,7 +13,9 @@ import trio
 from daemon_process import short_directory
 from fake_pod_resources import RESOURCE, FakePodResources
 
+from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
 from sgpu.node.container import Container
+from sgpu.node.shares import Share
 from sgpu.pods import holders
 from sgpu.pods.holders import PodResourcesError, list_holders
 
@@ -76,6 +78,21 @@ class TestAnswers:
             RESOURCE: one,
             OTHER: one,
             "example.com/none": {},
+        }
+
+    def test_claims(self, kubelet: FakePodResources) -> None:
+        """Of claims that are prepared, the last container that has one counts, and its pod until there is one."""
+        units = {name: ClaimedUnit(name, "GPU-a", RESOURCE, (Share("GPU-a", int(name)),)) for name in "012"}
+        pods = {"0": (Pod("u", "one"),), "1": (Pod("v", "two"),), "2": ()}
+        claims = [PreparedClaim(name, "team", f"c{name}", pods[name], (unit,)) for name, unit in units.items()]
+        for container in ("main", "sidecar"):
+            kubelet.claim("team", "one", container, "0")
+        kubelet.claim("team", "other", "main", "of another driver")
+        held = trio.run(list_holders, kubelet.path, (RESOURCE,), claims)
+        assert {str(share): holder for share, holder in held.shares[RESOURCE].items()} == {
+            "GPU-a::0": Container("team", "one", "sidecar"),
+            "GPU-a::1": Container("team", "two", ""),
+            "GPU-a::2": Container("team", "claim c2", ""),
         }
 
     def test_megabytes(self, kubelet: FakePodResources) -> None:

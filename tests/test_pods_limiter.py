@@ -15,6 +15,7 @@ from virtual_clock import real
 
 from sgpu.lib.concurrency import wait_until
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
+from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
 from sgpu.node.container import Container
 from sgpu.node.gpu import Gpu
 from sgpu.node.policy import Policy
@@ -140,6 +141,28 @@ async def test_gone(world: World) -> None:
         while set(world.node.enforcement.table()) != table:
             world.node.enforcement.look.notify()
             await trio.lowlevel.checkpoint()
+
+
+@real
+async def test_claim(world: World) -> None:
+    """The pod of a claim may use the claim's memory, and so may each of its containers until it is known whose it is;
+    one without the claim has nothing of its own.
+    """
+    other = Share("GPU-a", 1)
+    units = (
+        ClaimedUnit("s-1", "GPU-a", RESOURCE, (SHARE,), 300 * MIB),
+        ClaimedUnit("s-2", "GPU-a", RESOURCE, (other,)),
+    )
+    (world.pod / ID).mkdir(parents=True)
+    (world.root / f"logs/trainer_team_main-{ID}.log").touch()
+
+    async with limited(world):
+        world.node.set_claims({"u": PreparedClaim("u", "team", "c", (Pod(UID, "trainer"),), units)})
+        await world.wait_wanted(pod=400, container=400)
+        assert world.node.enforcement.wanted.pods == dict.fromkeys((SHARE, other), str(world.pod))
+        world.node.set_holders({RESOURCE: {SHARE: Container("team", "trainer", "main")}})
+        world.node.enforcement.look.notify()
+        await world.wait_wanted(pod=400, container=300)
 
 
 @pytest.mark.parametrize(

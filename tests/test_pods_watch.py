@@ -24,6 +24,7 @@ from virtual_clock import real, virtual
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
+from sgpu.node.claims import PreparedClaim
 from sgpu.node.container import NO_POD, Container, Owners
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.gpu import Gpu
@@ -75,7 +76,7 @@ class FakeKubelet:
     delay: float = 0.0
     calls: list[tuple[float, list[str]]] = attrs.field(factory=list)
 
-    async def list_holders(self, _: Path, resources: Collection[str]) -> Held:
+    async def list_holders(self, _: Path, resources: Collection[str], claims: Collection[PreparedClaim]) -> Held:
         await trio.sleep(self.delay)
         self.calls.append((trio.current_time(), sorted(resources)))
         if isinstance(self.answer, str):

@@ -206,6 +206,8 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
     from sgpu.lib.concurrency import find_error
     from sgpu.node.policy import OffersRefusedError
 
+    if loaded.settings.api == "dra" and not loaded.settings.node_name:
+        return _fail(UsageError("-api dra needs -node-name: set SGPU_NODE_NAME from the pod's spec.nodeName"), USAGE)
     logs.configure(loaded.settings.log_format, loaded.settings.v)
     gc.freeze()  # modules are no garbage: to look through them takes 5 ms each time, in which the kubelet would wait
     try:
@@ -216,7 +218,9 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
             return _fail(refused, USAGE)
         if find_error(error, MemoryError):
             return _fail(MEMORY, FAILED)
-        for kind in (PlaceTakenError, rpc.AddressInUseError, DirectoryRemovedError):
+        from sgpu.kubeapi import ApiServerError  # here, because only -api dra should pay for it
+
+        for kind in (PlaceTakenError, rpc.AddressInUseError, DirectoryRemovedError, ApiServerError):
             if found := find_error(error, kind):
                 return _fail(found, FAILED)
         raise

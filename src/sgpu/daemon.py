@@ -33,8 +33,10 @@ from sgpu.driver.process import Feed
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
 from sgpu.lib.threads import run_in_thread
+from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.guard import GuardPolicy, Sample
 from sgpu.node.policy import Policy
+from sgpu.node.rank import MultiShare, Placement
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
 from sgpu.observe.labels import labels
@@ -90,12 +92,20 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
             nursery.start_soon(_move_in, place, settings, monitor, sender, succession, in_place)
             # Front-ends
-            served = (node, settings, registrations, counters, watchdog, succession)
-            front_ends.start_soon(_after, in_place, partial(registrar.run, *served))
+            served = (node, settings, _allocation_options(settings), registrations, counters)
+            if settings.api == "dra":
+                frontend = await run_in_thread(_import_dra)
+                version = partial(getattr, monitor, "driver_version", "")
+                leaving = trio.Event()
+                nursery.start_soon(_set_at_end, leaving)
+                front_ends.start_soon(_after, in_place, partial(frontend.run, *served, version, leaving))
+            else:
+                front_ends.start_soon(_after, in_place, partial(registrar.run, *served, watchdog, succession))
             front_ends.start_soon(_after, in_place, partial(limit_containers, _limit_options(settings), node))
             nursery.start_soon(confirm, place, node, registrations)
             # Observers
-            observer = Observer(node, registrations, counters, watchdog, monitor, lambda: place.waiting)
+            sources = (node, registrations, counters, watchdog, monitor)
+            observer = Observer(*sources, lambda: place.waiting, settings.api == "dra")
             if settings.node_labels == "nfd":
                 directory = Path(settings.node_labels_directory)
                 nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
@@ -162,6 +172,14 @@ async def _move_in(
     in_place.set()
     if monitor and settings.state_file:
         await fault_file.save_changes(Path(settings.state_file), fault_file.read_boot_id(), monitor)
+
+
+async def _set_at_end(event: trio.Event) -> None:
+    """Set the event when this is cancelled."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
 
 
 async def _after(event: trio.Event, function: Callable[[], Awaitable[None]]) -> None:
@@ -234,6 +252,27 @@ def _apply(node: NodeState, policy: Policy) -> str:
     if not node.gpus:
         return "nothing, as there is no GPU yet"
     return ", ".join(f"{count} x {resource}" for resource, count in shares.items())
+
+
+def _allocation_options(settings: Settings) -> AllocationOptions:
+    return AllocationOptions(
+        HostPaths(
+            libraries=settings.host_path,
+            libraries_in_container=settings.container_path,
+            devices=settings.dev_directory,
+        ),
+        framework_hints=settings.framework_hints,
+        placement=Placement(settings.placement),
+        multi_share=MultiShare(settings.multi_share),
+        limits_fail_open=settings.memory_limits_failure == "open",
+    )
+
+
+def _import_dra() -> ModuleType:
+    """Import it only where it is used: a daemon with a device plugin should not pay for HTTP and TLS."""
+    from sgpu.dra import frontend
+
+    return frontend
 
 
 def _import_endpoints() -> ModuleType:

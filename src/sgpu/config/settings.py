@@ -15,6 +15,7 @@ from sgpu.config.values import (
     MIG_PROFILES,
     MIG_RESOURCE,
     NAMESPACES,
+    NODE_NAME,
     NUMBERS,
     PATH,
     RESOURCE,
@@ -37,6 +38,11 @@ def setting(default: object, kind: Kind, meaning: str) -> Any:  # noqa: ANN401  
 class Settings:
     """The daemon's settings. A field's flag is its name with dashes (`host_path`: `-host-path`)."""
 
+    api: str = setting(
+        "device-plugin",
+        choice("device-plugin", "dra"),
+        "how shares are offered: by a device plugin, or by dynamic resource allocation (Kubernetes 1.36 or later)",
+    )
     host_path: str = setting(
         "/home/kubernetes/bin/nvidia",
         PATH,
@@ -150,6 +156,22 @@ class Settings:
         "with -simulate: file with the numbers of unhealthy GPUs (or MIG instances: 0/1), one per line; read while "
         "running",
     )
+    node_name: str = setting("", NODE_NAME, "with -api dra: name of the Node, from the pod's spec.nodeName")
+    dra_registry_directory: str = setting(
+        "/var/lib/kubelet/plugins_registry", PATH, "with -api dra: where the kubelet finds plugins"
+    )
+    dra_plugin_directory: str = setting(
+        "/var/lib/kubelet/plugins", PATH, "with -api dra: the kubelet's directory of plugins, at the same path as there"
+    )
+    dra_memory_default: str = setting(
+        "none",
+        choice("none", "fair"),
+        "with -api dra: memory of a claim that names none; fair: its part, as always where there are memory limits",
+    )
+    dra_evict: bool = setting(
+        False, BOOLEAN, "with -api dra: end the pods of a GPU that needs a reset, instead of only sending no new ones"
+    )
+    cdi_directory: str = setting("/var/run/cdi", PATH, "with -api dra: where the container runtime reads CDI files")
     log_format: str = setting("text", choice("text", "json"), "format of the log's lines")
     v: int = setting(0, integer(0, 10), "verbosity of the log; 1 and more: debug messages")
     logtostderr: bool = setting(True, BOOLEAN, "accepted for the manifests that have it; the log always goes there")

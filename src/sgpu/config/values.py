@@ -17,6 +17,7 @@ _NAME: Final = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
 #: Characters. The kubelet also checks `requests.` + the name, which must be a subdomain as well.
 _DOMAIN_LENGTH: Final = 253 - len("requests.")
 _NAME_LENGTH: Final = 63
+_NODE_LENGTH: Final = 253
 #: As people write numbers; `int` takes more (underscores, blanks, other scripts' digits).
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
@@ -157,6 +158,10 @@ def _are_namespaces(text: str) -> bool:
     return all(re.fullmatch(_LABEL, name) for name in split_names(text))
 
 
+def _is_node_name(text: str) -> bool:
+    return not text or (len(text) <= _NODE_LENGTH and _DOMAIN.fullmatch(text) is not None)
+
+
 def _is_path(text: str) -> bool:
     """Return whether a file could have this path: YAML knows characters that no name of a file has."""
     try:
@@ -194,6 +199,7 @@ ADDRESS: Final = Kind(
 SHARES: Final = integer(1, 100_000)
 NUMBERS: Final = Kind("numbers with commas between, as in 13,31", str, _are_numbers, "N,N", int)
 NAMESPACES: Final = Kind("names of namespaces with commas between, or nothing", str, _are_namespaces, "NAME,NAME")
+NODE_NAME: Final = Kind("the name of a Node", str, _is_node_name, "NAME")
 RESOURCE: Final = Kind(
     "the name of an extended resource, as in example.com/name (not kubernetes.io)", str, is_extended_resource, "NAME"
 )

@@ -13,8 +13,7 @@ from sgpu.deviceplugin.servicer import PluginContext
 from sgpu.deviceplugin.session import loop_name, stay_registered
 from sgpu.deviceplugin.succession import Succession
 from sgpu.lib.concurrency import race, wait_until
-from sgpu.node.edits import AllocationOptions, HostPaths
-from sgpu.node.rank import MultiShare, Placement
+from sgpu.node.edits import AllocationOptions
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
 from sgpu.observe.registrations import Registrations
@@ -27,6 +26,7 @@ FAREWELL: Final = 2.0
 async def run(
     node: NodeState,
     settings: Settings,
+    options: AllocationOptions,
     registrations: Registrations,
     counters: Counters,
     watchdog: Watchdog,
@@ -36,7 +36,6 @@ async def run(
 
     A resource that fails to register does not stop the others.
     """
-    options = _options(settings)
     running: set[str] = set()
 
     async def keep(resource: str) -> None:
@@ -69,17 +68,3 @@ async def _wait_unwanted(node: NodeState, resource: str) -> None:
         await trio.sleep(FAREWELL)
         if resource not in node.resources():
             return
-
-
-def _options(settings: Settings) -> AllocationOptions:
-    return AllocationOptions(
-        HostPaths(
-            libraries=settings.host_path,
-            libraries_in_container=settings.container_path,
-            devices=settings.dev_directory,
-        ),
-        framework_hints=settings.framework_hints,
-        placement=Placement(settings.placement),
-        multi_share=MultiShare(settings.multi_share),
-        limits_fail_open=settings.memory_limits_failure == "open",
-    )

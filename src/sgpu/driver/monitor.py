@@ -238,6 +238,7 @@ class Monitor:
             health=Health.UNHEALTHY if reasons else Health.HEALTHY,
             reason=reason,
             since=self._since(self._conditions[report.uuid], before),
+            needs_reset=any(fault.clearance is Clearance.RESET for fault in self._conditions[report.uuid].faults),
             mig_mode=report.mig_mode,
             mig_pending=report.mig_pending,
             instances=tuple(self._instance(instance, known.get(instance.uuid)) for instance in report.instances),

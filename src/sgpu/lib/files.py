@@ -66,9 +66,12 @@ def make_private_directory(path: Path) -> None:
         directory.chmod(0o700)
 
 
-def write_private_file(path: Path, content: bytes) -> None:
-    """Write a file with mode 0600 in one step: a reader sees the old or the new one. Raises OSError."""
-    _replace(path, path.with_name(f"{path.name}.new"), content, 0o600)
+def write_private_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file with mode 0600 in one step: a reader sees the old or the new one. Raises OSError.
+
+    `durable`: also one who reads it after the node lost its power.
+    """
+    _replace(path, path.with_name(f"{path.name}.new"), content, 0o600, durable=durable)
 
 
 def write_public_file(path: Path, content: bytes) -> None:
@@ -76,10 +79,13 @@ def write_public_file(path: Path, content: bytes) -> None:
     _replace(path, path.with_name(f".{path.name}.new"), content, 0o644)
 
 
-def _replace(path: Path, new: Path, content: bytes, mode: int) -> None:
+def _replace(path: Path, new: Path, content: bytes, mode: int, *, durable: bool = False) -> None:
     new.unlink(missing_ok=True)  # left by a process that was killed, or a link that leads elsewhere
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with open(descriptor, "wb") as file:
         os.fchmod(descriptor, mode)  # the umask may have taken even the owner's rights
         file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(descriptor)
     os.replace(new, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 
@@ -11,3 +12,8 @@ def growing_delays(first: float, last: float) -> Iterator[float]:
     while True:
         yield delay
         delay = min(2 * delay, last)
+
+
+def jittered(delay: float) -> float:
+    """Return a part of the delay, at least half, by chance: so that many who wait for one thing don't come at once."""
+    return random.uniform(delay / 2, delay)

@@ -6,8 +6,9 @@ Pure: knows neither trio, nor purerpc, nor NVML.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -92,35 +93,65 @@ class ContainerEdits:
 
 
 def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> ContainerEdits:
-    """Return what a container needs that gets one share of each of these offers. A device node comes only once.
+    """Return what a container needs that gets one share of each of these offers.
 
     Raises NotDistinctError.
     """
     allocated, warning = _usable_together(allocated)
-    instance = next((offer.unit.uuid for offer in allocated if offer.unit.instance), "")
     counts = Counter(offer.unit.uuid for offer in allocated)
     offers = {offer.unit.uuid: offer for offer in allocated}
-    if options.multi_share is MultiShare.STRICT_DISTINCT and len(offers) < len(allocated) and not instance:
+    if (
+        options.multi_share is MultiShare.STRICT_DISTINCT
+        and len(offers) < len(allocated)
+        and not allocated[0].unit.instance
+    ):
         raise NotDistinctError(
             f"{len(allocated)} shares from {len(offers)} GPU(s), where -multi-share strict-distinct asks for as many "
             f"GPUs: ask for fewer shares, or wait until more GPUs of the node have a free one"
         )
-    simulated = any(offer.unit.gpu.simulated for offer in offers.values())
-    nodes = dict.fromkeys(node for offer in offers.values() for node in offer.unit.device_nodes)
+    environment = {
+        "SGPU_SHARES": str(len(allocated)),
+        "SGPU_GPU_UUIDS": ",".join(offers),
+        **_allowed_memory(offers, counts),
+    }
+    edits = _edits(offers.values(), options, environment, hints=options.framework_hints)
+    return attrs.evolve(edits, warning=warning)
+
+
+def claim_edits(
+    offer: Offer, shares: int, memory: int | None, options: AllocationOptions, *, hints: bool, only: bool
+) -> ContainerEdits:
+    """Return what a container needs that gets `shares` of a unit, and may use `memory` bytes (None: unknown), by a
+    claim.
+
+    A container may get several of a claim's units, each by edits of its own, of which the last would win on a variable.
+    So each unit has variables with its name, and the sums are only there where it is the `only` one of the claim.
+    """
+    uuid = offer.unit.uuid
+    known = {"SGPU_SHARES": str(shares), **({} if memory is None else {MEMORY_VARIABLE: str(memory)})}
+    suffix = "_" + re.sub(r"[^A-Z0-9]", "_", uuid.upper())
+    named = {f"{name}{suffix}": value for name, value in known.items()}
+    return _edits([offer], options, named | ({**known, "SGPU_GPU_UUIDS": uuid} if only else {}), hints=hints)
+
+
+def _edits(
+    offers: Collection[Offer], options: AllocationOptions, environment: Mapping[str, str], *, hints: bool
+) -> ContainerEdits:
+    """Return the edits for these units. A device node comes only once."""
+    simulated = any(offer.unit.gpu.simulated for offer in offers)
+    instance = next((offer.unit.uuid for offer in offers if offer.unit.instance), "")
+    nodes = dict.fromkeys(node for offer in offers for node in offer.unit.device_nodes)
     paths = options.paths
     return ContainerEdits(
         environment={
-            "SGPU_SHARES": str(len(allocated)),
-            "SGPU_GPU_UUIDS": ",".join(offers),
+            **environment,
             **IGNORED_BY_NVIDIA_RUNTIME,
             **({"CUDA_VISIBLE_DEVICES": instance} if instance else {}),
-            **_allowed_memory(offers, counts),
             **({"SGPU_SIMULATED": "1"} if simulated else {}),
-            **(FRAMEWORK_HINTS if options.framework_hints and not simulated else {}),
+            **(FRAMEWORK_HINTS if hints and not simulated else {}),
         },
         device_nodes=tuple(DeviceNode(os.path.join(paths.devices, node), f"/dev/{node}") for node in nodes),
         mounts=() if simulated else (Mount(paths.libraries, paths.libraries_in_container),),
-        warning=warning,
     )
 
 

@@ -41,9 +41,9 @@ class Gpu:
 
     `device_nodes` are the nodes that a container needs to use it, relative to /dev. `memory_total` is the card's
     memory and `memory_bytes` what programs can use of it: without the driver's own part. These and `numa_node` are None
-    where the driver or the kernel does not say. `reason` says why it is unhealthy. `since` is when its health last
-    changed, in seconds since the epoch. In `mig_mode` only its `instances` can be used; `mig_pending` says whether it
-    will be in MIG mode after its next reset.
+    where the driver or the kernel does not say. `reason` says why it is unhealthy, and `needs_reset` that an event
+    said so after which only a reset helps. `since` is when its health last changed, in seconds since the epoch. In
+    `mig_mode` only its `instances` can be used; `mig_pending` says whether it will be in MIG mode after its next reset.
     """
 
     uuid: str
@@ -60,6 +60,7 @@ class Gpu:
     mig_mode: bool = False
     mig_pending: bool = False
     instances: tuple[MigInstance, ...] = ()
+    needs_reset: bool = False
 
 
 @attrs.frozen

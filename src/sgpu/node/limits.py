@@ -5,8 +5,8 @@ Knows neither NVML, nor file systems, nor trio.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 import attrs
@@ -19,6 +19,8 @@ from sgpu.node.shares import Share
 
 #: Limits are multiples of it, so that the driver has nothing to round.
 STEP: Final = MIB
+#: No claim names an amount.
+NOTHING: Final[Mapping[Share, int]] = {}
 
 
 @attrs.frozen
@@ -41,27 +43,32 @@ class WantedLimits:
     pods: Mapping[Share, str] = attrs.Factory(dict)
 
 
-def allowed_memory(offer: Offer, shares: int) -> int | None:
+def allowed_memory(offer: Offer, shares: int, promised: int = 0) -> int | None:
     """Return the bytes that a container with that many shares of a unit may use, at most all; None where unknown.
 
-    Without limits it is the fair part, which nobody enforces. It is unknown of a unit that is no longer there.
+    `promised` are bytes that it has in addition, of claims that name an amount. Without limits it is the fair part,
+    which nobody enforces. It is unknown of a unit that is no longer there.
     """
     usable = offer.unit.memory_bytes
     if usable is None or offer.unit.gone:
         return None
-    return min(int(usable * shares * (offer.limit_factor or 1)) // offer.shares, usable)
+    return min(int(usable * shares * (offer.limit_factor or 1)) // offer.shares + promised, usable)
 
 
 def allowed_by_container(
-    offers: Iterable[Offer], holders: Mapping[Share, Container]
+    offers: Iterable[Offer], holders: Mapping[Share, Container], promised: Mapping[Share, int] = NOTHING
 ) -> Mapping[str, Mapping[Container, int]]:
-    """Return what each container that has shares may use, in bytes, by the unit's UUID. Left out where unknown."""
-    counts = Counter((share.uuid, container) for share, container in holders.items())
+    """Return what each container that has shares may use, in bytes, by the unit's UUID. Left out where unknown.
+
+    `promised`: bytes by share, of claims that name an amount.
+    """
+    shares: defaultdict[Container, list[Share]] = defaultdict(list)
+    for share, container in holders.items():
+        shares[container].append(share)
     offer_of = {offer.unit.uuid: offer for offer in offers}
     allowed: dict[str, dict[Container, int]] = {}
-    for (uuid, container), count in counts.items():
-        known = allowed_memory(offer_of[uuid], count) if uuid in offer_of else None
-        if known is not None:
+    for container, each in shares.items():
+        for uuid, known in _allowed(offer_of, promised, each).items():
             allowed.setdefault(uuid, {})[container] = known
     return allowed
 
@@ -71,12 +78,13 @@ def wanted_limits(
     pods: Iterable[PodCgroups],
     shares: Mapping[str, Mapping[str, Collection[Share]]],
     names: Mapping[str, Container],
+    promised: Mapping[Share, int] = NOTHING,
 ) -> WantedLimits:
     """Return the limits of all cgroups of pods that have shares of units with limits.
 
-    `shares` has what each container has, by the pod's uid and the container's name; `names` the containers by id. A pod
-    may use what its containers may use together: that holds before a container exists. A container whose name is not
-    known yet may use as much as any of the pod's.
+    `shares` has what each container has, by the pod's uid and the container's name; `names` the containers by id;
+    `promised` bytes by share, of claims that name an amount. A pod may use what its containers may use together: that
+    holds before a container exists. A container whose name is not known yet may use as much as any of the pod's.
     """
     limited = {offer.unit.uuid: offer for offer in offers if offer.limit_factor}
     hard: dict[Target, int] = {}
@@ -86,37 +94,37 @@ def wanted_limits(
         shares_of = shares.get(pod.uid, {})
         of_pod = {share for each in shares_of.values() for share in each}
         pod_of.update(dict.fromkeys(of_pod, pod.directory))
-        for uuid, count in _counts(of_pod).items():
-            hard.update(_limit(limited, uuid, count, pod.directory))
+        hard.update(_limits(pod.directory, [_allowed(limited, promised, of_pod)]))
         for container_id, directory in pod.containers.items():
             container = names.get(container_id)
             known = container is not None and container.container in shares_of
             possible = [shares_of[container.container]] if container and known else list(shares_of.values())
-            for uuid, count in _most(possible).items():
-                made = _limit(limited, uuid, count, directory)
-                hard.update(made)
-                if container and known:
-                    containers.update(dict.fromkeys(made, container))
+            made = _limits(directory, [_allowed(limited, promised, each) for each in possible])
+            hard.update(made)
+            if container and known:
+                containers.update(dict.fromkeys(made, container))
     return WantedLimits(hard, containers, pod_of)
 
 
-def _limit(limited: Mapping[str, Offer], uuid: str, count: int, directory: str) -> Mapping[Target, int]:
-    allowed = allowed_memory(limited[uuid], count) if uuid in limited else None
-    return {} if allowed is None else {Target(uuid, directory): max(allowed // STEP, 1) * STEP}
+def _allowed(offers: Mapping[str, Offer], promised: Mapping[Share, int], shares: Iterable[Share]) -> Mapping[str, int]:
+    """Return the bytes that whoever has these shares may use, by UUID of the units that are known."""
+    by_unit: defaultdict[str, set[Share]] = defaultdict(set)
+    for share in shares:
+        by_unit[share.uuid].add(share)
+    allowed = {}
+    for uuid, each in by_unit.items():
+        fair = sum(share not in promised for share in each)
+        part = sum(promised.get(share, 0) for share in each)
+        known = allowed_memory(offers[uuid], fair, part) if uuid in offers else None
+        if known is not None:
+            allowed[uuid] = known
+    return allowed
 
 
-def _counts(shares: Iterable[Share]) -> Counter[str]:
-    return Counter(share.uuid for share in set(shares))
-
-
-def _most(possible: Iterable[Collection[Share]]) -> Mapping[str, int]:
-    """Return the most shares that one of these containers has of each unit, by UUID."""
+def _limits(directory: str, possible: Iterable[Mapping[str, int]]) -> Mapping[Target, int]:
+    """Return the limits of a cgroup, each the most that one of these containers may use."""
     most: dict[str, int] = {}
-    for uuid, count in _each_count(possible):
-        most[uuid] = max(most.get(uuid, 0), count)
-    return most
-
-
-def _each_count(possible: Iterable[Collection[Share]]) -> Iterator[tuple[str, int]]:
-    for shares in possible:
-        yield from _counts(shares).items()
+    for each in possible:
+        for uuid, allowed in each.items():
+            most[uuid] = max(most.get(uuid, 0), allowed)
+    return {Target(uuid, directory): max(allowed // STEP, 1) * STEP for uuid, allowed in most.items()}

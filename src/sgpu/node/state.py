@@ -17,6 +17,7 @@ from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
 from sgpu.node import pressure
 from sgpu.node.cgroup_limit import LimitAnswer
+from sgpu.node.claims import PreparedClaim
 from sgpu.node.container import NO_POD, Container
 from sgpu.node.edits import (
     AllocationOptions,
@@ -60,6 +61,8 @@ class NodeState:
         self.offers: Offers = {}
         self.usage = Usage(interval)
         self.enforcement = Enforcement()
+        #: The claims that are prepared, by uid.
+        self.claims: Mapping[str, PreparedClaim] = {}
         self._check = check
         self._clock = clock
         self._held: Mapping[str, Set[Share]] = {}
@@ -108,6 +111,18 @@ class NodeState:
         if holders is not None:
             self._held = {resource: each.keys() for resource, each in holders.items()}
         self._refresh_offers()
+
+    def set_claims(self, claims: Mapping[str, PreparedClaim]) -> None:
+        """Take the claims that are prepared, by uid. The memory of new ones is expected to be used soon."""
+        now, offered = self._clock(), {offer.unit.uuid: offer for each in self.offers.values() for offer in each}
+        new = (unit for uid in claims.keys() - self.claims.keys() for unit in claims[uid].units)
+        for unit in new:
+            offer = offered.get(unit.uuid)
+            fair = (offer.unit.memory_bytes or 0) // offer.shares if offer else 0
+            for share in unit.shares:
+                self.usage.grants.add(share, unit.memory // len(unit.shares) or fair, now)
+        self.claims = claims
+        self.changed.notify()
 
     def set_limits(self, answers: Iterable[LimitAnswer]) -> None:
         """Take what the driver says of memory limits, and log why some are not enforced."""

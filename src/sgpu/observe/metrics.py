@@ -101,6 +101,7 @@ def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
             [gpu.memory_used for gpu in gpus],
         ),
         ("memory_free_bytes", "Memory that is free.", [gpu.memory_free for gpu in gpus]),
+        ("memory_claimed_bytes", "Memory that claims take (DRA).", [gpu.memory_claimed for gpu in gpus]),
         ("utilization_ratio", "Part of the time that a GPU was busy.", [_ratio(gpu.utilization) for gpu in gpus]),
         ("shares", "Shares that a GPU is offered as.", [gpu.shares for gpu in gpus]),
         ("shares_allocated", "Shares that containers have.", [gpu.allocated for gpu in gpus]),
@@ -163,6 +164,12 @@ def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
         "Whether the kubelet took the last registration of a resource.",
         ["resource"],
         (((resource.name,), resource.registered) for resource in snapshot.resources),
+    )
+    yield _gauge(
+        "sgpu_published",
+        "Whether the node's ResourceSlices are as they should be (DRA).",
+        ["resource"],
+        (((each.name,), None if each.unpublished is None else not each.unpublished) for each in snapshot.resources),
     )
     yield _counter(
         "sgpu_registrations",

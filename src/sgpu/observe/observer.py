@@ -11,6 +11,7 @@ import trio
 
 from sgpu import __version__
 from sgpu.driver.monitor import Monitor
+from sgpu.node.claims import claimed_memory
 from sgpu.node.gpu import Health, Unit
 from sgpu.node.offers import Offer
 from sgpu.node.rank import UnitLoad
@@ -26,7 +27,7 @@ from sgpu.observe.watchdog import Watchdog
 class Observer:
     """Reads all of it. `monitor` is None where there is no driver; `standby` says whether another daemon serves.
 
-    `wall_clock` is in seconds since the epoch.
+    `claims`: GPUs are offered to claims. `wall_clock` is in seconds since the epoch.
     """
 
     node: NodeState
@@ -35,6 +36,7 @@ class Observer:
     watchdog: Watchdog
     monitor: Monitor | None
     standby: Callable[[], bool] = lambda: False
+    claims: bool = False
     clock: Callable[[], float] = trio.current_time
     wall_clock: Callable[[], float] = time.time
 
@@ -70,7 +72,8 @@ class Observer:
         registration = self.registrations.by_resource.get(name)
         if registration is None:  # it has had no GPU to be registered for
             return ResourceSnapshot(name, registered=False, streams=0)
-        return ResourceSnapshot(name, registration.registered, registration.streams)
+        unpublished = registration.unpublished() if registration.unpublished else None
+        return ResourceSnapshot(name, registration.registered, registration.streams, unpublished)
 
     def _unit(self, unit: Unit, resource: str, offer: Offer | None, load: UnitLoad | None, now: float) -> GpuSnapshot:
         usage = self.node.usage
@@ -99,6 +102,7 @@ class Observer:
             parent=unit.gpu.uuid if unit.instance else "",
             mig_profile=unit.instance.profile if unit.instance else "",
             mig_mode=unit.gpu.mig_mode and not unit.instance,
+            memory_claimed=claimed_memory(self.node.claims.values(), unit.uuid) if self.claims else None,
         )
 
 

@@ -31,4 +31,6 @@ def unready(snapshot: Snapshot) -> str:
             return f"{resource.name} is not registered with the kubelet"
         if resource.name in offered and not resource.streams:
             return f"the kubelet has no ListAndWatch stream open for {resource.name}"
+        if resource.name in offered and resource.unpublished:
+            return f"the scheduler does not know {resource.name}: {resource.unpublished}"
     return ""

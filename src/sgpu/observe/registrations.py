@@ -5,7 +5,7 @@ Plain values, for one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import attrs
@@ -18,12 +18,14 @@ from sgpu.observe.counters import Counters
 class Registration:
     """One resource: whether the kubelet took the last registration, and how many ListAndWatch streams are open.
 
-    Whoever changes `streams` notifies `changed`.
+    Whoever changes `streams` notifies `changed`. `unpublished` says why the scheduler does not know the resource, where
+    sgpu has to publish it (DRA).
     """
 
     registered: bool = False
     streams: int = 0
     changed: Broadcast = attrs.Factory(Broadcast)
+    unpublished: Callable[[], str] | None = None
 
 
 class Registrations:

@@ -17,6 +17,7 @@ from sgpu.node.usage import ContainerUse
 @attrs.frozen
 class GpuSnapshot:
     """One GPU or MIG instance, whether or not it is healthy. `resource` is empty for one that is not offered.
+    `memory_claimed` is what claims take of its memory; None where there are no claims, but a device plugin.
 
     `since`: when it became healthy or unhealthy, as far as the daemon has seen. `reason` is empty when it is healthy.
     `parent` is the UUID of an instance's GPU, and `mig_profile` its size; both are empty for a GPU. `mig_mode`: it is a
@@ -41,15 +42,20 @@ class GpuSnapshot:
     parent: str = ""
     mig_profile: str = ""
     mig_mode: bool = False
+    memory_claimed: int | None = None
 
 
 @attrs.frozen
 class ResourceSnapshot:
-    """One resource. `registered`: the kubelet took the last registration. `streams`: ListAndWatch streams open."""
+    """One resource. `registered`: the kubelet took the last registration. `streams`: ListAndWatch streams open.
+
+    `unpublished`: why the scheduler does not know it; empty if it does, None where the kubelet tells it.
+    """
 
     name: str
     registered: bool
     streams: int
+    unpublished: str | None = None
 
 
 @attrs.frozen

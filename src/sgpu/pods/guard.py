@@ -15,6 +15,7 @@ import trio
 
 from sgpu.lib.logs import OnChange
 from sgpu.lib.sizes import GIB, part_of
+from sgpu.node.claims import promised
 from sgpu.node.gpu import label
 from sgpu.node.guard import GuardPolicy, OverUse, OverUsers, Sample
 from sgpu.node.limits import allowed_by_container
@@ -60,7 +61,7 @@ class Guard:
     def look(self, sample: Sample | None) -> None:
         """Name the over-users of a sample, and begin to end those that are to be. None: it is unknown who uses what."""
         offers = (offer for each in self._node.offers.values() for offer in each)
-        allowed = allowed_by_container(offers, self._node.usage.holders or {})
+        allowed = allowed_by_container(offers, self._node.usage.holders or {}, promised(self._node.claims.values()))
         for use in self._over.take(sample, allowed):
             self._count(use, "warn")
             logger.warning("%s; %s", _describe(use), self._consequence(use))

@@ -19,6 +19,7 @@ from sgpu.lib.files import content_identity
 from sgpu.lib.logs import OnChange
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.cgroup_limit import Target
+from sgpu.node.claims import promised
 from sgpu.node.container import Container
 from sgpu.node.limits import PodCgroups, WantedLimits, wanted_limits
 from sgpu.node.offers import Offer
@@ -97,7 +98,8 @@ class _Limiter:
             if not problem:  # else what was wanted stays
                 pods = self._tree.pods()
                 self._note_shares(pods)
-                enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods)))
+                amounts = promised(self._node.claims.values())
+                enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods), amounts))
                 await self._forget_gone(pods)
             with trio.move_on_after(self._options.interval):
                 await race(*(event.wait for event in events))
@@ -148,8 +150,28 @@ class _Limiter:
             if parsed and entry.resource in self._node.offers:
                 of_pod = shares.setdefault(plain_uid(entry.pod_uid), {})
                 of_pod.setdefault(entry.container, []).extend(parsed)
+        for uid, claimed in self._claimed().items():
+            shares.setdefault(uid, {}).update(claimed)
         there = {pod.uid for pod in pods}
         self._shares = {uid: each for uid, each in {**self._shares, **shares}.items() if uid in there}
+
+    def _claimed(self) -> Mapping[str, dict[str, list[Share]]]:
+        """Return the shares of claims by container, by the pod's uid; all of a pod's also under no container's name.
+
+        That holds for containers that the kubelet has not listed yet.
+        """
+        holders = self._node.usage.holders or {}
+        claimed: dict[str, dict[str, list[Share]]] = {}
+        for claim in self._node.claims.values():
+            shares = [share for unit in claim.units for share in unit.shares]
+            for pod in claim.pods:
+                of_pod = claimed.setdefault(plain_uid(pod.uid), {})
+                of_pod.setdefault("", []).extend(shares)
+                for share in shares:
+                    holder = holders.get(share)
+                    if holder and holder.container and (holder.namespace, holder.pod) == (claim.namespace, pod.name):
+                        of_pod.setdefault(holder.container, []).append(share)
+        return claimed
 
     def _names(self, pods: Iterable[PodCgroups]) -> Mapping[str, Container]:
         ids = [container_id for pod in pods for container_id in pod.containers]

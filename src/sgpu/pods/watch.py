@@ -81,7 +81,7 @@ async def _look_again_and_again(
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.resources(), *resources)))
-            held = await recorded.add(await list_holders(options.socket, resources))
+            held = await recorded.add(await list_holders(options.socket, resources, node.claims.values()))
             node.set_holders(held.shares)
             node.usage.stale_answers = recorded.stale(held, node.gpus)
             node.usage.others = other_uses(held.others, node.gpus)

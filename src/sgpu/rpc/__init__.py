@@ -8,7 +8,7 @@ from sgpu.rpc.client import Channel, open_channel, unary_call
 from sgpu.rpc.protocol import MAX_MESSAGE_BYTES, BrokenPeerError, RpcError
 from sgpu.rpc.routing import Route, routes
 from sgpu.rpc.server import serve_connection
-from sgpu.rpc.unix import AddressInUseError, Identity, identity, listen, peer_pid
+from sgpu.rpc.unix import AddressInUseError, Identity, identity, listen, peer_pid, remove_stale
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -22,6 +22,7 @@ __all__ = [
     "listen",
     "open_channel",
     "peer_pid",
+    "remove_stale",
     "routes",
     "serve_connection",
     "unary_call",

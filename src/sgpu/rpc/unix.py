@@ -94,10 +94,11 @@ def _link(new: Path, path: Path) -> None:
             os.link(new, path)  # where a rename would replace a live socket
             return
         except FileExistsError:
-            _remove_stale(path)
+            remove_stale(path)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on. Raises AddressInUseError where somebody does, OSError for no socket."""
     try:
         mode = os.stat(path, follow_symlinks=False).st_mode
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import trio
 
 from sgpu.commands.doctor import (
     configured,
+    dra,
     driver,
     guard,
     kubelet,
@@ -71,7 +73,18 @@ class Check:
 
 def checks(loaded: Loaded) -> list[Check]:
     """Return the checks for these settings, in the order in which an operator should read their findings."""
-    daemons = {f"daemon for {resource}": resource for resource in loaded.policy.resources()}
+    daemons: dict[str, Callable[[Facts], Awaitable[Iterable[Finding]]]] = {
+        f"daemon for {resource}": partial(_daemon, resource)
+        for resource in loaded.policy.resources()
+        if loaded.settings.api != "dra"
+    }
+    of_claims = []
+    if loaded.settings.api == "dra":
+        daemons[dra.DRIVER_SUBJECT] = _dra_driver
+        of_claims = [
+            Check(dra.CDI_SUBJECT, _blocking(lambda facts: [dra.check_cdi(Path(facts.loaded.settings.cdi_directory))])),
+            Check(dra.API_SUBJECT, _api_server),
+        ]
     # Which profiles there are, only the GPUs say.
     after_gpus = ("driver",) if loaded.policy.mig is Mig.PROFILE else ()
     of_profiles = [Check("daemons for MIG profiles", _profile_daemons, after_gpus)] if after_gpus else []
@@ -105,8 +118,9 @@ def checks(loaded: Loaded) -> list[Check]:
         Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
         Check("kubelet.sock", _kubelet),
-        *(Check(subject, partial(_daemon, resource)) for subject, resource in daemons.items()),
+        *(Check(subject, check) for subject, check in daemons.items()),
         *of_profiles,
+        *of_claims,
         Check("other plugins", _others, after_gpus),
         Check("PodResources", _pod_resources, after_gpus),
         Check("metrics and probes", _served, (*daemons, *(check.subject for check in of_profiles))),
@@ -276,6 +290,18 @@ async def _daemon(resource: str, facts: Facts) -> Iterable[Finding]:
             check = partial(configured.check_daemon_settings, facts.loaded, facts.host.proc, pid)
             findings.append(await _look(check))
     return findings + await _look(lambda: list(kubelet.check_registration(directory, daemon)))
+
+
+async def _dra_driver(facts: Facts) -> Iterable[Finding]:
+    daemon = await dra.find_driver(facts.loaded.settings)
+    if daemon.serves:
+        facts.daemons.append(daemon)
+    return [daemon.finding]
+
+
+async def _api_server(facts: Facts) -> Iterable[Finding]:
+    loaded = facts.loaded
+    return [await dra.check_api_server(loaded.settings, os.environ, loaded.policy.resources())]
 
 
 async def _may_be_offered(facts: Facts, resource: str) -> bool:

@@ -108,6 +108,8 @@ def _resource(resource: ResourceSnapshot) -> Text:
         return line.append("not registered with the kubelet (the daemon's log says why)", style=BAD)
     if not resource.streams:
         return line.append("registered, but the kubelet does not watch its devices", style=NOTE)
+    if resource.unpublished:
+        return line.append(f"not published: {printable(resource.unpublished)}", style=BAD)
     return line.append("registered with the kubelet", style=FINE)
 
 
@@ -170,6 +172,7 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
     alike = {gpu.resource} == {resource.name for resource in resources}
     parent = Text(f"of {printable(gpu.parent)}", style=DIM)
     empty = Text("in MIG mode, without instances", style=NOTE)
+    claimed = () if gpu.memory_claimed is None else (Text(f"claims for {gpu.memory_claimed / GIB:.1f} GiB", style=DIM),)
     return [
         name,
         Text(printable(gpu.uuid)),
@@ -177,6 +180,7 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
         *((empty,) if gpu.mig_mode else ()),
         *(() if alike else (offered,)),
         health,
+        *claimed,
     ]
 
 

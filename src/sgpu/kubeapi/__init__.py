@@ -1,0 +1,11 @@
+"""The API server, on trio: get, list, watch, create, replace, delete. Knows no kind of object and nothing of GPUs.
+
+Imported only where the API server is used: httpx costs 3 MB.
+"""
+
+from sgpu.kubeapi.access import Access, in_cluster
+from sgpu.kubeapi.client import ApiServer, Event, Object, open_api_server
+from sgpu.kubeapi.error import ApiServerError
+from sgpu.kubeapi.mirror import Mirror
+
+__all__ = ["Access", "ApiServer", "ApiServerError", "Event", "Mirror", "Object", "in_cluster", "open_api_server"]

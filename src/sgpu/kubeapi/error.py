@@ -1,0 +1,52 @@
+"""The one exception of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+#: What to do about an answer, where the server's own message does not say it.
+_CURES: Final[Mapping[int, str]] = {
+    HTTPStatus.UNAUTHORIZED: "the token of sgpu's service account is not accepted; is the account still there?",
+    HTTPStatus.FORBIDDEN: "does sgpu's service account have the rights of k8s/overlays/dra?",
+}
+
+#: What the server says where not only the object but the API is not there.
+_NO_API: Final = frozenset({"404 page not found", "the server could not find the requested resource"})
+
+
+class ApiServerError(Exception):
+    """The API server did not do what was asked. The message says what was asked, what came back, and what to do.
+
+    `status` is the HTTP status, 0 where there was no answer. `retry_after`: seconds that the server asks to wait.
+    """
+
+    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def not_found(self) -> bool:
+        """Return whether there is no such object, or no such API."""
+        return self.status == HTTPStatus.NOT_FOUND
+
+    @property
+    def conflict(self) -> bool:
+        """Return whether the object is there already, or has been changed since it was read."""
+        return self.status == HTTPStatus.CONFLICT
+
+    @property
+    def expired(self) -> bool:
+        """Return whether the resource version is too old to watch from: list again."""
+        return self.status == HTTPStatus.GONE
+
+
+def refusal(request: str, status: int, message: str, retry_after: str = "") -> ApiServerError:
+    """Return the error for an answer that is not a success."""
+    cure = _CURES.get(status)
+    if status == HTTPStatus.NOT_FOUND and message in _NO_API:
+        cure = "the API server does not have this version of the API, or it is turned off"
+    text = f"{request}: {status} {message}" + (f" ({cure})" if cure else "")
+    return ApiServerError(text, status, float(retry_after) if retry_after.isdecimal() else 0.0)
