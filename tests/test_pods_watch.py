@@ -291,7 +291,7 @@ class TestCheckpoint:
         assert holders[Share("GPU-b", 3)] == Container("team", "one", "init")
         (offer,) = [offer for offer in world.node.offered(RESOURCE) if offer.unit.uuid == "GPU-b"]
         assert offer.withheld == {0, 1, 2}
-        assert len([message for message in messages() if "team/one" in message and "init" in message]) == 1
+        assert len([message for message in messages() if "team/one" in message and "just started" in message]) == 1
 
     @watched
     async def test_stale_answers(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:

@@ -83,7 +83,8 @@ class Recorded:
         self._readable = True
         self._problem.clear()
         pods = ", ".join(sorted({str(container) for each in found.shares.values() for container in each.values()}))
-        self._found.update(f"the kubelet does not list the shares of init containers: {pods}" if pods else "")
+        reason = "they are of init containers, or it has just started"
+        self._found.update(f"the kubelet does not list the shares of {pods}; {reason}" if pods else "")
         return listed.merge(found) if missing else listed
 
     def stale(self, held: Held, gpus: Iterable[Gpu]) -> tuple[StaleAnswer, ...] | None:
