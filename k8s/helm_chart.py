@@ -162,6 +162,14 @@ def template_of(value: str, text: str) -> str:
     return f"{{{{- if .Values.{value} }}}}\n{text}{{{{- end }}}}\n"
 
 
+def components() -> list[Path]:
+    """Return the components that a values file stands for. A namespace is the release's to choose."""
+    directories = sorted(path.parent for path in K8S.glob("components/*/kustomization.yaml"))
+    return [
+        path for path in directories if "namespace" not in yaml.safe_load((path / "kustomization.yaml").read_text())
+    ]
+
+
 def files() -> dict[str, str]:
     """Return the text of each generated file of the chart, by its path."""
     base = values_of(_daemon_set(K8S / "base"))
@@ -177,7 +185,7 @@ def files() -> dict[str, str]:
         )
         values = {**difference(base, _values_of_overlay(directory, base)), **dict.fromkeys(objects, True)}
         made[f"values/{directory.name}.yaml"] = _values_file(directory, values, kustomize.render(directory).remote)
-    for directory in (path.parent for path in sorted(K8S.glob("components/*/kustomization.yaml"))):
+    for directory in components():
         made[f"values/{directory.name}.yaml"] = _values_file(directory, difference(base, _with_component(directory)))
     return made
 

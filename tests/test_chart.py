@@ -20,7 +20,7 @@ pytestmark = pytest.mark.static
 K8S: Final = helm_chart.K8S
 BASE: Final = K8S / "base"
 OVERLAYS: Final = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
-COMPONENTS: Final = sorted(path.parent for path in K8S.glob("components/*/kustomization.yaml"))
+COMPONENTS: Final = helm_chart.components()
 VALUES_FILES: Final = sorted(helm_chart.CHART.glob("values/*.yaml"))
 #: What each value is set to, and where it is to be found as it is: below `spec.template.spec`, or in its container.
 POD: Final[dict[str, Any]] = {

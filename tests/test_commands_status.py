@@ -61,9 +61,9 @@ class TestPlain:
     @pytest.mark.parametrize("interval", [5, 60], ids=["old", "recent"])
     def test_old_figures(self, path: Path, capsys: pytest.CaptureFixture[str], interval: int) -> None:
         """Note figures that are old for the daemon's interval and patience."""
-        snapshot = attrs.evolve(SNAPSHOT, sampled_at=time.time() - 60)
+        snapshot = attrs.evolve(SNAPSHOT, sampled_at=time.time() - 60, stale_after=3 * interval + 10)
         with answering(path, lambda _: http(encode(snapshot))):
-            assert main(["status", f"-status-socket={path}", f"-sample-interval={interval}"], {}) == OK
+            assert main(["status", f"-status-socket={path}"], {}) == OK
         assert ("\n! " in capsys.readouterr().out) is (interval == 5)
 
     @pytest.mark.parametrize("output", ["text", "json"])

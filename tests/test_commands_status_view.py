@@ -10,10 +10,11 @@ import fake_status
 import pytest
 from rich.console import Console
 
-from sgpu.commands.status.view import TABLE, View, ago, notes, render
+from sgpu.commands.status.view import TABLE, View, render
 from sgpu.lib.sizes import GIB
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
+from sgpu.observe.describe import ago, notes
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 pytestmark = pytest.mark.pure
@@ -103,7 +104,7 @@ def text(snapshot: Snapshot, width: int | None = None, *, ascii_only: bool = Fal
     """Return the screen's text, without trailing blanks."""
     file = io.StringIO()
     console = Console(file=file, width=width or 1000, color_system=None, highlight=False, markup=False)
-    console.print(render(snapshot, now, View(width, ascii_only, STALE)))
+    console.print(render(snapshot, now, View(width, ascii_only)))
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
 
@@ -209,14 +210,14 @@ class TestNotes:
     def test_each(self, changes: dict[str, Any], fact: str) -> None:
         """Note each problem once, with what to do, and show it."""
         snapshot = attrs.evolve(SNAPSHOT, **changes)
-        (note,) = notes(snapshot, NOW, STALE)
+        (note,) = notes(snapshot, NOW)
         assert fact in note
         assert f"\n! {note}\n" in text(snapshot)
 
     @pytest.mark.parametrize("sampled_at", [None, NOW - STALE], ids=["never", "just fresh"])
     def test_none(self, sampled_at: float | None) -> None:
         """Note nothing when all is well."""
-        assert list(notes(attrs.evolve(SNAPSHOT, sampled_at=sampled_at), NOW, STALE)) == []
+        assert list(notes(attrs.evolve(SNAPSHOT, sampled_at=sampled_at), NOW)) == []
 
 
 class TestGpus:

@@ -143,6 +143,32 @@ class TestTaken:
             kubernetes_validate.validate(thing, "1.25", strict=True)
 
 
+@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("path", ["cluster-view/role.yaml", "components/own-namespace/namespace.yaml"])
+def test_the_cluster_view_is_taken(path: str, version: str) -> None:
+    """Kubernetes takes the role and the namespace. The role lets its holder read, in that namespace alone."""
+    import kubernetes_validate
+
+    for thing in kustomize.load(K8S / path):
+        kubernetes_validate.validate(thing, version, strict=True)
+        for rule in thing.get("rules", ()):
+            assert (thing["kind"], thing["metadata"]["namespace"]) == ("Role", "sgpu")
+            assert set(rule["verbs"]) <= {"list", "get"}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
+def test_own_namespace(tmp_path: Path) -> None:
+    """The component moves all that an overlay has into the namespace, and adds the role."""
+    parts = {"resources": K8S / "overlays" / "simulated", "components": K8S / "components" / "own-namespace"}
+    lists = {name: [os.path.relpath(path, tmp_path)] for name, path in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(lists))
+    command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    things = list(yaml.safe_load_all(done.stdout))
+    assert {thing["kind"] for thing in things} == {"DaemonSet", "Namespace", "ResourceQuota", "Role"}
+    assert {thing["metadata"].get("namespace", "sgpu") for thing in things} == {"sgpu"}
+
+
 class TestRendered:
     def test_the_plain_file_is_made_from_the_base(self) -> None:
         """`tox -e generate` makes it anew."""

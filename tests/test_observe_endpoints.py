@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import logging
 import re
@@ -23,6 +24,7 @@ from virtual_clock import real, virtual
 
 from sgpu import rpc
 from sgpu.driver.simulated import simulated_gpus
+from sgpu.node.container import StaleAnswer
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 from sgpu.observe import endpoints
@@ -110,12 +112,16 @@ async def get(stream: trio.abc.Stream, path: str, **headers: str) -> Answer:
 
 @asynccontextmanager
 async def running(
-    observer: Observer, metrics_address: str, status_socket: Path | str, place: trio.Event | None = None
+    observer: Observer,
+    metrics_address: str,
+    status_socket: Path | str,
+    place: trio.Event | None = None,
+    page: bool = True,
 ) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(
-            endpoints.run, observer, metrics_address, str(status_socket), in_place() if place is None else place
-        )
+        addresses = (metrics_address, str(status_socket))
+        event = in_place() if place is None else place
+        nursery.start_soon(functools.partial(endpoints.run, observer, *addresses, event, page=page))
         yield
         nursery.cancel_scope.cancel()
 
@@ -126,9 +132,9 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def connected(observer: Observer, urls: Log) -> AsyncIterator[trio.SocketStream]:
+async def connected(observer: Observer, urls: Log, *, page: bool = True) -> AsyncIterator[trio.SocketStream]:
     """Metrics are served, and there is a connection to them."""
-    async with running(observer, "127.0.0.1:0", ""):
+    async with running(observer, "127.0.0.1:0", "", page=page):
         await wait_until(urls)
         async with await trio.open_tcp_stream("127.0.0.1", int(urls()[0].rpartition(":")[2])) as stream:
             yield stream
@@ -138,22 +144,43 @@ class TestMetrics:
     @pytest.mark.parametrize(
         ("path", "status", "fact"),
         [
-            ("/", 200, "/metrics"),
+            ("/", 200, "simulated GPU 1"),
             ("/metrics", 200, "# TYPE sgpu_gpu_healthy gauge"),
             ("/healthz", 200, "ok"),
             ("/readyz", 503, RESOURCE),
-            ("/status", 404, "/, /healthz, /metrics, /readyz"),
+            ("/status", 200, '"stale_answers": null'),
+            ("/state", 404, "/, /healthz, /metrics, /readyz, /status"),
         ],
     )
     @real
     async def test_pages(self, observer: Observer, urls: Log, warnings: Log, path: str, status: int, fact: str) -> None:
-        """Answer Prometheus, the kubelet and the curious, but not what is for root only."""
+        """Answer Prometheus, the kubelet, `kubectl sgpu` and browsers, but not what is for root only."""
+        observer.node.usage.set_holders({})
+        observer.node.usage.stale_answers = (StaleAnswer("team/web", ("/dev/nvidia0",), ("/dev/nvidia1",)),)
         async with connected(observer, urls) as stream:
             answer = await get(stream, path)
         assert answer.status == status
         assert fact in answer.body.decode()
+        assert b"/dev/nvidia" not in answer.body
         assert "content-encoding" not in answer.headers
         assert warnings() == []  # of the status socket, which is left out
+
+    @real
+    async def test_page(self, observer: Observer, urls: Log) -> None:
+        """Say in the query whether the page loads itself again; let it load nothing; list the paths without it."""
+        async with connected(observer, urls) as stream:
+            answer, still = await get(stream, "/"), await get(stream, "/?refresh=off")
+        assert b'http-equiv="refresh"' in answer.body
+        assert b'http-equiv="refresh"' not in still.body
+        assert answer.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+
+    @real
+    async def test_without_page(self, observer: Observer, urls: Log) -> None:
+        """List the paths where -metrics-page is false."""
+        async with connected(observer, urls, page=False) as stream:
+            answer = await get(stream, "/")
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert b"/metrics" in answer.body
 
     @real
     async def test_probes(self, observer: Observer, urls: Log) -> None:
@@ -197,7 +224,7 @@ class TestMetrics:
             async with await trio.open_tcp_stream(host, port) as stream:
                 assert (await get(stream, "/metrics")).status == 200
 
-        monkeypatch.setattr(endpoints, "_page", make)
+        monkeypatch.setattr(endpoints, "_metrics", make)
         async with connected(observer, urls) as stream, trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(scrape, *stream.socket.getpeername())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import attrs
 import pytest
 from fake_status import GPU, SNAPSHOT
@@ -28,6 +30,15 @@ UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, 
 def test_round_trip(snapshot: Snapshot) -> None:
     """Decode what was encoded; what is unknown stays unknown."""
     assert decode(encode(snapshot)) == snapshot
+
+
+def test_newer_daemon() -> None:
+    """Leave out fields that only a newer daemon has; a field that an older one lacks has its default."""
+    fields = json.loads(encode(attrs.evolve(SNAPSHOT, gpus=(UNKNOWN,))))
+    for values in (fields, *fields["gpus"], *fields["gpus"][0]["containers"], *fields["resources"]):
+        values["new"] = 1
+    del fields["stale_answers"], fields["stale_after"]
+    assert decode(json.dumps(fields).encode()) == attrs.evolve(SNAPSHOT, gpus=(UNKNOWN,))
 
 
 @pytest.mark.parametrize(

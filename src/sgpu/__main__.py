@@ -18,7 +18,6 @@ def main() -> None:
         signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
     from sgpu.lib.limits import MEMORY
-    from sgpu.parent import run_in_child
 
     def start(alive: int | None) -> int:
         try:
@@ -30,7 +29,17 @@ def main() -> None:
                 raise
             sys.exit(f"sgpu: {MEMORY}")
 
-    sys.exit(start(None) if command else run_in_child(start))
+    if command:
+        sys.exit(start(None))
+    from sgpu.parent import run_in_child  # here, because it needs Linux, and `cluster` does not
+
+    sys.exit(run_in_child(start))
+
+
+def kubectl_sgpu() -> None:
+    """Run the console script `kubectl-sgpu`, which kubectl finds as its command `sgpu`."""
+    sys.argv.insert(1, "cluster")
+    main()
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ class Command:
     run: Callable[[Loaded, Mapping[str, Any]], int]
     options: Mapping[str, Option] = attrs.Factory(dict)
     takes_settings: bool = True
-    #: The name of the one argument that is no flag; empty: there is none.
+    #: What it takes beside flags, as the help names it; the fewest and the most of them, which `run` gets as the option
+    #: `arguments`.
     argument: str = ""
+    fewest_arguments: int = 0
+    most_arguments: int = 0
 
 
 def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
@@ -100,14 +103,44 @@ def _limits(loaded: Loaded, options: Mapping[str, Any]) -> int:
     return OK if limits(loaded, clear=options["clear"]) else FAILED
 
 
+_TEXT: Final = Kind("a name", str, bool, "NAME")
+
+
 def _import_config(_: Loaded, options: Mapping[str, Any]) -> int:
     from sgpu.commands.import_config import import_config
 
-    return OK if import_config(options["FILE"], options["name"]) else FAILED
+    (file,) = options["arguments"]
+    return OK if import_config(file, options["name"]) else FAILED
 
 
 _IMPORT_OPTIONS: Final = {
-    "name": Option(Kind("a name", str, bool, "NAME"), "", "which of several configurations or nodes in the file"),
+    "name": Option(_TEXT, "", "which of several configurations or nodes in the file"),
+}
+
+
+def _cluster(_: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.commands.cluster.command import cluster  # here, because the daemon should not pay for it
+
+    try:
+        return cluster(options)
+    except UsageError as error:
+        return _fail(error, USAGE)
+
+
+_CLUSTER_OPTIONS: Final = {
+    "node": Option(_TEXT, "", "only nodes of this name, or pattern as in gpu-*"),
+    "namespace": Option(_TEXT, "", "only pods of this namespace, and GPUs that they use (for pods and gpus)"),
+    "o": Option(choice("text", "wide", "json"), "text", "a table, one with more columns, or all of it for programs"),
+    "watch": Option(BOOLEAN, False, "show it repeatedly, until Ctrl-C"),
+    "interval": Option(seconds(0.1, 3600), 5.0, "with -watch: seconds between refreshes"),
+    "no-color": Option(BOOLEAN, False, "no colors, as with NO_COLOR"),
+    "agents-namespace": Option(_TEXT, "kube-system", "namespace of sgpu's own pods; *: look for them in all"),
+    "selector": Option(_TEXT, "app=sgpu", "labels of sgpu's own pods"),
+    "context": Option(_TEXT, "", "context of the kubeconfig file, for kubectl"),
+    "kubeconfig": Option(_TEXT, "", "kubeconfig file, for kubectl"),
+    "address": Option(
+        _TEXT, "", "of a running `kubectl proxy`, in place of one of its own: http://HOST:PORT or unix:PATH"
+    ),
 }
 
 
@@ -120,6 +153,13 @@ COMMANDS: Final = {
         {"o": Option(choice("text", "json"), "text", "how the findings are printed")},
     ),
     "status": Command("show the GPUs of this node and the pods that use them", _status, _STATUS_OPTIONS),
+    "cluster": Command(
+        "show all nodes: [nodes|gpus|pods|faults|room [SHARES|20GiB]]; also as `kubectl sgpu`",
+        _cluster,
+        _CLUSTER_OPTIONS,
+        takes_settings=False,
+        most_arguments=2,
+    ),
     "limits": Command(
         "show the memory limits that sgpu has set on this node",
         _limits,
@@ -131,6 +171,8 @@ COMMANDS: Final = {
         _IMPORT_OPTIONS,
         takes_settings=False,
         argument="FILE",
+        fewest_arguments=1,
+        most_arguments=1,
     ),
     "stage": Command("copy the host's driver libraries and tools to -host-path", _stage, _STAGE_OPTIONS),
 }
@@ -176,13 +218,14 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
             with checked_output():
                 print(f"sgpu {__version__}")
             return OK
-        argument = command.argument if command else ""
-        if argument and len(flags.positional) != 1:
-            raise UsageError(f"{name} takes one {argument} (see {name} -help)")
-        if flags.positional and not argument:
+        fewest, most = (command.fewest_arguments, command.most_arguments) if command else (0, 0)
+        if command and len(flags.positional) < fewest:
+            raise UsageError(f"{name} takes one {command.argument} (see {name} -help)")
+        if len(flags.positional) > most:
             raise UsageError(f"unknown command {' '.join((name, *flags.positional)).strip()!r} (see -help)")
         if command and not command.takes_settings and (flags.values or flags.actions):
-            raise UsageError(f"{name} takes no flags")
+            given = next(iter((*flags.values, *flags.actions)))
+            raise UsageError(f"{name} does not take the daemon's flags, as -{given}")
         loaded = load(flags.values, environment if not command or command.takes_settings else {})
     except UsageError as error:
         return _fail(error, USAGE)
@@ -191,8 +234,10 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
             print(_effective(loaded), end="")
         return OK
     if command:
-        given = {name: flags.options.get(name, option.default) for name, option in options.items()}
-        return command.run(loaded, {**given, argument: flags.positional[0]} if argument else given)
+        chosen = {name: flags.options.get(name, option.default) for name, option in options.items()}
+        if command.most_arguments:
+            chosen["arguments"] = flags.positional
+        return command.run(loaded, chosen)
     return _run(loaded, partial(load, flags.values, environment), alive)
 
 

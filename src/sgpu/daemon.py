@@ -38,6 +38,7 @@ from sgpu.node.guard import GuardPolicy, Sample
 from sgpu.node.policy import Policy
 from sgpu.node.rank import MultiShare, Placement
 from sgpu.node.state import NodeState
+from sgpu.node.usage import STALE_AFTER
 from sgpu.observe.counters import Counters
 from sgpu.observe.labels import labels
 from sgpu.observe.nfd import keep_feature_file
@@ -105,7 +106,8 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             nursery.start_soon(confirm, place, node, registrations)
             # Observers
             sources = (node, registrations, counters, watchdog, monitor)
-            observer = Observer(*sources, lambda: place.waiting, settings.api == "dra")
+            stale_after = STALE_AFTER * settings.sample_interval + settings.driver_timeout
+            observer = Observer(*sources, lambda: place.waiting, settings.api == "dra", stale_after)
             if settings.node_labels == "nfd":
                 directory = Path(settings.node_labels_directory)
                 nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
@@ -113,7 +115,8 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
                 # Imported here, and in a thread: a registration does not wait for it.
                 endpoints = await run_in_thread(_import_endpoints)
                 addresses = (settings.metrics_address, settings.status_socket)
-                nursery.start_soon(endpoints.run, observer, *addresses, in_place)
+                serve = partial(endpoints.run, observer, *addresses, in_place, page=settings.metrics_page)
+                nursery.start_soon(serve)
         await hand_over(place, succession, node, registrations)
         front_ends.cancel_scope.cancel()
 

@@ -134,6 +134,7 @@ class Settings:
     metrics_address: str = setting(
         ":2112", ADDRESS, "address of metrics and probes; without a host: all interfaces; empty: not served"
     )
+    metrics_page: bool = setting(True, BOOLEAN, "show the node's status to browsers at / of the metrics address")
     status_socket: str = setting("/run/sgpu/status.sock", FILE, "socket for `sgpu status`, for root only; empty: none")
     node_labels: str = setting(
         "off", choice("off", "nfd"), "whether Node Feature Discovery (nfd) labels the node with what its GPUs are"

@@ -63,6 +63,8 @@ class StaleAnswer:
         return f"{self.pod} ({', '.join(self.stored)} instead of {', '.join(self.right)})"
 
 
+#: What an operator can do about stale answers.
+STALE_ADVICE: Final = "delete these pods: new ones get new answers"
 #: Stands for all processes that belong to no pod.
 NO_CONTAINER: Final = Container("", "", "")
 #: What the log calls them.

@@ -1,4 +1,4 @@
-"""The daemon's HTTP endpoints: a port for Prometheus and the kubelet's probes, a unix socket for `status`.
+"""The daemon's HTTP endpoints: a port for Prometheus, probes, `kubectl sgpu` and browsers; a unix socket for `status`.
 
 Nothing here may disturb the registrations: an address that can't be bound is tried again, and threads make the pages
 from values that no longer change.
@@ -45,17 +45,22 @@ JSON: Final = "application/json"
 Bind = Callable[[], AbstractAsyncContextManager[Sequence[trio.SocketListener]]]
 
 
-async def run(observer: Observer, metrics_address: str, status_socket: str, in_place: trio.Event) -> None:
-    """Serve both; an empty address or path is left out. `in_place`: no other daemon serves on this node any more."""
+async def run(
+    observer: Observer, metrics_address: str, status_socket: str, in_place: trio.Event, *, page: bool = True
+) -> None:
+    """Serve both; an empty address or path is left out. `in_place`: no other daemon serves on this node any more.
+
+    `page`: the address has a page for browsers.
+    """
     async with trio.open_nursery() as nursery:
         if metrics_address:
-            nursery.start_soon(serve_metrics, metrics_address, observer, in_place)
+            nursery.start_soon(serve_metrics, metrics_address, observer, in_place, page)
         if status_socket:
             nursery.start_soon(serve_status, Path(status_socket), observer, in_place)
 
 
-async def serve_metrics(address: str, observer: Observer, in_place: trio.Event) -> NoReturn:
-    """Serve metrics and probes on an address as `values.split_address` takes it, a standby's too."""
+async def serve_metrics(address: str, observer: Observer, in_place: trio.Event, page: bool) -> NoReturn:
+    """Serve metrics, probes and the status on an address as `values.split_address` takes it, a standby's too."""
     host, port = split_address(address) or ("", 0)
     sys.setswitchinterval(SWITCH_INTERVAL)
     one_at_a_time = trio.CapacityLimiter(1)  # or a burst of scrapes would take the processor from the kubelet's calls
@@ -63,9 +68,17 @@ async def serve_metrics(address: str, observer: Observer, in_place: trio.Event) 
     async def metrics(request: Request) -> Response:
         accept, encoding = (request.headers.get(name, "") for name in ("accept", "accept-encoding"))
         async with one_at_a_time:
-            page = await run_in_thread(_page, observer.snapshot(), observer.counters.copy(), accept, encoding)
-        headers = {"Content-Encoding": page.encoding} if page.encoding else {}
-        return Response(200, page.text, page.content_type, {**headers, "Vary": "Accept, Accept-Encoding"})
+            scraped = await run_in_thread(_metrics, observer.snapshot(), observer.counters.copy(), accept, encoding)
+        headers = {"Content-Encoding": scraped.encoding} if scraped.encoding else {}
+        return Response(200, scraped.text, scraped.content_type, {**headers, "Vary": "Accept, Accept-Encoding"})
+
+    async def status(_: Request) -> Response:
+        async with one_at_a_time:
+            return Response(200, await run_in_thread(snapshot.encode, snapshot.publish(observer.snapshot())), JSON)
+
+    async def show(request: Request) -> Response:
+        async with one_at_a_time:
+            return await run_in_thread(_page, snapshot.publish(observer.snapshot()), request.query)
 
     async def healthz(_: Request) -> Response:
         return _probed(probes.stuck(observer.watchdog.expired()))
@@ -75,17 +88,25 @@ async def serve_metrics(address: str, observer: Observer, in_place: trio.Event) 
         return _probed(probes.unready(now), "ok, standing by" if now.standby else "ok")
 
     async def index(_: Request) -> Response:
-        return text(200, f"sgpu {__version__}\n\n/metrics  for Prometheus\n/healthz  alive?\n/readyz   ready?")
+        pages = "/metrics  for Prometheus\n/status   for kubectl sgpu\n/healthz  alive?\n/readyz   ready?"
+        return text(200, f"sgpu {__version__}\n\n{pages}")
 
-    routes: Routes = {"/": index, "/metrics": metrics, "/healthz": healthz, "/readyz": readyz}
+    routes: Routes = {"/metrics": metrics, "/status": status, "/healthz": healthz, "/readyz": readyz}
+    routes = {"/": show if page else index, **routes}
     remedy = "stop what has it, or choose another -metrics-address; without it, the kubelet's probes fail"
     await _serve(address, partial(_tcp, host, port), routes, remedy, in_place)
 
 
-def _page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
+def _metrics(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
     from sgpu.observe import metrics  # here, in a thread: only who is scraped pays for it
 
     return metrics.page(snapshot, counters, accept, accept_encoding)
+
+
+def _page(snapshot: Snapshot, query: str) -> Response:
+    from sgpu.observe import page  # here, in a thread: only who is visited pays for it
+
+    return Response(200, page.render(snapshot, refresh=query != page.STILL), page.CONTENT_TYPE, page.HEADERS)
 
 
 def _probed(problem: str, well: str = "ok") -> Response:

@@ -37,10 +37,14 @@ TEXT: Final = "text/plain; charset=utf-8"
 
 @attrs.frozen
 class Request:
-    """An HTTP request. Names of headers are in lower case; several of one name are joined by commas."""
+    """An HTTP request. Names of headers are in lower case; several of one name are joined by commas.
+
+    `query` is what follows the path's question mark, as it came.
+    """
 
     path: str
     headers: Mapping[str, str]
+    query: str = ""
 
 
 @attrs.frozen
@@ -138,7 +142,7 @@ class _Connection:
         return event  # type: ignore[return-value]  # h11 does not tell its sentinels apart
 
     async def _answer(self, request: h11.Request) -> Response:
-        path = request.target.decode("latin-1").partition("?")[0]
+        path, _, query = request.target.decode("latin-1").partition("?")
         handler = self._routes.get(path)
         if handler is None:
             return text(404, f"there is no {path!r} here, but {', '.join(sorted(self._routes))}")
@@ -149,7 +153,7 @@ class _Connection:
             key = name.decode("latin-1")
             headers[key] = ", ".join(filter(None, (headers.get(key), value.decode("latin-1"))))
         try:
-            return await handler(Request(path, headers))
+            return await handler(Request(path, headers, query))
         except Exception:
             logger.exception("%s failed", path)
             return text(500, f"{path} failed; the daemon's log says why")

@@ -25,7 +25,8 @@ from sgpu.observe.watchdog import Watchdog
 
 @attrs.frozen
 class Observer:
-    """Reads all of it. `monitor` is None where there is no driver; `standby` says whether another daemon serves.
+    """Reads all of it. `monitor` is None where there is no driver; `standby` says whether another daemon serves;
+    `stale_after` are seconds after which a sample is old.
 
     `claims`: GPUs are offered to claims. `wall_clock` is in seconds since the epoch.
     """
@@ -37,6 +38,7 @@ class Observer:
     monitor: Monitor | None
     standby: Callable[[], bool] = lambda: False
     claims: bool = False
+    stale_after: float = 25.0
     clock: Callable[[], float] = trio.current_time
     wall_clock: Callable[[], float] = time.time
 
@@ -66,6 +68,7 @@ class Observer:
             simulated=self.monitor is None,
             stale_answers=usage.stale_answers,
             standby=self.standby(),
+            stale_after=self.stale_after,
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:

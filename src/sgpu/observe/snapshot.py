@@ -6,12 +6,14 @@ Times are seconds since the epoch, memory is in bytes, utilization in percent. N
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
+
+Value = TypeVar("Value", bound=attrs.AttrsInstance)
 
 
 @attrs.frozen
@@ -67,6 +69,7 @@ class Snapshot:
     can't be attributed to containers, empty if they can or there are none. `simulated`: there is no driver, and no
     process uses the GPUs. `standby`: another daemon serves the kubelet, and this one waits to take over.
     `stale_answers`: pods that would get other GPUs than theirs if they started again.
+    `stale_after`: seconds after which a sample is old: several were missed, not only delayed by a slow call.
     """
 
     version: str
@@ -81,6 +84,12 @@ class Snapshot:
     simulated: bool = False
     stale_answers: tuple[StaleAnswer, ...] | None = None
     standby: bool = False
+    stale_after: float = 25.0
+
+
+def publish(snapshot: Snapshot) -> Snapshot:
+    """Return what anyone who reaches the metrics may know: stale answers name device nodes, and metrics count them."""
+    return attrs.evolve(snapshot, stale_answers=None)
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -89,19 +98,27 @@ def encode(snapshot: Snapshot) -> bytes:
 
 
 def decode(text: bytes) -> Snapshot:
-    """Return what `encode` was given. Raises ValueError for anything else."""
+    """Return what `encode` was given, by a daemon of any version: fields that are not known here are left out.
+
+    Raises ValueError for anything else.
+    """
     try:
         fields: dict[str, Any] = json.loads(text)
-        resources = tuple(ResourceSnapshot(**resource) for resource in fields.pop("resources"))
+        resources = tuple(_make(ResourceSnapshot, resource) for resource in fields.pop("resources"))
         gpus = tuple(
-            GpuSnapshot(**{**gpu, "containers": tuple(ContainerUse(**use) for use in gpu["containers"])})
+            _make(GpuSnapshot, {**gpu, "containers": tuple(_make(ContainerUse, use) for use in gpu["containers"])})
             for gpu in fields.pop("gpus")
         )
-        stale = fields.pop("stale_answers")
+        stale = fields.pop("stale_answers", None)
         answers = None if stale is None else tuple(_stale_answer(**each) for each in stale)
-        return Snapshot(**fields, resources=resources, gpus=gpus, stale_answers=answers)
+        return _make(Snapshot, {**fields, "resources": resources, "gpus": gpus, "stale_answers": answers})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not what a daemon of this version says: {error}") from error
+
+
+def _make(kind: type[Value], fields: dict[str, Any]) -> Value:
+    known = attrs.fields_dict(kind)
+    return kind(**{name: value for name, value in fields.items() if name in known})
 
 
 def _stale_answer(pod: str, stored: list[str], right: list[str]) -> StaleAnswer:

@@ -18,12 +18,12 @@ from sgpu.lib.inotify import open_directory
 from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
 from sgpu.lib.threads import run_in_thread
-from sgpu.node.container import StaleAnswer
+from sgpu.node.container import STALE_ADVICE, StaleAnswer
 from sgpu.node.gpu import Gpu
 from sgpu.pods.checkpoint import FILE
 from sgpu.pods.held import Held
 from sgpu.pods.processes import Places
-from sgpu.pods.stale import ADVICE, stale_answers
+from sgpu.pods.stale import stale_answers
 from sgpu.pods.unlisted import Unlisted
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Recorded:
         pods = ", ".join(map(str, stale))
         self._stale.update(
             f"GPUs have other device nodes than in the kubelet's stored answers: containers that start again get the "
-            f"wrong GPU in {pods}; {ADVICE}"
+            f"wrong GPU in {pods}; {STALE_ADVICE}"
             if stale
             else ""
         )

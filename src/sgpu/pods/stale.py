@@ -7,16 +7,12 @@ other device nodes (kubernetes#67107). Pure: knows neither trio nor files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 from sgpu.node.container import StaleAnswer
 from sgpu.node.gpu import Gpu, Unit, units
 from sgpu.node.shares import Share
 from sgpu.pods.checkpoint import Checkpoint
 from sgpu.pods.held import Holders
-
-#: What the operator can do.
-ADVICE: Final = "delete these pods: new ones get new answers"
 
 
 def stale_answers(checkpoint: Checkpoint, held: Holders, gpus: Iterable[Gpu]) -> list[StaleAnswer]:

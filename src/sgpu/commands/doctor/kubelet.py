@@ -22,12 +22,13 @@ from sgpu.config.settings import Settings, endpoint
 from sgpu.deviceplugin.registration import SOCKET
 from sgpu.deviceplugin.session import is_removed
 from sgpu.lib.logs import few
+from sgpu.node.container import STALE_ADVICE
 from sgpu.node.gpu import Gpu, label
 from sgpu.pods import holders
 from sgpu.pods.checkpoint import FILE, Checkpoint, read_checkpoint, strangers
 from sgpu.pods.held import Held, other_uses
 from sgpu.pods.holders import PodResourcesError
-from sgpu.pods.stale import ADVICE, stale_answers
+from sgpu.pods.stale import stale_answers
 from sgpu.pods.unlisted import Unlisted
 
 #: No kubelet has it: the answer to it is all that is wanted.
@@ -209,7 +210,7 @@ def _stored_answers(checkpoint: Checkpoint, held: Held, gpus: Sequence[Gpu]) -> 
     subject = "stored answers"
     if stale := stale_answers(checkpoint, held.shares, gpus):
         message = f"the kubelet gives the wrong GPU to containers that start again: {', '.join(map(str, stale))}"
-        return warn(subject, message, f"GPUs have other device nodes since a reboot or a reset: {ADVICE}")
+        return warn(subject, message, f"GPUs have other device nodes since a reboot or a reset: {STALE_ADVICE}")
     return ok(subject, "containers that start again get the GPUs of their shares")
 
 

@@ -6,7 +6,6 @@ Knows neither where the snapshot is from nor what it is printed on.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sgpu.lib.logs import printable
-from sgpu.lib.sizes import GIB, MIB
+from sgpu.lib.sizes import GIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
+from sgpu.observe.describe import UNKNOWN, ago, by_memory, free_shares, notes, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
-from sgpu.pods.stale import ADVICE
 
 #: Columns that the table takes with a UUID in it. With fewer, what would stand side by side stands below each other.
 TABLE: Final = 78
@@ -32,8 +31,6 @@ SENTENCE: Final = 60
 #: Columns that a bar at the beginning of a line leaves for the figures after it.
 BESIDE_BAR: Final = 25
 INDENT: Final = 2
-UNKNOWN: Final = "-"
-DAY: Final = 86400
 
 FINE, BAD, NOTE, DIM = "green", "bold red", "yellow", "dim"
 
@@ -41,56 +38,23 @@ FINE, BAD, NOTE, DIM = "green", "bold red", "yellow", "dim"
 @attrs.frozen
 class View:
     """Options of the view: columns there are (None: as many as it takes, so that names are never split); only
-    characters of ASCII; seconds after which figures are old.
+    characters of ASCII.
     """
 
     width: int | None
     ascii_only: bool
-    stale_after: float
 
 
 def render(snapshot: Snapshot, now: float, view: View) -> RenderableType:
     """Return the whole page. `now` is in seconds since the epoch."""
     parts: list[RenderableType] = [_head(snapshot, now), *map(_resource, snapshot.resources)]
-    parts += [Text(f"! {note}", style=NOTE) for note in notes(snapshot, now, view.stale_after)]
+    parts += [Text(f"! {note}", style=NOTE) for note in notes(snapshot, now)]
     if snapshot.gpus:
         if view.width is not None and view.width < TABLE:
             parts += _stack(snapshot, now, view, view.width)
         else:
             parts += ["", _table(snapshot, now, view)]
     return Group(*parts)
-
-
-def notes(snapshot: Snapshot, now: float, stale_after: float) -> Iterator[str]:
-    """Yield the problems of the node as a whole, and what to do."""
-    if snapshot.waiting:
-        yield f"waiting: {printable(snapshot.waiting)}"
-    elif not snapshot.gpus:
-        yield "the driver lists no GPU"
-    if snapshot.sampled_at is not None and now - snapshot.sampled_at > stale_after:
-        yield f"the driver last answered {ago(now - snapshot.sampled_at)} ago; memory and utilization are from then"
-    if not snapshot.holders_known:
-        yield (
-            "which pod has which share is unknown: the kubelet does not list it on -pod-resources-socket "
-            "(Kubernetes 1.20 and later; its directory must be mounted into the daemon's pod)"
-        )
-    if snapshot.stale_answers:
-        pods = ", ".join(printable(str(stale)) for stale in snapshot.stale_answers)
-        yield f"containers that start again get the wrong GPU in {pods}; {ADVICE}"
-    if snapshot.processes_problem:
-        yield f"GPU memory and utilization by pod are unknown: {printable(snapshot.processes_problem)}"
-    uses = [use for gpu in snapshot.gpus for use in gpu.containers if use.memory_limit is not None]
-    reasons = Counter(use.limit_reason for use in uses if use.limit_state != LimitState.ENFORCED.value)
-    for reason, count in reasons.items():
-        yield f"memory limits marked ! are not enforced ({count}): {printable(reason)}"
-
-
-def ago(seconds: float) -> str:
-    """Return a span of time in one unit, rounded down. A negative one (the clock was set back) counts as 0."""
-    for size, unit in ((DAY, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{max(int(seconds), 0)} s"
 
 
 def _head(snapshot: Snapshot, now: float) -> Text:
@@ -126,12 +90,12 @@ def _table(snapshot: Snapshot, now: float, view: View) -> Table:
     for gpu in snapshot.gpus:
         shares = Text("\n").join(Text(f"{number:>{digits}} {word}", style) for number, word, style in _shares(gpu))
         memory = Text("\n").join((Text(_memory(gpu)), _bar(gpu, BAR, view)))
-        table.add_row(Text("\n").join(_about(gpu, now, snapshot.resources)), memory, _percent(gpu.utilization), shares)
-        for use in _by_memory(gpu.containers):
+        table.add_row(Text("\n").join(_about(gpu, now, snapshot.resources)), memory, percent(gpu.utilization), shares)
+        for use in by_memory(gpu.containers):
             table.add_row(
                 Padding(_user(use), (0, 0, 0, INDENT)),
                 _container_memory(use),
-                _percent(use.utilization),
+                percent(use.utilization),
                 Text(f"{use.shares:>{digits}}" if use.pod else "", style="" if use.shares else NOTE),
             )
         if gpu is not snapshot.gpus[-1]:
@@ -146,12 +110,12 @@ def _stack(snapshot: Snapshot, now: float, view: View, width: int) -> Iterator[R
         yield from _about(gpu, now, snapshot.resources)
         memory = (_bar(gpu, max(width - BESIDE_BAR, 5), view), Text(_memory(gpu)))
         yield Text("memory  ").append_text(Text("  ").join(filter(None, memory)))
-        yield Text(f"util    {_percent(gpu.utilization)}")
+        yield Text(f"util    {percent(gpu.utilization)}")
         shares = [Text(f"{number} {word}", style) for number, word, style in _shares(gpu)]
         yield Text("shares  ").append_text(Text(", ").join(shares))
-        for use in _by_memory(gpu.containers):
+        for use in by_memory(gpu.containers):
             yield Padding(_user(use), (0, 0, 0, INDENT))
-            figures = _container_memory(use).append(f", {_percent(use.utilization)}")
+            figures = _container_memory(use).append(f", {percent(use.utilization)}")
             if use.pod:
                 label = f"{use.shares} share{'s' * (use.shares != 1)}"
                 figures.append(", ").append(label, style="" if use.shares else NOTE)
@@ -192,20 +156,15 @@ def _moment(moment: float, now: float) -> str:
 
 def _shares(gpu: GpuSnapshot) -> list[tuple[int, str, str]]:
     """Return the counts of shares, each with its label and style."""
-    if gpu.allocated is None:
+    free = free_shares(gpu)
+    if gpu.allocated is None or free is None:
         return [(gpu.shares, "in all", ""), (gpu.withheld, "withheld", NOTE if gpu.withheld else "")]
-    free = max(gpu.shares - gpu.allocated - gpu.withheld, 0)
     return [
         (gpu.allocated, "used", ""),
         # The kubelet gives none of an unhealthy GPU's away.
         (free, "free" if gpu.healthy else "down", "" if gpu.healthy else BAD),
         (gpu.withheld, "withheld", NOTE if gpu.withheld else ""),
     ]
-
-
-def _by_memory(uses: tuple[ContainerUse, ...]) -> list[ContainerUse]:
-    """Sort by memory used, most first; processes of no pod come last."""
-    return sorted(uses, key=lambda use: (not use.pod, -(use.memory_used or 0), use.namespace, use.pod, use.container))
 
 
 def _user(use: ContainerUse) -> Text:
@@ -217,12 +176,12 @@ def _user(use: ContainerUse) -> Text:
 
 def _container_memory(use: ContainerUse) -> Text:
     """Return what a container uses and may use: of an over-user its part, else its limit, marked unless enforced."""
-    used = _size(use.memory_used)
+    used = size(use.memory_used)
     if use.exceeded is not None:
-        return Text().append(f"{used} > {_size(use.exceeded)}", style=BAD)
+        return Text().append(f"{used} > {size(use.exceeded)}", style=BAD)
     if use.memory_limit is None:
         return Text(used)
-    text = Text(f"{used} / {_size(use.memory_limit)}")
+    text = Text(f"{used} / {size(use.memory_limit)}")
     return text if use.limit_state == LimitState.ENFORCED.value else text.append(" !", style=BAD)
 
 
@@ -240,13 +199,3 @@ def _bar(gpu: GpuSnapshot, width: int, view: View) -> Text:
     full, empty = "#." if view.ascii_only else "█░"
     bar = Text(full * filled, style=NOTE if gpu.withheld else FINE)
     return bar.append(empty * (width - filled), style=DIM)
-
-
-def _size(size: int | None) -> str:
-    if size is None:
-        return UNKNOWN
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
-
-
-def _percent(part: int | None) -> str:
-    return UNKNOWN if part is None else f"{part} %"
