@@ -63,6 +63,7 @@ EXPECTED = {
     "critical-xids": Expected("", *NUMBERS),
     "state-file": Expected("/run/sgpu/state.json", *FILES),
     "metrics-address": Expected(":2112", ("", "[::1]:0"), ("2112",)),
+    "metrics-page": Expected(True, *BOOLEANS),
     "status-socket": Expected("/run/sgpu/status.sock", *FILES),
     "node-labels": Expected("off", ("off", "nfd"), ("on", "api")),
     "node-labels-directory": Expected("/etc/kubernetes/node-feature-discovery/features.d", *PATHS),

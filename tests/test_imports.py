@@ -77,7 +77,7 @@ def check(loaded: set[str], third_parties: set[str], never: Iterable[str], most:
     [
         pytest.param("sgpu.cli", CLI, {*HEAVY, *WEB, "yaml", "sgpu.daemon"}, 145, id="command line"),
         pytest.param("sgpu.daemon", DAEMON, {*HEAVY, *WEB, "yaml"}, 450, id="daemon"),
-        pytest.param("sgpu.driver.worker", WORKER, NOT_IN_WORKER, 145, id="driver's process"),
+        pytest.param("sgpu.driver.worker", WORKER, NOT_IN_WORKER, 150, id="driver's process"),
         pytest.param("sgpu.parent", set(), {*NOT_IN_WORKER, "typing", "re", "threading", "sgpu.cli"}, 50, id="parent"),
     ],
 )
@@ -128,4 +128,4 @@ class TestRunning:
         config = WorkerConfig(
             host_path=str(node.host), dev_directory=str(node.dev), sysfs_directory=str(node.sys), interval=1, once=True
         )
-        check(python(LOADED.format(module="sgpu.driver.worker"), encode_config(config)), WORKER, NOT_IN_WORKER, 145)
+        check(python(LOADED.format(module="sgpu.driver.worker"), encode_config(config)), WORKER, NOT_IN_WORKER, 150)

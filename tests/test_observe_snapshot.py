@@ -10,7 +10,7 @@ from fake_status import GPU, SNAPSHOT
 
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.snapshot import Snapshot, decode, encode
+from sgpu.observe.snapshot import Snapshot, decode, encode, publish
 
 pytestmark = pytest.mark.pure
 
@@ -30,6 +30,12 @@ UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, 
 def test_round_trip(snapshot: Snapshot) -> None:
     """Decode what was encoded; what is unknown stays unknown."""
     assert decode(encode(snapshot)) == snapshot
+
+
+def test_publish() -> None:
+    """Leave out what names device nodes, and nothing else."""
+    stale = attrs.evolve(SNAPSHOT, stale_answers=(StaleAnswer("a/b", ("/x",), ("/y",)),))
+    assert publish(stale) == SNAPSHOT
 
 
 def test_newer_daemon() -> None:

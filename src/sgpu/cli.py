@@ -219,7 +219,7 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
                 print(f"sgpu {__version__}")
             return OK
         fewest, most = (command.fewest_arguments, command.most_arguments) if command else (0, 0)
-        if command and len(flags.positional) < fewest:
+        if command and command.argument and not fewest <= len(flags.positional) <= most:
             raise UsageError(f"{name} takes one {command.argument} (see {name} -help)")
         if len(flags.positional) > most:
             raise UsageError(f"unknown command {' '.join((name, *flags.positional)).strip()!r} (see -help)")

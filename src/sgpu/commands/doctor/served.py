@@ -17,7 +17,7 @@ from sgpu.observe.client import NoAnswerError, fetch
 #: Seconds for one answer.
 TIMEOUT: Final = 2.0
 #: What the daemon's first page begins with, as no other program's does.
-OURS: Final = "sgpu "
+OURS: Final = ("sgpu ", "<title>sgpu")
 
 
 def check_served(address: str, *, running: bool) -> Finding:
@@ -29,7 +29,7 @@ def check_served(address: str, *, running: bool) -> Finding:
     host, port = split
     try:
         _, first = _get(host, port, "/")
-        if not first.startswith(OURS):
+        if not any(mark in first for mark in OURS):
             return _another(subject, address)
         status, message = _get(host, port, "/readyz")
     except ConnectionRefusedError:
