@@ -16,7 +16,7 @@ from sgpu.observe.client import NoAnswerError, fetch
 
 #: Seconds for one answer.
 TIMEOUT: Final = 2.0
-#: What the daemon's first page begins with, as no other program's does.
+#: What the daemon's first page has, with and without -metrics-page, as no other program's does.
 OURS: Final = ("sgpu ", "<title>sgpu")
 
 
