@@ -349,6 +349,21 @@ class TestFaulty:
         _, workers = run(monkeypatch, crashes_later, faulty, trials=trials, seconds=10 * INTERVAL)
         assert len(workers.all) == 2
 
+    def test_found_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Keep a worker that finds out by itself while the trial still sees how it was."""
+
+        async def recovers(worker: FakeWorker) -> None:
+            await worker.emit(FAULTY)
+            await trio.sleep(INTERVAL + 1)
+            await healthy(worker)
+
+        async def slow(worker: FakeWorker) -> None:
+            await trio.sleep(2)
+            await exits(0, DRIVER_CALL, FAULTY)(worker)
+
+        _, workers = run(monkeypatch, recovers, trials=[slow], seconds=10 * INTERVAL)
+        assert (len(workers.all), len(workers.trials)) == (1, 1)
+
     def test_beside_a_suspect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Leave suspects alone in these trials: they have their own, which leave the others alone."""
         behaviors = [emits(report("GPU-a", "GPU-b"), GPU_CALL), faulty]

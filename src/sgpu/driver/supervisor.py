@@ -113,11 +113,12 @@ class _Supervisor:
             if not self._problems:
                 continue
             messages: list[Message] = []
-            running = self._running
+            running, problems = self._running, self._problems
             await self._try(self._current(), messages)
             reports = [message for message in messages if isinstance(message, Report)]
-            if reports and _problems(reports[-1]) != self._problems:
-                running.cancel()  # if it is still that one
+            # If it is still that one, and has not found out by itself after all.
+            if reports and self._problems == problems != _problems(reports[-1]):
+                running.cancel()
 
     async def _try_suspect(self, uuid: str) -> None:
         """Try until a call about this GPU returns: then the worker takes it back."""
