@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +22,7 @@ from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import CARDS, StubGpu, StubInstance, mig_gpu
 from test_soak import footprint
+from watching import wait_until
 
 STEPS: Final = 2000
 #: Steps after which everything that is made once has been made.
@@ -103,8 +105,12 @@ class Soak:
         return gpu is not None
 
     def replace(self) -> bool:
-        """Destroy all of a card, and make others that have the same places, in one go."""
-        gpu = self.pick(lambda gpu: gpu.instances and not gpu.lost)
+        """Destroy all of a card, and make others that have the same places, in one go.
+
+        None that had an XID: a poll can come before the event of the change, and then the XID may be the new one's.
+        """
+        uuids = {each.uuid: {instance.uuid for instance in each.instances} for each in self.cards}
+        gpu = self.pick(lambda gpu: gpu.instances and not gpu.lost and not self.faulty & uuids[gpu.uuid])
         if gpu:
             self.forget(gpu, gpu.instances)
             for _ in range(self.chance.randint(1, MOST)):
@@ -123,8 +129,12 @@ class Soak:
         return gpu is not None
 
     def xid(self) -> bool:
-        """A fault that stays while the driver says nothing of a recovery: of one instance of several."""
-        choice = [(gpu, each) for gpu, each in self.instances if each.uuid not in self.faulty and not gpu.lost]
+        """A fault that stays while the driver says nothing of a recovery: of one instance, which was healthy.
+
+        Else nothing would show that the daemon has seen it before the next step.
+        """
+        well = [(gpu, each) for gpu, each in self.instances if not gpu.lost and not gpu.rows_pending]
+        choice = [(gpu, each) for gpu, each in well if each.uuid not in self.faulty]
         if not choice:
             return False
         gpu, instance = self.chance.choice(choice)
@@ -147,13 +157,20 @@ class Soak:
         gpu = self.pick(lambda gpu: not gpu.lost) if not any(gpu.lost for gpu in self.cards) else None
         if gpu:
             self.node.driver.change(gpu, lost=True)
+            wait_until(lambda: not self.is_listed(gpu), f"{gpu.uuid} is gone")  # its shares may be unhealthy before
         return gpu is not None
+
+    def is_listed(self, gpu: StubGpu) -> bool:
+        """Whether the driver lists a card, by the last that the daemon said of it."""
+        said = re.findall(rf"GPU {gpu.uuid} \(.*\) is (.*)", self.daemon.logs)
+        return not said or said[-1].startswith("healthy") or "no longer lists it" not in said[-1]
 
     def find(self) -> bool:
         """A card that is back was reset, and with it what was wrong with its instances."""
         gpu = self.pick(lambda gpu: gpu.lost)
         if gpu:
             self.node.driver.change(gpu, lost=False)
+            wait_until(lambda: self.is_listed(gpu), f"{gpu.uuid} is back")
             self.faulty -= {instance.uuid for instance in gpu.instances}
         return gpu is not None
 
