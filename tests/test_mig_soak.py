@@ -24,7 +24,7 @@ from stub_driver import CARDS, StubGpu, StubInstance, mig_gpu
 from test_soak import footprint
 from watching import wait_until
 
-STEPS: Final = 2000
+STEPS: Final = 400
 #: Steps after which everything that is made once has been made.
 WARM_UP: Final = 200
 #: Bytes that the daemon's memory may grow by from then on.
