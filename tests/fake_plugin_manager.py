@@ -158,7 +158,7 @@ def _unary(channel: grpc.Channel, method: str, request: Message, response: type[
 def _identity(path: Path) -> tuple[int, int]:
     """Return what tells a socket from the one before, whose inode it may have."""
     status = path.stat()
-    return status.st_ino, status.st_ctime_ns
+    return status.st_ino, status.st_mtime_ns  # links change its ctime
 
 
 def _is_plugin(path: Path) -> bool:
