@@ -193,7 +193,7 @@ class TestRendered:
         assert addresses
         assert [address for address in addresses if not re.fullmatch(pinned, address)] == []
 
-    def test_the_readme_names_each_overlay(self) -> None:
+    def test_the_readme_names_each_overlay_and_component(self) -> None:
         """And the first look, which takes one command."""
         assert {path.name for path in OVERLAYS} == {
             *("alerts", "gke-cos", "gke-ubuntu", "host-driver", "monitoring", "simulated", "dra", "dra-simulated")
@@ -201,7 +201,8 @@ class TestRendered:
         readme = (K8S.parent / "README.md").read_text()
         for path in OVERLAYS:
             assert f"k8s/overlays/{path.name}" in readme
-        assert f"{SURGE.relative_to(K8S.parent)}" in readme
+        for path in (K8S / "components").iterdir():
+            assert f"[`{path.name}`]" in readme
         assert f"kubectl apply -k {FIRST_LOOK.relative_to(K8S.parent)}" in readme
 
     def test_the_readme_names_what_to_look_at(self) -> None:
