@@ -69,7 +69,7 @@ def _instance(dev: Path, host: Host, instance: InstanceReport) -> Iterator[Findi
     if instance.problem:
         problem, _, advice = instance.problem.partition("; ")
         advice = advice or "the daemon's pod needs the host's /proc/driver/nvidia-caps"
-        yield fail(subject, f"{problem}, so that its shares are unhealthy", advice)
+        yield fail(subject, f"{problem}, so its shares are unhealthy", advice)
         return
     major = host.major(CAPABILITIES)
     for node in instance.capability_nodes:
