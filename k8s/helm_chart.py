@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +83,7 @@ VALUES: Final[dict[str, tuple[Mapping[str, Any], str]]] = {
     ),
     "monitoring": (FLAG, "create a PodMonitor, for the Prometheus operator"),
     "alerts": (FLAG, "create a PrometheusRule, for the Prometheus operator"),
+    "dra": (FLAG, "create what `-api dra` needs beside the DaemonSet; see values/dra.yaml. One release a cluster"),
     "monitorLabels": (LABELS, "labels by which your Prometheus selects monitors and rules"),
 }
 #: Made from the name of the release.
@@ -154,6 +156,12 @@ def added(directory: Path) -> Iterator[tuple[str, Path]]:
 def template_of(value: str, text: str) -> str:
     """Return the text of an object as a template: named like the release, and only if the value is true."""
     text = text.replace("{{", '{{ "{{" }}')  # what is for Prometheus is not for Helm
+    account = r"\1{{ .Values.serviceAccountName }}"
+    text = re.sub(r"(kind: ServiceAccount\n(?:metadata:\n)? +name: )sgpu$", account, text, flags=re.MULTILINE)
+    text = text.replace(
+        "serviceaccount:kube-system:sgpu",
+        'serviceaccount:{{ include "sgpu.namespace" . }}:{{ .Values.serviceAccountName }}',
+    )
     text = re.sub(r"^  name: sgpu$", '  name: {{ include "sgpu.name" . }}', text, flags=re.MULTILINE)
     text = re.sub(r"\bapp: sgpu\b.*", 'app: {{ include "sgpu.name" . }}', text)
     text = text.replace("namespace: kube-system", 'namespace: {{ include "sgpu.namespace" . }}')
@@ -179,9 +187,11 @@ def files() -> dict[str, str]:
         "values.schema.json": json.dumps(_schema(), indent=2) + "\n",
     }
     for directory in (path.parent for path in sorted(K8S.glob("overlays/*/kustomization.yaml"))):
-        objects = dict(added(directory))
+        objects = defaultdict[str, list[str]](list)
+        for value, path in added(directory):
+            objects[value].append(path.read_text())
         made.update(
-            (f"templates/{value}.yaml", template_of(value, path.read_text())) for value, path in added(directory)
+            (f"templates/{value}.yaml", template_of(value, "---\n".join(texts))) for value, texts in objects.items()
         )
         values = {**difference(base, _values_of_overlay(directory, base)), **dict.fromkeys(objects, True)}
         made[f"values/{directory.name}.yaml"] = _values_file(directory, values, kustomize.render(directory).remote)

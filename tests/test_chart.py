@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -93,6 +94,21 @@ def test_the_committed_files_are_what_the_manifests_generate() -> None:
     out_of_date = [name for name, text in made.items() if (helm_chart.CHART / name).read_text() != text]
     assert out_of_date == [], "run `tox -e generate`"
     assert sorted(path.stem for path in VALUES_FILES) == sorted(path.name for path in (*OVERLAYS, *COMPONENTS))
+
+
+@pytest.mark.parametrize("file", VALUES_FILES, ids=lambda path: path.stem)
+def test_values_files_without_helm(file: Path) -> None:
+    """The schema takes what each values file says, and what an overlay adds is all in the templates."""
+    import jsonschema
+
+    values = yaml.safe_load(file.read_text())
+    jsonschema.validate(values, json.loads((helm_chart.CHART / "values.schema.json").read_text()))
+    for overlay in (path for path in OVERLAYS if path.name == file.stem):
+        for value, path in helm_chart.added(overlay):
+            assert values[value] is True
+            template = (helm_chart.CHART / "templates" / f"{value}.yaml").read_text()
+            kinds = Counter(thing["kind"] for thing in yaml.safe_load_all(path.read_text()))
+            assert all(template.count(f"\nkind: {kind}\n") >= count for kind, count in kinds.items())
 
 
 @pytest.mark.parametrize(
