@@ -88,6 +88,34 @@ async def test_a_new_kubelet_is_asked_while_the_old_one_has_not_answered() -> No
 
 
 @real
+async def test_a_kubelet_that_comes_right_after_it_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register with it once: it is not taken for another one later."""
+    plugin, asked, pinned = Plugin(), trio.Event(), registration.pinned
+
+    async def count(version: str, resource: str) -> None:
+        asked.set()
+
+    with short_directory() as directory, trio.fail_after(TIMEOUT):
+        new = directory / "new"
+
+        @contextmanager
+        def just_before(path: Path) -> Iterator[rpc.Identity | None]:
+            with pinned(path) as pin:
+                if pin is None:
+                    os.replace(new, path)
+                yield pin
+
+        monkeypatch.setattr(registration, "pinned", just_before)
+        async with serving(rpc.routes([Registrar(count).service]), new), trio.open_nursery() as nursery:
+            nursery.start_soon(plugin.run, directory)
+            await asked.wait()
+            await plugin.wait_registered()
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+    assert plugin.counters.registrations == {(RESOURCE, False): 1, (RESOURCE, True): 1}
+
+
+@real
 async def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make another one: a kubelet that starts just then removes it before anyone has looked which file it is."""
     listen, registered = rpc.listen, trio.Event()

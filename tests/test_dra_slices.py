@@ -26,7 +26,7 @@ from sgpu.dra.slices import (
     unit_uuid,
 )
 from sgpu.lib.sizes import GIB, MIB
-from sgpu.node.gpu import Gpu, Health, units
+from sgpu.node.gpu import Gpu, Health, MigInstance, units
 from sgpu.node.offers import Offer, Offers
 from sgpu.node.policy import OffersRefusedError
 from sgpu.node.rank import Placement
@@ -107,6 +107,19 @@ class TestDevice:
                 },
             },
         }
+
+    def test_instance(self) -> None:
+        """One of MIG is a device by its own UUID, with its profile, its memory, and the card that it is part of."""
+        instance = MigInstance("MIG-a1", "A100 MIG 1g.5gb", "1g.5gb", 4 * GIB)
+        made = only(offer(attrs.evolve(T4, mig_mode=True, instances=(instance,)), 10))
+        found = {name: made["attributes"][name]["string"] for name in ("uuid", "gpuUUID", "productName", "migProfile")}
+        assert found == {
+            "uuid": "MIG-a1",
+            "gpuUUID": T4.uuid,
+            "productName": "A100 MIG 1g.5gb",
+            "migProfile": "1g.5gb",
+        }
+        assert (made["name"], made["capacity"]["memory"]["value"]) == ("mig-a1", "4096Mi")
 
     def test_what_is_unknown_is_left_out(self) -> None:
         """Memory above all: a capacity of 0 would say that there is none."""

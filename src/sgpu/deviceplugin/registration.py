@@ -31,11 +31,12 @@ class RegistrationFailedError(Exception):
 def pinned(path: Path) -> Iterator[rpc.Identity | None]:
     """Yield the identity of the file at `path` (None if there is none); no other file gets it while this is open.
 
-    Without the open descriptor a kubelet that restarts can get the very inode number its old socket had.
+    Without the open descriptor a kubelet that restarts can get the very inode number its old socket had. Raises
+    OSError where there is a file that can't be opened.
     """
     try:
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         yield None
         return
     try:
@@ -72,9 +73,7 @@ async def register(
             if error.code is not StatusCode.UNIMPLEMENTED and VERSION_REFUSED not in error.message:
                 break
         except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-            cure = "is it down, or is -plugin-directory not its own?"
-            message = f"the kubelet does not answer on {kubelet_socket}: {explain(error, cure)}"
-            raise RegistrationFailedError(message) from error
+            raise RegistrationFailedError(unanswered(kubelet_socket, error)) from error
         except trio.TooSlowError as error:
             raise RegistrationFailedError(
                 f"the kubelet did not answer on {kubelet_socket} within {REGISTER_TIMEOUT} s"
@@ -84,6 +83,12 @@ async def register(
     # The last refusal that is about the request and not about the version, or else the first.
     telling = [error for error in refusals if error.code is not StatusCode.UNIMPLEMENTED] or refusals
     raise RegistrationFailedError(f"the kubelet refused {resource_name}: {telling[-1]}") from telling[-1]
+
+
+def unanswered(kubelet_socket: Path, error: Exception) -> str:
+    """Return what to say of a kubelet that does not answer."""
+    cure = "is it down, or is -plugin-directory not its own?"
+    return f"the kubelet does not answer on {kubelet_socket}: {explain(error, cure)}"
 
 
 def _alpha_request(version: str, endpoint: str, resource_name: str) -> v1alpha_pb2.RegisterRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -171,8 +172,7 @@ class Session:
                 kubelet = content_identity(path)
                 limited = has_limits(self._context)
                 attempt = partial(self._register, path)
-                # Where there was none, whoever answers now is the new one.
-                registered = await (race(attempt, partial(_overtaken, directory, pin)) if pin else attempt())
+                registered = await race(attempt, partial(_overtaken, directory, pin)) if pin else self._missing(path)
                 self._registrations.attempted(self._resource, kubelet, registered)
                 if registered:
                     self._watchdog.disarm(loop_name(self._resource))
@@ -213,11 +213,23 @@ class Session:
         offered = options(self._context)
         return await registration.register(kubelet_socket, endpoint(self._resource), self._resource, offered)
 
+    def _missing(self, kubelet_socket: Path) -> bool:
+        """Report that there was no socket to pin. One that is there by now is asked once it is pinned.
+
+        Else its kubelet would be taken for another one that came later, and registered with twice.
+        """
+        error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self._report(registration.unanswered(kubelet_socket, error))
+        return False
+
+    def _report(self, problem: object) -> None:
+        self._problem.report(f"{self._resource} is not registered: {problem}")
+
     async def _register(self, kubelet_socket: Path) -> bool:
         try:
             version = await self._attempt(kubelet_socket)
         except RegistrationFailedError as error:
-            self._problem.report(f"{self._resource} is not registered: {error}")
+            self._report(error)
             return False
         self._problem.clear()
         logger.info("registered %s with the kubelet (%s)", self._resource, version)
