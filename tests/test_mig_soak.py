@@ -1,4 +1,4 @@
-"""Thousands of random changes of MIG, faults, restarts and allocations; the kubelet always has what is there.
+"""Hundreds of random changes of MIG, faults, restarts and allocations; the kubelet always has what is there.
 
 No share is ever given of an instance that is not there. The seed is printed; SGPU_SOAK_SEED gives another, and
 SGPU_SOAK_STEPS another number of steps.
@@ -21,7 +21,7 @@ from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import CARDS, StubGpu, StubInstance, mig_gpu
-from test_soak import footprint
+from test_soak import footprint, seeded
 from watching import wait_until
 
 STEPS: Final = 400
@@ -231,10 +231,8 @@ WEIGHTS: Final = {
 
 @pytest.mark.soak
 def test_random_steps(node: Node) -> None:
-    """Show the kubelet what is there after each of thousands of random steps, and leak nothing."""
-    seed = int(os.environ.get("SGPU_SOAK_SEED") or random.randrange(1 << 32))
-    print(f"SGPU_SOAK_SEED={seed}")
-    chance = random.Random(seed)
+    """Show the kubelet what is there after each of hundreds of random steps, and leak nothing."""
+    chance = seeded()
     node.make_mig_minors()
     # Those that never say what they recommend keep a fault until they are reset. One card has no MIG.
     silent = [mig_gpu(0, recovery_action=None), mig_gpu(1, mig_mode=0, recovery_action=None)]
@@ -247,13 +245,11 @@ def test_random_steps(node: Node) -> None:
     ):
         kubelet.wait_registrations(1)
         soak = Soak(node, kubelet, pods, daemon, chance)
-        taken: list[str] = []
         total, steps = int(os.environ.get("SGPU_SOAK_STEPS") or STEPS), 0
         while steps < total:
             (step,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
             if step(soak):
                 steps += 1
-                taken.append(step.__name__)
                 soak.settle()
             if steps == WARM_UP:
                 before, memory = footprint(daemon), daemon.rss_bytes()

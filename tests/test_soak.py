@@ -329,6 +329,13 @@ class Soak:
         self.apply()
 
 
+def seeded() -> random.Random:
+    """Return the source of chance, and print its seed: SGPU_SOAK_SEED repeats a run."""
+    seed = int(os.environ.get("SGPU_SOAK_SEED") or random.randrange(1 << 32))
+    print(f"SGPU_SOAK_SEED={seed}")
+    return random.Random(seed)
+
+
 #: How often each step is taken, relatively.
 WEIGHTS: Final = {
     Soak.reset_xid: 12,
@@ -352,9 +359,7 @@ WEIGHTS: Final = {
 @pytest.mark.soak
 def test_random_steps(node: Node) -> None:
     """Show the kubelet what the driver says after each of hundreds of random steps, and leak nothing."""
-    seed = int(os.environ.get("SGPU_SOAK_SEED") or random.randrange(1 << 32))
-    print(f"SGPU_SOAK_SEED={seed}")
-    chance = random.Random(seed)
+    chance = seeded()
     node.driver.set(gpus=[attrs.evolve(StubGpu(number), recovery_action=0 if number else None) for number in range(3)])
     began = time.monotonic()
     with FakeKubelet(node.plugins) as kubelet, started(node, *FLAGS) as daemon:

@@ -117,14 +117,6 @@ def parse_limits(text: str) -> float:
     return float(factor)
 
 
-def _are_limits(text: str) -> bool:
-    try:
-        parse_limits(text)
-    except ValueError:
-        return False
-    return True
-
-
 def parse_tolerance(text: str) -> tuple[float, int]:
     """Return the part and the bytes of a tolerance: 0.1 and 536870912 for `10%+512MiB`. Raises ValueError."""
     found = _TOLERANCE.fullmatch(text)
@@ -133,12 +125,17 @@ def parse_tolerance(text: str) -> tuple[float, int]:
     return float(found["percent"] or 0) / 100, int(found["number"] or 0) * _UNITS[found["unit"] or "M"]
 
 
-def _is_tolerance(text: str) -> bool:
-    try:
-        parse_tolerance(text)
-    except ValueError:
-        return False
-    return True
+def _parses(parse: Callable[[str], object]) -> Callable[[str], bool]:
+    """Return whether that takes a text without ValueError, as a function of the text."""
+
+    def check(text: str) -> bool:
+        try:
+            parse(text)
+        except ValueError:
+            return False
+        return True
+
+    return check
 
 
 def split_address(text: str) -> tuple[str, int] | None:
@@ -175,10 +172,10 @@ def _are_numbers(text: str) -> bool:
 
 
 MEMORY_LIMITS: Final = Kind(
-    f"off, fair, or burst=N with a number from 1 to {MOST_BURST}", str, _are_limits, "off|fair|burst=N"
+    f"off, fair, or burst=N with a number from 1 to {MOST_BURST}", str, _parses(parse_limits), "off|fair|burst=N"
 )
 TOLERANCE: Final = Kind(
-    "a percentage, MiB or GiB, or both, as in 10%+512MiB, 25% or 1GiB", str, _is_tolerance, "N%+NMiB"
+    "a percentage, MiB or GiB, or both, as in 10%+512MiB, 25% or 1GiB", str, _parses(parse_tolerance), "N%+NMiB"
 )
 BOOLEAN: Final = Kind("true or false", bool, lambda value: True, "true|false")
 PATH: Final = Kind(

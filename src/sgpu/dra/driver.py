@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from time import time
 from typing import Final
 
@@ -132,13 +133,13 @@ class ResourceHealth(dra_health_grpc.DRAResourceHealthServicer):
         self, _: dra_health_pb2.NodeWatchResourcesRequest
     ) -> AsyncGenerator[dra_health_pb2.NodeWatchResourcesResponse, None]:
         while True:
-            changed = self._node.changed.next
             gpus = self._node.gpus
             yield health(gpus, self._pool, time())
             with trio.move_on_after(HEALTH_INTERVAL):
-                while self._node.gpus == gpus:
-                    await changed.wait()
-                    changed = self._node.changed.next
+                await wait_until(partial(self._differ, gpus), self._node.changed)
+
+    def _differ(self, gpus: tuple[Gpu, ...]) -> bool:
+        return self._node.gpus != gpus
 
 
 def health(gpus: Iterable[Gpu], pool: str, now: float) -> dra_health_pb2.NodeWatchResourcesResponse:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import http.client
-import json
 import socket
 from contextlib import closing
 from typing import Final
 
 from sgpu import __version__
 from sgpu.lib.logs import printable
-from sgpu.observe.snapshot import Snapshot, decode
+from sgpu.observe.snapshot import Snapshot, decode, program
 
 #: Seconds that any step of asking may take. The daemon answers from memory, so this is long.
 TIMEOUT: Final = 5.0
@@ -57,7 +56,7 @@ def fetch(path: str, timeout: float = TIMEOUT) -> Snapshot:
         return decode(body)
     except ValueError as error:
         raise NoAnswerError(
-            f"the daemon on {path} is {_version(body)}, and this is sgpu {__version__}, which can't read its answer: "
+            f"the daemon on {path} is {program(body)}, and this is sgpu {__version__}, which can't read its answer: "
             "run the `status` of the daemon's own image, as with kubectl exec in its pod"
         ) from error
 
@@ -84,14 +83,6 @@ def _get(path: str, timeout: float) -> tuple[int, bytes]:
 
 def _is_it_running() -> str:
     return f"is the DaemonSet's pod running on this node? {POD}"
-
-
-def _version(body: bytes) -> str:
-    """Return which program answered, as far as that can be read."""
-    try:
-        return f"sgpu {json.loads(body)['version']}"
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return "another program or version"
 
 
 def _describe(error: Exception) -> str:

@@ -116,6 +116,14 @@ def decode(text: bytes) -> Snapshot:
         raise ValueError(f"not what a daemon of this version says: {error}") from error
 
 
+def program(body: bytes) -> str:
+    """Return which program and version gave an answer that is no snapshot, as far as that can be read."""
+    try:
+        return f"sgpu {json.loads(body)['version']}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "another program or version"
+
+
 def _make(kind: type[Value], fields: dict[str, Any]) -> Value:
     known = attrs.fields_dict(kind)
     return kind(**{name: value for name, value in fields.items() if name in known})

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from sgpu.node.container import Container
+from sgpu.pods.cgroups import plain_uid
 from sgpu.pods.checkpoint import Checkpoint, Entry, read_checkpoint
 from sgpu.pods.held import Held, collect, gpus_in
 from sgpu.pods.processes import Places
@@ -48,12 +49,12 @@ class Unlisted:
                 self.outdated = True
                 raise
         missing = list(self._missing(listed))
-        living = _living(self._places.proc, {_plain(entry.pod_uid) for entry, _ in missing}) if missing else set()
+        living = _living(self._places.proc, {plain_uid(entry.pod_uid) for entry, _ in missing}) if missing else set()
         names = _names(self._places.container_logs) if living else {}
         found = (
             (entry.resource, [device_id], _container(entry, names))
             for entry, device_id in missing
-            if _plain(entry.pod_uid) in living
+            if plain_uid(entry.pod_uid) in living
         )
         return collect(found, listed.shares)
 
@@ -72,12 +73,8 @@ class Unlisted:
 
 
 def _container(entry: Entry, names: Mapping[str, tuple[str, str]]) -> Container:
-    namespace, pod = names.get(_plain(entry.pod_uid), ("", f"uid {entry.pod_uid}"))
+    namespace, pod = names.get(plain_uid(entry.pod_uid), ("", f"uid {entry.pod_uid}"))
     return Container(namespace, pod, entry.container)
-
-
-def _plain(uid: str) -> str:
-    return uid.replace("-", "").replace("_", "")
 
 
 def _living(proc: Path, uids: Collection[str]) -> set[str]:
@@ -88,7 +85,7 @@ def _living(proc: Path, uids: Collection[str]) -> set[str]:
             continue
         try:
             with open(f"{proc}/{name}/cgroup", errors="replace") as file:
-                living.update(map(_plain, _POD_UID.findall(file.read())))
+                living.update(map(plain_uid, _POD_UID.findall(file.read())))
         except OSError:  # it has ended
             continue
         if living >= set(uids):
@@ -108,5 +105,5 @@ def _names(container_logs: Path) -> dict[str, tuple[str, str]]:
             namespace, pod, uid = PurePosixPath(os.readlink(container_logs / link)).parts[-3].split("_")
         except (OSError, IndexError, ValueError):  # no link, or none of the kubelet's
             continue
-        names[_plain(uid)] = namespace, pod
+        names[plain_uid(uid)] = namespace, pod
     return names

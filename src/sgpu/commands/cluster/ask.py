@@ -13,7 +13,7 @@ from sgpu import __version__
 from sgpu.commands.cluster.agents import Agent, Answer, parse_agents
 from sgpu.commands.cluster.proxy import Connect, ProxyError
 from sgpu.lib.logs import cut, printable
-from sgpu.observe.snapshot import Snapshot, decode
+from sgpu.observe.snapshot import Snapshot, decode, program
 
 #: Daemons that are asked at a time: a connection each, at the proxy and at the API server.
 AT_A_TIME: Final = 50
@@ -82,7 +82,7 @@ def _read(status: int, body: bytes) -> tuple[Snapshot | None, str]:
     try:
         return decode(body), ""
     except ValueError:
-        return None, f"{_version(body)} answers, which sgpu {__version__} can't read: install the version of the nodes"
+        return None, f"{program(body)} answers, which sgpu {__version__} can't read: install the version of the nodes"
 
 
 async def _get(connect: Connect, path: str) -> tuple[int, bytes]:
@@ -116,11 +116,3 @@ def _reason(status: int, body: bytes) -> str:
     if status == FORBIDDEN:
         message += "; k8s/cluster-view has a role for it"
     return f"{message} (HTTP status {status})"
-
-
-def _version(body: bytes) -> str:
-    """Return which program answered, as far as that can be read."""
-    try:
-        return f"sgpu {json.loads(body)['version']}"
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return "another program or version"
