@@ -162,6 +162,8 @@ class FakeApiServer:
             return Answer(200, known)
         if method == "DELETE":
             return Answer(200, self._remove(path))
+        if method == "PATCH":
+            return Answer(200, self._store(path, _merged(known, thing), "MODIFIED"))
         if thing["metadata"].get("resourceVersion") != known["metadata"]["resourceVersion"]:
             return _status(409, "the object has been modified")
         return Answer(200, self._store(path, thing, "MODIFIED"))
@@ -202,6 +204,15 @@ class FakeApiServer:
 
 def _status(status: int, message: str) -> Answer:
     return Answer(status, {"kind": "Status", "code": status, "message": message})
+
+
+def _merged(old: Any, change: Any) -> Any:  # noqa: ANN401  # as JSON has it
+    """Return the merge of RFC 7386."""
+    if not isinstance(change, dict):
+        return change
+    before = old if isinstance(old, dict) else {}
+    kept = {key: value for key, value in before.items() if key not in change}
+    return {**kept, **{key: _merged(before.get(key), each) for key, each in change.items() if each is not None}}
 
 
 def _watched(target: str) -> tuple[str, Mapping[str, str], int]:
@@ -274,7 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         time.sleep(self.fake.delay)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        answer = self.fake.answer(self.command, self.path, token, body)
+        wanted = "application/merge-patch+json" if self.command == "PATCH" else "application/json"
+        if body and self.headers["Content-Type"] != wanted:
+            answer = _status(415, f"{self.command} takes {wanted}")
+        else:
+            answer = self.fake.answer(self.command, self.path, token, body)
         if answer.status == 200 and "watch" in dict(parse_qsl(urlsplit(self.path).query)):
             self._stream(self.fake.blocking_watch(self.path))
             return
@@ -285,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _handle
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
 
     def _stream(self, lines: Iterator[bytes]) -> None:
         self.send_response(200)

@@ -60,7 +60,7 @@ def test_api_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "sgpu to run in a pod" in api_server(settings).message
     server = FakeApiServer()
     with serving(server, tmp_path) as access:
-        monkeypatch.setattr(kubeapi, "in_cluster", lambda _: access)
+        monkeypatch.setattr(kubeapi, "in_cluster", lambda *_: access)
         assert "404" in api_server(settings).message
         server.put(f"/api/v1/nodes/{NODE}", {"metadata": {"name": NODE}})
         server.put(f"{PATH}/s", {"metadata": {}, "spec": {"driver": DRIVER, "nodeName": NODE, "devices": [DEVICE]}})

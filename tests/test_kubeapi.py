@@ -34,13 +34,14 @@ class TestAccess:
     )
     def test_in_a_pod(self, host: str, url: str) -> None:
         """By what the kubelet puts there."""
-        access = in_cluster({"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": "443"}, Path("/d"))
-        assert access == Access(url, Path("/d/token"), Path("/d/ca.crt"))
+        environment = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": "443"}
+        access = in_cluster(environment, "-x", "k8s/x", Path("/d"))
+        assert access == Access(url, Path("/d/token"), Path("/d/ca.crt"), "k8s/x")
 
     def test_not_in_a_pod(self) -> None:
         """The message says what is needed."""
-        with pytest.raises(ApiServerError, match="in a pod"):
-            in_cluster({"KUBERNETES_SERVICE_HOST": "10.96.0.1"})
+        with pytest.raises(ApiServerError, match="-x needs sgpu to run in a pod"):
+            in_cluster({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "-x", "k8s/x")
 
     def test_the_token_is_read_again(self, tmp_path: Path) -> None:
         """After a minute, or when it was refused."""
@@ -78,7 +79,7 @@ class TestAccess:
 
 class TestOverTls:
     def test_all_requests(self, tmp_path: Path) -> None:
-        """Create, get, replace, a conflict, delete, delete again, get what is not there."""
+        """Create, get, replace, a conflict, patch, delete, delete again, get what is not there."""
 
         async def check() -> None:
             server = FakeApiServer()
@@ -93,6 +94,8 @@ class TestOverTls:
                     with pytest.raises(ApiServerError) as caught:
                         await api.replace(f"{THINGS}/a", created)
                     assert caught.value.conflict
+                    patched = await api.patch(f"{THINGS}/a", {"color": None, "size": {"x": 1}})
+                    assert (patched.get("color"), patched["size"]) == (None, {"x": 1})
                     await api.delete(f"{THINGS}/a")
                     await api.delete(f"{THINGS}/a")
                     assert (await failure(api)).not_found

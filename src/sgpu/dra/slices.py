@@ -26,6 +26,8 @@ Object = dict[str, Any]
 #: Name of the driver: in slices and claims, in the names of sockets, and the domain of attributes and taints.
 DRIVER: Final = "gpu.deepomatic.com"
 API_VERSION: Final = "resource.k8s.io/v1"
+#: Gives the pod its access to the API server.
+MANIFEST: Final = "k8s/overlays/dra"
 #: The API server's path of slices.
 PATH: Final = f"/apis/{API_VERSION}/resourceslices"
 #: The attribute `type` of every device of ours. Device classes select by it.

@@ -1,4 +1,4 @@
-"""The API server, on trio: get, list, watch, create, replace, delete. Knows no kind of object and nothing of GPUs.
+"""The API server, on trio: get, list, watch, create, replace, patch, delete. Knows no kind of object, and no GPU.
 
 Imported only where the API server is used: httpx costs 3 MB.
 """

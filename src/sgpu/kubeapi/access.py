@@ -20,21 +20,28 @@ FRESH: Final = 60.0
 
 @attrs.frozen
 class Access:
-    """The address of the API server, and the files with the token and the certificate authority."""
+    """The address of the API server, and the files with the token and the certificate authority.
+
+    `manifest` is the one that gives a pod this access and its rights, for messages.
+    """
 
     url: str
     token_file: Path
     ca_file: Path
+    manifest: str = "its manifest"
 
 
-def in_cluster(environment: Mapping[str, str], directory: Path = DIRECTORY) -> Access:
-    """Return the access that a pod has. Raises ApiServerError outside of one."""
+def in_cluster(environment: Mapping[str, str], needed_by: str, manifest: str, directory: Path = DIRECTORY) -> Access:
+    """Return the access that a pod has. Raises ApiServerError outside of one.
+
+    `needed_by` is the setting that needs it, and `manifest` gives it to a pod.
+    """
     host, port = (environment.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
     if not (host and port):
-        raise ApiServerError("KUBERNETES_SERVICE_HOST and _PORT are not set: DRA needs sgpu to run in a pod")
+        raise ApiServerError(f"KUBERNETES_SERVICE_HOST and _PORT are not set: {needed_by} needs sgpu to run in a pod")
     if ":" in host:
         host = f"[{host}]"
-    return Access(f"https://{host}:{port}", directory / "token", directory / "ca.crt")
+    return Access(f"https://{host}:{port}", directory / "token", directory / "ca.crt", manifest)
 
 
 class Credentials:
@@ -43,6 +50,7 @@ class Credentials:
     def __init__(self, access: Access, clock: Callable[[], float] = trio.current_time) -> None:
         #: Given to each new connection.
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.manifest = access.manifest
         self._access = access
         self._clock = clock
         self._token = ""
@@ -69,5 +77,5 @@ class Credentials:
                 self.tls.load_verify_locations(cadata=authority)
             self._authority = authority
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            hint = "does the pod have automountServiceAccountToken: true, as in k8s/overlays/dra?"
+            hint = f"does the pod have automountServiceAccountToken: true, as in {self.manifest}?"
             raise ApiServerError(f"cannot read the service account's credentials: {error}; {hint}") from error

@@ -34,6 +34,8 @@ MAX_BYTES: Final = 8 << 20
 _NOT_DONE: Final = frozenset({429})
 #: Reads may be sent again after any of these; 0 is no answer at all.
 _PASSING: Final = frozenset({0, 429, 500, 502, 503, 504})
+#: Where it is not that of JSON.
+_CONTENT_TYPES: Final = {"PATCH": {"Content-Type": "application/merge-patch+json"}}
 #: Notices within a minute that the other side is gone, which a watch at rest would not.
 _KEEPALIVE: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -87,6 +89,10 @@ class ApiServer:
         """Replace an object; a conflict if it is not of the resource version in `thing` any more."""
         return await self._request("PUT", path, body=thing)
 
+    async def patch(self, path: str, change: Object) -> Object:
+        """Merge a change into an object, where null removes (RFC 7386), and return it as the server has it then."""
+        return await self._request("PATCH", path, body=change)
+
     async def delete(self, path: str) -> None:
         """Delete an object. It may be gone already."""
         try:
@@ -110,7 +116,7 @@ class ApiServer:
         }
         timeout = httpx.Timeout(REQUEST_TIMEOUT, read=seconds + WATCH_GRACE)
         async with self._stream("GET", path, {**(query or {}), **asked}, timeout=timeout) as response:
-            async with aclosing(_events(response)) as events:
+            async with aclosing(_events(response, self._credentials.manifest)) as events:
                 yield events
 
     async def _request(self, method: str, path: str, query: Query | None = None, body: Object | None = None) -> Object:
@@ -144,7 +150,7 @@ class ApiServer:
             path,
             params=query,
             json=body,
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {token}", **_CONTENT_TYPES.get(method, {})},
             timeout=timeout or REQUEST_TIMEOUT,
         )
         try:
@@ -155,7 +161,7 @@ class ApiServer:
             if not response.is_success:
                 if response.status_code == httpx.codes.UNAUTHORIZED:
                     self._credentials.expire()
-                raise await _refusal(response)
+                raise await _refusal(response, self._credentials.manifest)
             yield response
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
@@ -168,7 +174,7 @@ async def _object(response: httpx.Response) -> Object:
         return _parse(response.request, await _join(response, chunks))
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[Event, None]:
+async def _events(response: httpx.Response, manifest: str) -> AsyncGenerator[Event, None]:
     failure = None
     async with aclosing(_lines(response)) as lines:
         async for line in lines:
@@ -178,14 +184,15 @@ async def _events(response: httpx.Response) -> AsyncGenerator[Event, None]:
                 raise _broken(response.request, ValueError("an event without type or object"))
             if kind == "ERROR":
                 # It is the last event. To its end, because httpx leaves generators that are not to the collector.
-                failure = refusal(_name(response.request), int(thing.get("code", 500)), str(thing.get("message")))
+                code, message = int(thing.get("code", 500)), str(thing.get("message"))
+                failure = refusal(_name(response.request), code, message, manifest)
             else:
                 yield Event(kind, thing)
     if failure:
         raise failure
 
 
-async def _refusal(response: httpx.Response) -> ApiServerError:
+async def _refusal(response: httpx.Response, manifest: str) -> ApiServerError:
     """Return the error for an answer that is not a success, with the message of the server's Status if it is one."""
     async with aclosing(_chunks(response)) as chunks:
         body = await _join(response, chunks)
@@ -193,7 +200,8 @@ async def _refusal(response: httpx.Response) -> ApiServerError:
         message = str(json.loads(body)["message"])
     except (ValueError, TypeError, KeyError):  # from a proxy, or the server's own plain text
         message = body[:200].decode("utf-8", "replace").strip() or response.reason_phrase
-    return refusal(_name(response.request), response.status_code, message, response.headers.get("Retry-After", ""))
+    retry_after = response.headers.get("Retry-After", "")
+    return refusal(_name(response.request), response.status_code, message, manifest, retry_after)
 
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:

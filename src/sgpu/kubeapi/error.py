@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Final
-
-#: What to do about an answer, where the server's own message does not say it.
-_CURES: Final[Mapping[int, str]] = {
-    HTTPStatus.UNAUTHORIZED: "the token of sgpu's service account is not accepted; is the account still there?",
-    HTTPStatus.FORBIDDEN: "does sgpu's service account have the rights of k8s/overlays/dra?",
-}
 
 #: What the server says where not only the object but the API is not there.
 _NO_API: Final = frozenset({"404 page not found", "the server could not find the requested resource"})
@@ -43,10 +36,14 @@ class ApiServerError(Exception):
         return self.status == HTTPStatus.GONE
 
 
-def refusal(request: str, status: int, message: str, retry_after: str = "") -> ApiServerError:
-    """Return the error for an answer that is not a success."""
-    cure = _CURES.get(status)
-    if status == HTTPStatus.NOT_FOUND and message in _NO_API:
+def refusal(request: str, status: int, message: str, manifest: str, retry_after: str = "") -> ApiServerError:
+    """Return the error for an answer that is not a success. `manifest` gives sgpu its rights."""
+    cure = ""  # what to do, where the server's own message does not say it
+    if status == HTTPStatus.UNAUTHORIZED:
+        cure = "the token of sgpu's service account is not accepted; is the account still there?"
+    elif status == HTTPStatus.FORBIDDEN:
+        cure = f"does sgpu's service account have the rights of {manifest}?"
+    elif status == HTTPStatus.NOT_FOUND and message in _NO_API:
         cure = "the API server does not have this version of the API, or it is turned off"
     text = f"{request}: {status} {message}" + (f" ({cure})" if cure else "")
     return ApiServerError(text, status, float(retry_after) if retry_after.isdecimal() else 0.0)

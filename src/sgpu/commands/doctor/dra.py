@@ -14,7 +14,7 @@ from sgpu.commands.doctor.kubelet import Daemon
 from sgpu.commands.doctor.peer import call
 from sgpu.config.settings import Settings
 from sgpu.dra.registrar import sockets
-from sgpu.dra.slices import DRIVER, PATH
+from sgpu.dra.slices import DRIVER, MANIFEST, PATH
 from sgpu.lib.quantity import parse_quantity
 
 DRIVER_SUBJECT = "DRA driver"
@@ -56,7 +56,7 @@ async def check_api_server(settings: Settings, environment: Mapping[str, str], r
         return skip(API_SUBJECT, "because -node-name is not set")
     try:
         with trio.fail_after(TIMEOUT):
-            async with open_api_server(in_cluster(environment)) as api:
+            async with open_api_server(in_cluster(environment, "-api dra", MANIFEST)) as api:
                 node = await api.get(f"/api/v1/nodes/{settings.node_name}")
                 selector = f"spec.driver={DRIVER},spec.nodeName={settings.node_name}"
                 listed = await api.get(PATH, {"fieldSelector": selector})
