@@ -188,6 +188,7 @@ class TestUsage:
             pytest.param(["a\nb"], {}, [r"'a\nb'"], id="command with a newline"),
             pytest.param(["-print-config", "-v=x"], {}, ["-v", "'x'"], id="nothing to print"),
             pytest.param(["-api=dra"], {}, ["-node-name", "SGPU_NODE_NAME"], id="no name of the node"),
+            pytest.param(["-events"], {}, ["-events", "-node-name"], id="events of no node"),
             pytest.param(["doctor"], {"SGPU_V": "x"}, ["-v", "'x'", "SGPU_V"], id="environment"),
             pytest.param(["demo", "-v=5"], {}, ["demo"], id="setting of a command that takes none"),
             pytest.param(["demo", "-print-config"], {}, ["demo"], id="action of a command that takes none"),

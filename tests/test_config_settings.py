@@ -67,6 +67,7 @@ EXPECTED = {
     "status-socket": Expected("/run/sgpu/status.sock", *FILES),
     "node-labels": Expected("off", ("off", "nfd"), ("on", "api")),
     "node-labels-directory": Expected("/etc/kubernetes/node-feature-discovery/features.d", *PATHS),
+    "events": Expected(False, *BOOLEANS),
     "standby": Expected(False, *BOOLEANS),
     "simulate": Expected(0, ("0", "64"), ("-1", "65")),
     "simulate-mig": Expected(

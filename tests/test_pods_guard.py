@@ -22,6 +22,7 @@ from sgpu.node.container import Container
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.gpu import Gpu
 from sgpu.node.guard import SAMPLES, GuardPolicy, Sample
+from sgpu.node.notices import Reason
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
@@ -146,6 +147,12 @@ async def test_kill(host: Containers, prepare: Callable[[Child], object]) -> Non
         world.look({big: 20})
     assert big.wait(TIMEOUT) == -signal.SIGKILL
     assert world.counts() == {"warn big": 1, "terminate big": 1, "kill big": 1}
+    notices = world.node.notices.take()
+    assert [each.reason for each in notices] == [
+        *(Reason.MEMORY_EXCEEDED, Reason.PROCESS_TERMINATED, Reason.PROCESS_KILLED)
+    ]
+    assert {(each.uuid, each.pod, each.container) for each in notices} == {(GPU, "team/big", "main")}
+    assert "20.0 GiB" in notices[0].message
 
 
 @pytest.mark.parametrize("used", [11, None], ids=["within its part", "unknown"])

@@ -29,6 +29,7 @@ from sgpu.node.container import NO_POD, Container, Owners
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.gpu import Gpu
 from sgpu.node.guard import Sample
+from sgpu.node.notices import Reason
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
@@ -258,6 +259,10 @@ def test_users(
     withhold(WATERMARK, node)
     (message,) = messages()
     assert users in message
+    (notice,) = node.notices.take()  # to the pod that uses most, which gets to know nothing of others
+    assert (notice.reason, notice.uuid) == (Reason.MEMORY_FULL, "GPU-a")
+    assert notice.pod == (users.strip().partition(" (")[0] if " (" in users else "")
+    assert "/" not in notice.message
 
 
 class TestCheckpoint:
@@ -309,6 +314,9 @@ class TestCheckpoint:
         assert ["/dev/nvidia2" in message for message in stale] == [False, True]
         assert all("team/one" in message for message in stale)
         assert [answer.right for answer in world.node.usage.stale_answers or ()] == [("/dev/nvidia2",)]
+        notices = world.node.notices.take()
+        assert [(each.reason, each.pod) for each in notices] == [(Reason.ANSWER_STALE, "team/one")] * 2
+        assert "/dev/nvidia1 instead of /dev/nvidia2" in notices[1].message
 
     @watched
     async def test_unusable(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:

@@ -14,7 +14,7 @@ import attrs
 
 from sgpu import __version__
 from sgpu.config.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
-from sgpu.config.settings import SETTINGS
+from sgpu.config.settings import SETTINGS, Settings
 from sgpu.config.values import BOOLEAN, PATH, Kind, choice, seconds
 from sgpu.lib.limits import MEMORY
 from sgpu.lib.logs import printable
@@ -251,8 +251,9 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
     from sgpu.lib.concurrency import find_error
     from sgpu.node.policy import OffersRefusedError
 
-    if loaded.settings.api == "dra" and not loaded.settings.node_name:
-        return _fail(UsageError("-api dra needs -node-name: set SGPU_NODE_NAME from the pod's spec.nodeName"), USAGE)
+    if (needed_by := _uses_api_server(loaded.settings)) and not loaded.settings.node_name:
+        hint = "set SGPU_NODE_NAME from the pod's spec.nodeName"
+        return _fail(UsageError(f"{needed_by} needs -node-name: {hint}"), USAGE)
     logs.configure(loaded.settings.log_format, loaded.settings.v)
     gc.freeze()  # modules are no garbage: to look through them takes 5 ms each time, in which the kubelet would wait
     try:
@@ -270,6 +271,12 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
                 return _fail(found, FAILED)
         raise
     return OK
+
+
+def _uses_api_server(settings: Settings) -> str:
+    """Return the setting that needs to know which Node this is; empty where none does."""
+    needed_by = {"-api dra": settings.api == "dra", "-events": settings.events}
+    return next((setting for setting, is_on in needed_by.items() if is_on), "")
 
 
 def _fail(error: BaseException | str, code: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -61,7 +62,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
     Raises, in exception groups, OffersRefusedError, PlaceTakenError, rpc.AddressInUseError and DirectoryRemovedError,
     which the operator has to put right. All else is waited out.
     """
-    settings = loaded.settings
+    started, settings = time.time(), loaded.settings
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `watch_settings` listens, which reads the file once more
     logger.info("sgpu %s offers GPUs from %s", __version__, _source(settings))
     node = NodeState(loaded.policy, settings.sample_interval, check_size)
@@ -111,6 +112,11 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             if settings.node_labels == "nfd":
                 directory = Path(settings.node_labels_directory)
                 nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
+            if settings.events:
+                writer = await run_in_thread(_import_event_writer)
+                logs = Path(settings.container_log_directory)
+                written = (node, settings.node_name, logs, started, in_place, lambda: place.waiting)
+                nursery.start_soon(writer.write_events, *written)
             if settings.metrics_address or settings.status_socket:
                 # Imported here, and in a thread: a registration does not wait for it.
                 endpoints = await run_in_thread(_import_endpoints)
@@ -276,6 +282,12 @@ def _import_dra() -> ModuleType:
     from sgpu.dra import frontend
 
     return frontend
+
+
+def _import_event_writer() -> ModuleType:
+    from sgpu.observe import event_writer
+
+    return event_writer
 
 
 def _import_endpoints() -> ModuleType:

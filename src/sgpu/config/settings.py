@@ -142,6 +142,9 @@ class Settings:
     node_labels_directory: str = setting(
         "/etc/kubernetes/node-feature-discovery/features.d", PATH, "where it looks for feature files"
     )
+    events: bool = setting(
+        False, BOOLEAN, "write Kubernetes Events of the node and of pods: faults of GPUs, full memory; needs -node-name"
+    )
     standby: bool = setting(
         False,
         BOOLEAN,
@@ -157,7 +160,9 @@ class Settings:
         "with -simulate: file with the numbers of unhealthy GPUs (or MIG instances: 0/1), one per line; read while "
         "running",
     )
-    node_name: str = setting("", NODE_NAME, "with -api dra: name of the Node, from the pod's spec.nodeName")
+    node_name: str = setting(
+        "", NODE_NAME, "name of the Node, from the pod's spec.nodeName; for what uses the API server"
+    )
     dra_registry_directory: str = setting(
         "/var/lib/kubelet/plugins_registry", PATH, "with -api dra: where the kubelet finds plugins"
     )

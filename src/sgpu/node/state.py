@@ -28,6 +28,7 @@ from sgpu.node.edits import (
 )
 from sgpu.node.enforcement import Enforcement
 from sgpu.node.gpu import Gpu, Health, Unit, label, units, units_or_whole, without
+from sgpu.node.notices import Notices
 from sgpu.node.offers import Offer, Offers, offers, still_listed, units_left
 from sgpu.node.policy import OffersRefusedError, Policy, mig_notes
 from sgpu.node.rank import UnitLoad
@@ -61,6 +62,7 @@ class NodeState:
         self.offers: Offers = {}
         self.usage = Usage(interval)
         self.enforcement = Enforcement()
+        self.notices = Notices()
         #: The claims that are prepared, by uid.
         self.claims: Mapping[str, PreparedClaim] = {}
         self._check = check

@@ -19,6 +19,7 @@ from sgpu.node.claims import promised
 from sgpu.node.gpu import label
 from sgpu.node.guard import GuardPolicy, OverUse, OverUsers, Sample
 from sgpu.node.limits import allowed_by_container
+from sgpu.node.notices import Notice, Reason
 from sgpu.node.state import NodeState
 from sgpu.pods.processes import Places
 from sgpu.pods.signals import OpenProcess, ProcessGoneError, SignalRefusedError, open_process
@@ -64,7 +65,7 @@ class Guard:
         allowed = allowed_by_container(offers, self._node.usage.holders or {}, promised(self._node.claims.values()))
         for use in self._over.take(sample, allowed):
             self._count(use, "warn")
-            logger.warning("%s; %s", _describe(use), self._consequence(use))
+            self._report(Reason.MEMORY_EXCEEDED, use, self._consequence(use))
         self._node.usage.set_exceeded(
             {uuid: {use.container: use.allowed for use in uses} for uuid, uses in self._over.named().items()}
         )
@@ -88,14 +89,17 @@ class Guard:
     async def _signal(self, process: OpenProcess, use: OverUse) -> bool:
         """Send SIGTERM, and SIGKILL if the process still runs after the grace. Returns False if it survives that."""
         name = f"process {use.process.pid} of {use.container} ({use.process_memory / GIB:.1f} GiB)"
-        for number, action, seconds in ((SIGTERM, "terminate", self._options.grace), (SIGKILL, "kill", KILL_TIME)):
+        for number, action, reason, seconds in (
+            (SIGTERM, "terminate", Reason.PROCESS_TERMINATED, self._options.grace),
+            (SIGKILL, "kill", Reason.PROCESS_KILLED, KILL_TIME),
+        ):
             now = self._over.last(use.uuid, use.container)
             if now is None:
                 logger.info("%s is left alone: its container does not use too much any more", name)
                 return True
             process.send(number)
             self._count(use, action)
-            logger.warning("%s; sent %s to %s, which has %g s to end", _describe(now), number.name, name, seconds)
+            self._report(reason, now, f"sent {number.name} to {name}, which has {seconds:g} s to end")
             if await process.ends_within(seconds):
                 logger.info("%s ended after %s", name, number.name)
                 return True
@@ -110,6 +114,11 @@ class Guard:
     def _count(self, use: OverUse, action: str) -> None:
         container = use.container
         self._actions[use.uuid, container.namespace, container.pod, container.container, action] += 1
+
+    def _report(self, reason: Reason, use: OverUse, what: str) -> None:
+        message = f"{_describe(use)}; {what}"
+        logger.warning("%s", message)
+        self._node.notices.add(Notice(reason, use.uuid, message, str(use.container), use.container.container))
 
     def _consequence(self, use: OverUse) -> str:
         if not self._options.terminate:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from sgpu.node.container import Container
 from sgpu.pods.cgroups import plain_uid
 from sgpu.pods.checkpoint import Checkpoint, Entry, read_checkpoint
 from sgpu.pods.held import Held, collect, gpus_in
+from sgpu.pods.log_links import pods_by_uid
 from sgpu.pods.processes import Places
 
 #: A pod's uid in the name of its cgroup: systemd has no dashes, static pods' uids neither.
@@ -50,7 +51,8 @@ class Unlisted:
                 raise
         missing = list(self._missing(listed))
         living = _living(self._places.proc, {plain_uid(entry.pod_uid) for entry, _ in missing}) if missing else set()
-        names = _names(self._places.container_logs) if living else {}
+        links = pods_by_uid(self._places.container_logs) if living else ()
+        names = {plain_uid(uid): (namespace, pod) for uid, namespace, pod in links}
         found = (
             (entry.resource, [device_id], _container(entry, names))
             for entry, device_id in missing
@@ -91,19 +93,3 @@ def _living(proc: Path, uids: Collection[str]) -> set[str]:
         if living >= set(uids):
             break
     return living & set(uids)
-
-
-def _names(container_logs: Path) -> dict[str, tuple[str, str]]:
-    """Return namespace and name by pod uid, from the links' targets: `…/<namespace>_<pod>_<uid>/<container>/0.log`."""
-    names: dict[str, tuple[str, str]] = {}
-    try:
-        links = os.listdir(container_logs)
-    except OSError:  # not mounted: the pods are known by their uids
-        return names
-    for link in links:
-        try:
-            namespace, pod, uid = PurePosixPath(os.readlink(container_logs / link)).parts[-3].split("_")
-        except (OSError, IndexError, ValueError):  # no link, or none of the kubelet's
-            continue
-        names[plain_uid(uid)] = namespace, pod
-    return names

@@ -16,10 +16,11 @@ import trio
 from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
 from sgpu.lib.threads import run_in_thread
-from sgpu.node.container import NO_POD, OtherUse
+from sgpu.node.container import NO_POD, OtherUse, StaleAnswer
 from sgpu.node.figures import Figures
 from sgpu.node.gpu import label
 from sgpu.node.guard import Sample
+from sgpu.node.notices import Notice, Reason
 from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
@@ -83,7 +84,9 @@ async def _look_again_and_again(
             resources = tuple(dict.fromkeys((*node.resources(), *resources)))
             held = await recorded.add(await list_holders(options.socket, resources, node.claims.values()))
             node.set_holders(held.shares)
-            node.usage.stale_answers = recorded.stale(held, node.gpus)
+            stale, node.usage.stale_answers = node.usage.stale_answers, recorded.stale(held, node.gpus)
+            for answer in sorted(set(node.usage.stale_answers or ()).difference(stale or ())):
+                node.notices.add(_stale(answer))
             node.usage.others = other_uses(held.others, node.gpus)
             others.report(node.usage.others)
             problem.clear()
@@ -182,8 +185,29 @@ def withhold(watermark: float, node: NodeState) -> None:
         users = _users(node.usage.pods(uuid)) or "no pod that has a share of it"
         used = _used(node.usage.figures[uuid])
         logger.warning("%s: memory is full, %s used by %s; its free shares are withheld", label(uuid), used, users)
+        node.notices.add(_full(uuid, used, node.usage.pods(uuid)))
     for uuid in sorted(before - now):
         logger.warning("%s: its free shares are no longer withheld", label(uuid))
+
+
+def _full(uuid: str, used: str, pods: Mapping[str, int | None]) -> Notice:
+    """Return the notice for the pod that uses most, if it is known: only its own user may know how much that is."""
+    pod, most = max(
+        ((pod, memory or 0) for pod, memory in pods.items() if pod), key=lambda each: each[1], default=("", 0)
+    )
+    message = f"{label(uuid)}: memory is full, {used} used"
+    if most:
+        message += f", {most / GIB:.1f} GiB of it by this pod, more than by any other"
+    message += "; programs that need more will fail, and no new pods get shares of it"
+    return Notice(Reason.MEMORY_FULL, uuid, message, pod if most else "")
+
+
+def _stale(answer: StaleAnswer) -> Notice:
+    message = (
+        f"a container that starts again gets {', '.join(answer.stored)} instead of {', '.join(answer.right)}, because "
+        "the kubelet has stored the GPU's device node of before a reboot; delete the pod: a new one gets the right GPU"
+    )
+    return Notice(Reason.ANSWER_STALE, "", message, answer.pod)
 
 
 def _users(pods: Mapping[str, int | None]) -> str:

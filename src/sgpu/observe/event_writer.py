@@ -1,0 +1,104 @@
+"""Writes Kubernetes Events of GPUs and pods, as far as the service account may. Imported only with `-events`.
+
+Decides nothing: `events` says which there are. The API server may be away for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from sgpu.kubeapi import ApiServer, ApiServerError, in_cluster, open_api_server
+from sgpu.lib.concurrency import race
+from sgpu.lib.logs import OnChange
+from sgpu.lib.retry import growing_delays, jittered
+from sgpu.lib.threads import run_in_thread
+from sgpu.node.state import NodeState
+from sgpu.observe.events import GpuChanges, Occurrences, Outbox, event
+from sgpu.pods.log_links import pod_uid
+
+logger = logging.getLogger(__name__)
+
+MANIFEST: Final = "k8s/components/events"
+#: Seconds between attempts, growing from the first to the last.
+DELAYS: Final = (1.0, 60.0)
+#: Statuses from which on a server has failed, so that it is worth asking again; and the one of a server that is busy.
+FAILED, BUSY = 500, 429
+
+
+async def write_events(
+    node: NodeState,
+    node_name: str,
+    container_logs: Path,
+    since: float,
+    in_place: trio.Event,
+    standby: Callable[[], bool],
+) -> None:
+    """Write what has happened since then, or since this daemon took over: until that, another one did.
+
+    Without access to an API server, say so and return.
+    """
+    if standby():
+        await in_place.wait()
+        since = time.time()
+        node.notices.take()
+    await in_place.wait()
+    try:
+        access = in_cluster(os.environ, "-events", MANIFEST)
+    except ApiServerError as error:
+        logger.error("no Events are written: %s", error)
+        return
+    async with open_api_server(access) as api:
+        await _write_all(api, node, GpuChanges(since), node_name, container_logs)
+
+
+async def _write_all(
+    api: ApiServer, node: NodeState, gpu_changes: GpuChanges, node_name: str, container_logs: Path
+) -> None:
+    outbox = Outbox()
+    problem = OnChange(logger, logging.WARNING)
+    too_many = OnChange(logger, logging.WARNING)
+    delays = growing_delays(*DELAYS)
+    while True:
+        changes = (node.changed.next, node.notices.changed.next)
+        for notice in (*gpu_changes.take(node.gpus, partial(_pods, node)), *node.notices.take()):
+            outbox.add(notice, time.time())
+        too_many.update(f"{outbox.left_out} Events were left out, as too many waited" if outbox.left_out else "")
+        due, seconds = outbox.due(trio.current_time())
+        if due is None:
+            with trio.move_on_after(seconds):
+                await race(*(change.wait for change in changes))
+            continue
+        try:
+            await _write(api, due, node_name, container_logs)
+        except ApiServerError as error:
+            if error.status in (0, BUSY) or error.status >= FAILED:
+                problem.report(f"cannot write Events, trying again: {error}")
+                await trio.sleep(max(jittered(next(delays)), error.retry_after))
+                continue
+            problem.report(f"cannot write Events, leaving out {due.notice.reason.value}: {error}")
+        else:
+            problem.clear()
+        delays = growing_delays(*DELAYS)
+        outbox.done(due, trio.current_time())
+
+
+async def _write(api: ApiServer, due: Occurrences, node_name: str, container_logs: Path) -> None:
+    uid = await run_in_thread(pod_uid, container_logs, due.notice.pod) if due.notice.pod else ""
+    thing = event(due, node_name, uid)
+    try:
+        await api.create(f"/api/v1/namespaces/{thing['metadata']['namespace']}/events", thing)
+    except ApiServerError as error:
+        if not error.conflict:  # else it was written, and the answer got lost
+            raise
+
+
+def _pods(node: NodeState, uuid: str) -> int:
+    return sum(1 for pod in node.usage.pods(uuid) if pod)
