@@ -65,7 +65,7 @@ EXPECTED = {
     "metrics-address": Expected(":2112", ("", "[::1]:0"), ("2112",)),
     "metrics-page": Expected(True, *BOOLEANS),
     "status-socket": Expected("/run/sgpu/status.sock", *FILES),
-    "node-labels": Expected("off", ("off", "nfd"), ("on", "api")),
+    "node-labels": Expected("off", ("off", "nfd", "api"), ("on",)),
     "node-labels-directory": Expected("/etc/kubernetes/node-feature-discovery/features.d", *PATHS),
     "events": Expected(False, *BOOLEANS),
     "standby": Expected(False, *BOOLEANS),

@@ -275,7 +275,11 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
 
 def _uses_api_server(settings: Settings) -> str:
     """Return the setting that needs to know which Node this is; empty where none does."""
-    needed_by = {"-api dra": settings.api == "dra", "-events": settings.events}
+    needed_by = {
+        "-api dra": settings.api == "dra",
+        "-events": settings.events,
+        "-node-labels api": settings.node_labels == "api",
+    }
     return next((setting for setting, is_on in needed_by.items() if is_on), "")
 
 

@@ -112,6 +112,10 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             if settings.node_labels == "nfd":
                 directory = Path(settings.node_labels_directory)
                 nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
+            if settings.node_labels == "api":
+                node_labels = await run_in_thread(_import_node_labels)
+                kept = (settings.node_name, lambda: labels(observer.snapshot()), in_place, lambda: place.has_standby)
+                nursery.start_soon(node_labels.keep_node_labels, *kept)
             if settings.events:
                 writer = await run_in_thread(_import_event_writer)
                 logs = Path(settings.container_log_directory)
@@ -288,6 +292,12 @@ def _import_event_writer() -> ModuleType:
     from sgpu.observe import event_writer
 
     return event_writer
+
+
+def _import_node_labels() -> ModuleType:
+    from sgpu.observe import node_labels
+
+    return node_labels
 
 
 def _import_endpoints() -> ModuleType:

@@ -137,10 +137,14 @@ class Settings:
     metrics_page: bool = setting(True, BOOLEAN, "show the node's status to browsers at / of the metrics address")
     status_socket: str = setting("/run/sgpu/status.sock", FILE, "socket for `sgpu status`, for root only; empty: none")
     node_labels: str = setting(
-        "off", choice("off", "nfd"), "whether Node Feature Discovery (nfd) labels the node with what its GPUs are"
+        "off",
+        choice("off", "nfd", "api"),
+        "who labels the node with what its GPUs are: nobody, Node Feature Discovery, or sgpu (needs -node-name)",
     )
     node_labels_directory: str = setting(
-        "/etc/kubernetes/node-feature-discovery/features.d", PATH, "where it looks for feature files"
+        "/etc/kubernetes/node-feature-discovery/features.d",
+        PATH,
+        "where Node Feature Discovery looks for feature files",
     )
     events: bool = setting(
         False, BOOLEAN, "write Kubernetes Events of the node and of pods: faults of GPUs, full memory; needs -node-name"

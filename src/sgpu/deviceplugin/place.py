@@ -72,6 +72,11 @@ class Place:
         self._listening = trio.CancelScope()
         self._released = trio.Event()
 
+    @property
+    def has_standby(self) -> bool:
+        """Return whether a daemon stands by to take it over."""
+        return bool(self._standbys)
+
     async def keep(self) -> NoReturn:
         """Take the place as soon as it is free, and keep it until it is offered.
 
