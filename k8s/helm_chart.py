@@ -84,6 +84,9 @@ VALUES: Final[dict[str, tuple[Mapping[str, Any], str]]] = {
     "monitoring": (FLAG, "create a PodMonitor, for the Prometheus operator"),
     "alerts": (FLAG, "create a PrometheusRule, for the Prometheus operator"),
     "dra": (FLAG, "create what `-api dra` needs beside the DaemonSet; see values/dra.yaml. One release a cluster"),
+    "serviceAccount": (FLAG, "create a service account for the API server; see values/service-account.yaml"),
+    "events": (FLAG, "give it the right to write Events; see values/events.yaml"),
+    "nodeLabelsApi": (FLAG, "give it the right to label its Node; see values/node-labels-api.yaml"),
     "monitorLabels": (LABELS, "labels by which your Prometheus selects monitors and rules"),
 }
 #: Made from the name of the release.
@@ -144,25 +147,30 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
 
 
 def added(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each file that a kustomization adds to the DaemonSet, and the value that switches it on: its directory."""
+    """Yield each file that a kustomization adds to the DaemonSet, and the value that switches it on: its directory.
+
+    `node-labels-api` is `nodeLabelsApi`: Go's templates take no dashes in names.
+    """
     for resource in yaml.safe_load((directory / "kustomization.yaml").read_text()).get("resources", ()):
         path = directory / resource
         if path.is_dir():
             yield from added(path.resolve())
         elif path.exists() and path.name != "daemonset.yaml":
-            yield directory.name, path
+            yield re.sub("-(.)", lambda match: match[1].upper(), directory.name), path
 
 
 def template_of(value: str, text: str) -> str:
     """Return the text of an object as a template: named like the release, and only if the value is true."""
     text = text.replace("{{", '{{ "{{" }}')  # what is for Prometheus is not for Helm
-    account = r"\1{{ .Values.serviceAccountName }}"
-    text = re.sub(r"(kind: ServiceAccount\n(?:metadata:\n)? +name: )sgpu$", account, text, flags=re.MULTILINE)
+    account = '{{ .Values.serviceAccountName | default "sgpu" }}'
+    text = re.sub(r"(kind: ServiceAccount\n(?:metadata:\n)? +name: )sgpu$", rf"\1{account}", text, flags=re.MULTILINE)
     text = text.replace(
         "serviceaccount:kube-system:sgpu",
-        'serviceaccount:{{ include "sgpu.namespace" . }}:{{ .Values.serviceAccountName }}',
+        f'serviceaccount:{{{{ include "sgpu.namespace" . }}}}:{account}',
     )
-    text = re.sub(r"^  name: sgpu$", '  name: {{ include "sgpu.name" . }}', text, flags=re.MULTILINE)
+    # What an object and a reference name, not what is in a list.
+    own_name = r'\1{{ include "sgpu.name" . }}\2'
+    text = re.sub(r"^(  (?:name|policyName): )sgpu(-[-a-z]+)?$", own_name, text, flags=re.MULTILINE)
     text = re.sub(r"\bapp: sgpu\b.*", 'app: {{ include "sgpu.name" . }}', text)
     text = text.replace("namespace: kube-system", 'namespace: {{ include "sgpu.namespace" . }}')
     more_labels = "{{- with .Values.monitorLabels }}{{ toYaml . | nindent 4 }}{{ end }}"
@@ -187,17 +195,24 @@ def files() -> dict[str, str]:
         "values.schema.json": json.dumps(_schema(), indent=2) + "\n",
     }
     for directory in (path.parent for path in sorted(K8S.glob("overlays/*/kustomization.yaml"))):
-        objects = defaultdict[str, list[str]](list)
-        for value, path in added(directory):
-            objects[value].append(path.read_text())
-        made.update(
-            (f"templates/{value}.yaml", template_of(value, "---\n".join(texts))) for value, texts in objects.items()
-        )
-        values = {**difference(base, _values_of_overlay(directory, base)), **dict.fromkeys(objects, True)}
+        templates = _templates(directory)
+        made |= {f"templates/{value}.yaml": text for value, text in templates.items()}
+        values = {**difference(base, _values_of_overlay(directory, base)), **dict.fromkeys(templates, True)}
         made[f"values/{directory.name}.yaml"] = _values_file(directory, values, kustomize.render(directory).remote)
     for directory in components():
-        made[f"values/{directory.name}.yaml"] = _values_file(directory, difference(base, _with_component(directory)))
+        templates = _templates(directory)
+        made |= {f"templates/{value}.yaml": text for value, text in templates.items()}
+        values = {**difference(base, _with_component(directory)), **dict.fromkeys(templates, True)}
+        made[f"values/{directory.name}.yaml"] = _values_file(directory, values)
     return made
+
+
+def _templates(directory: Path) -> dict[str, str]:
+    """Return a template of what a kustomization adds, by the value that switches it on."""
+    objects = defaultdict[str, list[str]](list)
+    for value, path in added(directory):
+        objects[value].append(path.read_text())
+    return {value: template_of(value, "---\n".join(texts)) for value, texts in objects.items()}
 
 
 def _values_of_overlay(directory: Path, base: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +221,7 @@ def _values_of_overlay(directory: Path, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_component(directory: Path) -> dict[str, Any]:
-    return values_of(_only_daemon_set(kustomize.with_component(K8S / "base", directory)))
+    return values_of(_only_daemon_set(kustomize.with_components(K8S / "base", directory)))
 
 
 def _daemon_set(directory: Path) -> Mapping[str, Any]:

@@ -49,15 +49,16 @@ def render(directory: Path) -> Rendered:
         else:
             objects.extend(load(directory / resource))
     for component in kustomization.get("components", ()):
-        _apply_patches(directory / component, objects)
+        _add_component(directory / component, objects)
     _apply_patches(directory, objects)
     return Rendered(tuple(objects), tuple(remote))
 
 
-def with_component(directory: Path, component: Path) -> tuple[Mapping[str, Any], ...]:
-    """Return the objects of the kustomization in `directory` with a component added."""
+def with_components(directory: Path, *components: Path) -> tuple[Mapping[str, Any], ...]:
+    """Return the objects of the kustomization in `directory` with components added."""
     objects = list(render(directory).objects)
-    _apply_patches(component, objects)
+    for component in components:
+        _add_component(component, objects)
     return tuple(objects)
 
 
@@ -66,6 +67,12 @@ def _read(directory: Path) -> Mapping[str, Any]:
     if unknown := kustomization.keys() - KNOWN:
         raise ValueError(f"{directory}: {', '.join(unknown)}")
     return kustomization
+
+
+def _add_component(component: Path, objects: list[Any]) -> None:
+    for resource in _read(component).get("resources", ()):
+        objects.extend(load(component / resource))
+    _apply_patches(component, objects)
 
 
 def _apply_patches(directory: Path, objects: list[Any]) -> None:

@@ -98,13 +98,13 @@ def test_the_committed_files_are_what_the_manifests_generate() -> None:
 
 @pytest.mark.parametrize("file", VALUES_FILES, ids=lambda path: path.stem)
 def test_values_files_without_helm(file: Path) -> None:
-    """The schema takes what each values file says, and what an overlay adds is all in the templates."""
+    """The schema takes what each values file says, and what it stands for adds is all in the templates."""
     import jsonschema
 
     values = yaml.safe_load(file.read_text())
     jsonschema.validate(values, json.loads((helm_chart.CHART / "values.schema.json").read_text()))
-    for overlay in (path for path in OVERLAYS if path.name == file.stem):
-        for value, path in helm_chart.added(overlay):
+    for directory in (path for path in (*OVERLAYS, *COMPONENTS) if path.name == file.stem):
+        for value, path in helm_chart.added(directory):
             assert values[value] is True
             template = (helm_chart.CHART / "templates" / f"{value}.yaml").read_text()
             kinds = Counter(thing["kind"] for thing in yaml.safe_load_all(path.read_text()))
@@ -151,7 +151,20 @@ class TestHelm:
         """Make what kustomize makes of an overlay with a component."""
         files = () if overlay == BASE else (overlay.name,)
         made = template(tmp_path, *files, component.name)
-        assert normalized(made) == normalized(kustomize.with_component(overlay, component))
+        assert normalized(made) == normalized(kustomize.with_components(overlay, component))
+
+    @pytest.mark.parametrize(
+        ("overlay", "components"),
+        [("dra", ["events", "node-labels-api"]), ("host-driver", ["service-account", "events", "node-labels-api"])],
+        ids=["its own account", "an account"],
+    )
+    def test_several_components(self, overlay: str, components: list[str], tmp_path: Path) -> None:
+        """Make what kustomize makes of those that share a service account."""
+        made = template(tmp_path, overlay, *components)
+        expected = kustomize.with_components(
+            K8S / "overlays" / overlay, *(K8S / "components" / each for each in components)
+        )
+        assert normalized(made) == normalized(expected)
 
     def test_config(self, tmp_path: Path) -> None:
         """Put the configuration file into a ConfigMap, as the example does."""

@@ -23,6 +23,7 @@ from sgpu.config.load import load, parse_flags
 from sgpu.config.settings import Settings
 from sgpu.config.values import split_address
 from sgpu.dra.slices import DEVICE_TYPE, DRIVER
+from sgpu.observe import node_labels
 
 # What `tox -e 3.13-all` installs for them is a hundred megabytes; and no interpreter sees anything else in YAML.
 pytestmark = pytest.mark.static
@@ -49,6 +50,7 @@ SHARE = Settings().resource_name
 #: Where kubernetes-validate 1.13 is installed, which knows Kubernetes 1.9; `tox -e 3.13-all` sets it.
 OLD_SCHEMAS = "SGPU_OLD_SCHEMAS"
 
+with_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
 each_source = pytest.mark.parametrize("source", [plain.PLAIN, *EXAMPLES, *OLDER], ids=lambda path: path.stem)
 each_running = pytest.mark.parametrize("directory", RUNNING, ids=lambda path: path.name)
 
@@ -156,17 +158,80 @@ def test_the_cluster_view_is_taken(path: str, version: str) -> None:
             assert set(rule["verbs"]) <= {"list", "get"}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not there")
-def test_own_namespace(tmp_path: Path) -> None:
-    """The component moves all that an overlay has into the namespace, and adds the role."""
-    parts = {"resources": K8S / "overlays" / "simulated", "components": K8S / "components" / "own-namespace"}
-    lists = {name: [os.path.relpath(path, tmp_path)] for name, path in parts.items()}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(lists))
+def combined(tmp_path: Path, overlay: str, *components: str) -> subprocess.CompletedProcess[str]:
+    """What kubectl makes of an overlay with components, as a kustomization of one's own has them."""
+    below = os.path.relpath(K8S, tmp_path)
+    parts = {
+        "resources": [f"{below}/overlays/{overlay}"],
+        "components": [f"{below}/components/{c}" for c in components],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
     command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    return subprocess.run(command, capture_output=True, check=False, text=True)
+
+
+@with_kubectl
+def test_own_namespace(tmp_path: Path) -> None:
+    """The component moves all of an overlay into the namespace, also the account with rights, and adds the role."""
+    done = combined(tmp_path, "simulated", "service-account", "events", "own-namespace")
     things = list(yaml.safe_load_all(done.stdout))
-    assert {thing["kind"] for thing in things} == {"DaemonSet", "Namespace", "ResourceQuota", "Role"}
+    assert {thing["kind"] for thing in things} == {
+        *("DaemonSet", "Namespace", "ResourceQuota", "Role", "ServiceAccount", "ClusterRole", "ClusterRoleBinding")
+    }
     assert {thing["metadata"].get("namespace", "sgpu") for thing in things} == {"sgpu"}
+    assert [each["namespace"] for thing in things for each in thing.get("subjects", ())] == ["sgpu"]
+
+
+@with_kubectl
+@pytest.mark.parametrize(
+    ("overlay", "components"),
+    [
+        ("simulated", ["service-account", "events"]),
+        ("host-driver", ["service-account", "node-labels-api", "events"]),
+        ("dra-simulated", ["events", "node-labels-api"]),
+    ],
+    ids=["events", "both", "with DRA"],
+)
+def test_components_of_one_account(overlay: str, components: list[str], tmp_path: Path) -> None:
+    """Rights are those of the account that the pods have, the settings fit, and Kubernetes takes all of it."""
+    import kubernetes_validate
+
+    done = combined(tmp_path, overlay, *components)
+    things = list(yaml.safe_load_all(done.stdout))
+    paths = (K8S / "components" / each for each in components)
+    ours = kustomize.with_components(K8S / "overlays" / overlay, *paths)
+    assert sorted(things, key=kustomize.identity) == sorted(ours, key=kustomize.identity)
+    (account,) = (thing["metadata"] for thing in things if thing["kind"] == "ServiceAccount")
+    subjects = [each for thing in things for each in thing.get("subjects", ())]
+    assert {(each["name"], each["namespace"]) for each in subjects} == {(account["name"], account["namespace"])}
+    (pod,) = (thing["spec"]["template"]["spec"] for thing in things if thing["kind"] == "DaemonSet")
+    assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == (account["name"], True)
+    env = {each["name"]: each for each in pod["containers"][0]["env"]}
+    assert env["SGPU_NODE_NAME"]["valueFrom"]["fieldRef"] == {"fieldPath": "spec.nodeName"}
+    for thing in things:
+        kubernetes_validate.validate(thing, "1.37", strict=True)
+
+
+@with_kubectl
+def test_two_accounts(tmp_path: Path) -> None:
+    """The overlays with DRA have an account; another one is refused instead of being added in silence."""
+    done = combined(tmp_path, "dra", "service-account")
+    assert done.returncode
+    assert "already registered id: ServiceAccount" in done.stderr
+
+
+def test_rights_of_components() -> None:
+    """Events can be created and nothing else; Nodes only where the policy holds sgpu to what it writes."""
+    for name, right in (("events", (["events"], ["create"])), ("node-labels-api", (["nodes"], ["get", "patch"]))):
+        role, _ = kustomize.load(K8S / f"components/{name}/rbac.yaml")
+        assert [(rule["resources"], rule["verbs"]) for rule in role["rules"]] == [right]
+    policy, binding = kustomize.load(K8S / "components/node-labels-api/admission.yaml")
+    assert binding["spec"] == {"policyName": policy["metadata"]["name"], "validationActions": ["Deny"]}
+    *_, labels, notes, _ = (each["expression"] for each in policy["spec"]["validations"])
+    assert re.findall(r'startsWith\("(.*?)"\)', labels) == [*node_labels.OURS, *node_labels.OURS]
+    assert re.findall(r'key == "(.*?)"', notes) == [node_labels.ANNOTATION] * 2
+    for namespace in ("kube-system", "sgpu"):  # and where the component `own-namespace` moves it
+        assert f'"system:serviceaccount:{namespace}:sgpu"' in policy["spec"]["matchConditions"][0]["expression"]
 
 
 class TestRendered:
