@@ -226,7 +226,7 @@ def _selected(thing: Object, query: Mapping[str, str]) -> bool:
         found: Any = thing
         for key in path.split("."):
             found = found.get(key, {})
-        if found != value:
+        if (found or "") != value:  # as of an object without a namespace
             return False
     return True
 

@@ -31,38 +31,43 @@ def down(gpu: Gpu, reason: str, since: float = 200.0) -> Gpu:
     return attrs.evolve(gpu, health=Health.UNHEALTHY, reason=reason, since=since)
 
 
-def nobody(uuid: str) -> int:
-    """No pod uses it."""
-    return 0
+def unknown(uuid: str) -> int | None:
+    """It is unknown which pods use it."""
+    return None
 
 
 class TestGpuChanges:
     def test_a_fault(self) -> None:
         """Once when it comes, when it changes and when it ends; with the reason, and how many pods had the GPU."""
         changes = GpuChanges(since=100.0)
-        assert changes.take([GPU], nobody) == []
+        assert changes.take([GPU], unknown) == []
         (first,) = changes.take([down(GPU, "XID 79")], lambda uuid: 2)
         assert (first.reason, first.uuid, first.pod) == (Reason.GPU_UNHEALTHY, "GPU-a", "")
         assert all(fact in first.message for fact in ("GPU GPU-a (Tesla T4)", "XID 79", "2 pods"))
-        assert changes.take([down(GPU, "XID 79")], nobody) == []
-        (second,) = changes.take([down(GPU, "XID 48")], nobody)
+        assert changes.take([down(GPU, "XID 79")], unknown) == []
+        (second,) = changes.take([down(GPU, "XID 48")], unknown)
         assert "XID 48" in second.message
-        (end,) = changes.take([GPU], nobody)
+        assert "pod uses it" not in second.message
+        (end,) = changes.take([GPU], unknown)
         assert end.reason is Reason.GPU_HEALTHY
         assert "XID 48" in end.message
 
     def test_one_instance(self) -> None:
         """A fault of a MIG instance is not one of its GPU."""
         instance = MigInstance("MIG-a", "T4 MIG 1g", "1g", None, reason="XID 94", since=200.0)
-        (notice,) = GpuChanges(100.0).take([attrs.evolve(GPU, instances=(instance,))], lambda uuid: 1)
+        (notice,) = GpuChanges(100.0).take(
+            [attrs.evolve(GPU, instances=(instance,))], lambda uuid: int(uuid == "MIG-a")
+        )
         assert notice.uuid == "MIG-a"
         assert "1 pod " in notice.message
+        (notice,) = GpuChanges(100.0).take([down(GPU, "XID 79")], lambda uuid: 0)
+        assert "no pod uses it" in notice.message
 
     def test_an_older_fault(self) -> None:
         """An earlier daemon has told it; its end is news."""
         changes = GpuChanges(since=100.0)
-        assert changes.take([down(GPU, "XID 79", since=99.0)], nobody) == []
-        assert [notice.reason for notice in changes.take([GPU], nobody)] == [Reason.GPU_HEALTHY]
+        assert changes.take([down(GPU, "XID 79", since=99.0)], unknown) == []
+        assert [notice.reason for notice in changes.take([GPU], unknown)] == [Reason.GPU_HEALTHY]
 
 
 class TestOutbox:
@@ -115,13 +120,15 @@ class TestOutbox:
         assert [each.count for _, each in self.written(outbox, 2 * REPEAT)] == [2]
 
     def test_too_many(self) -> None:
-        """The oldest are given up, and counted."""
+        """The oldest are given up, and it is known until no event waits any more."""
         outbox = Outbox()
         for number in range(MOST_WAITING + 2):
             outbox.add(attrs.evolve(FULL, pod=f"team/{number}"), wall=0.0)
         due, _ = outbox.due(0.0)
         assert due
-        assert (due.notice.pod, outbox.left_out) == ("team/2", 2)
+        assert (due.notice.pod, outbox.left_out) == ("team/2", True)
+        self.written(outbox, until=3600.0)
+        assert not outbox.left_out
 
 
 class TestEvent:
@@ -166,7 +173,7 @@ class TestEvent:
         assert (thing["metadata"]["namespace"], thing["type"]) == ("default", "Normal")
 
 
-def test_nobody_takes_notices() -> None:
+def test_unknown_takes_notices() -> None:
     """The newest are kept."""
     notices = Notices()
     for number in range(MOST + 1):

@@ -21,7 +21,7 @@ from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays, jittered
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.state import NodeState
-from sgpu.observe.events import GpuChanges, Occurrences, Outbox, event
+from sgpu.observe.events import PER_MINUTE, GpuChanges, Occurrences, Outbox, event
 from sgpu.pods.log_links import pod_uid
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ MANIFEST: Final = "k8s/components/events"
 DELAYS: Final = (1.0, 60.0)
 #: Statuses from which on a server has failed, so that it is worth asking again; and the one of a server that is busy.
 FAILED, BUSY = 500, 429
+#: The number is not said: it would be a line for each.
+TOO_MANY: Final = f"more Events than {PER_MINUTE} a minute: the oldest that wait are left out, and are in the log alone"
 
 
 async def write_events(
@@ -70,7 +72,7 @@ async def _write_all(
         changes = (node.changed.next, node.notices.changed.next)
         for notice in (*gpu_changes.take(node.gpus, partial(_pods, node)), *node.notices.take()):
             outbox.add(notice, time.time())
-        too_many.update(f"{outbox.left_out} Events were left out, as too many waited" if outbox.left_out else "")
+        too_many.update(TOO_MANY if outbox.left_out else "")
         due, seconds = outbox.due(trio.current_time())
         if due is None:
             with trio.move_on_after(seconds):
@@ -100,5 +102,5 @@ async def _write(api: ApiServer, due: Occurrences, node_name: str, container_log
             raise
 
 
-def _pods(node: NodeState, uuid: str) -> int:
-    return sum(1 for pod in node.usage.pods(uuid) if pod)
+def _pods(node: NodeState, uuid: str) -> int | None:
+    return None if node.usage.holders is None else sum(1 for pod in node.usage.pods(uuid) if pod)

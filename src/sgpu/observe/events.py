@@ -42,15 +42,15 @@ class GpuChanges:
         self._since = since
         self._reasons: Mapping[str, str] = {}
 
-    def take(self, gpus: Iterable[Gpu], pods: Callable[[str], int]) -> list[Notice]:
-        """Return what has changed since the last call. `pods` returns how many use the unit of a UUID."""
+    def take(self, gpus: Iterable[Gpu], pods: Callable[[str], int | None]) -> list[Notice]:
+        """Return what has changed since the last call. `pods` returns how many use a unit; None: unknown."""
         parts = {part.uuid: part for part in _parts(gpus)}
         before, self._reasons = self._reasons, {uuid: part.reason for uuid, part in parts.items()}
         found = []
         for uuid, part in parts.items():
             name, old = f"{label(uuid)} ({part.name})", before.get(uuid, "")
             if part.reason and part.reason != old and (old or part.since >= self._since):
-                message = f"{name} is unhealthy: {part.reason}. It gets no new pods; {_used(pods(uuid))}"
+                message = f"{name} is unhealthy: {part.reason}. It gets no new pods{_used(pods(uuid))}"
                 found.append(Notice(Reason.GPU_UNHEALTHY, uuid, message))
             elif old and not part.reason:
                 found.append(Notice(Reason.GPU_HEALTHY, uuid, f"{name} is healthy again; it was unhealthy: {old}"))
@@ -63,9 +63,11 @@ def _parts(gpus: Iterable[Gpu]) -> Iterator[Gpu | MigInstance]:
         yield from gpu.instances
 
 
-def _used(pods: int) -> str:
+def _used(pods: int | None) -> str:
     # Not which: whoever reads Events of the namespace `default` may not be allowed to know the pods of others.
-    return "no pod uses it" if not pods else f"{pods} pod{'s' if pods > 1 else ''} had it: `kubectl sgpu` shows them"
+    if not pods:
+        return "" if pods is None else "; no pod uses it"
+    return f"; {pods} pod{'s' if pods > 1 else ''} had it: `kubectl sgpu` shows which"
 
 
 @attrs.frozen
@@ -84,8 +86,8 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: dict[Key, Occurrences] = {}
         self._written: deque[tuple[float, Key]] = deque()
-        #: Events that were given up because too many waited.
-        self.left_out = 0
+        #: Whether events were given up, because too many waited.
+        self.left_out = False
 
     def add(self, notice: Notice, wall: float) -> None:
         """Let an event wait, together with the same that waits already."""
@@ -96,7 +98,7 @@ class Outbox:
         self._waiting[_key(notice)] = Occurrences(notice, first, wall, count)
         if len(self._waiting) > MOST_WAITING:
             del self._waiting[next(iter(self._waiting))]
-            self.left_out += 1
+            self.left_out = True
 
     def due(self, now: float) -> tuple[Occurrences | None, float]:
         """Return an event that is to be written now; or None, and the seconds until there is one."""
@@ -108,6 +110,7 @@ class Outbox:
         waits = {key: max(pause, again.get(key, 0.0), 0.0) for key in self._waiting}
         first = min(waits, key=lambda key: waits[key], default=None)
         if first is None:
+            self.left_out = False
             return None, float("inf")
         return (None, waits[first]) if waits[first] else (self._waiting[first], 0.0)
 
