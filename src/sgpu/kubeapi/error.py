@@ -31,6 +31,11 @@ class ApiServerError(Exception):
         return self.status == HTTPStatus.CONFLICT
 
     @property
+    def passing(self) -> bool:
+        """Return whether it may pass by itself: there was no answer, or the server is busy or failing."""
+        return self.status in (0, HTTPStatus.TOO_MANY_REQUESTS) or self.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+    @property
     def expired(self) -> bool:
         """Return whether the resource version is too old to watch from: list again."""
         return self.status == HTTPStatus.GONE

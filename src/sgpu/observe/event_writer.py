@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 MANIFEST: Final = "k8s/components/events"
 #: Seconds between attempts, growing from the first to the last.
 DELAYS: Final = (1.0, 60.0)
-#: Statuses from which on a server has failed, so that it is worth asking again; and the one of a server that is busy.
-FAILED, BUSY = 500, 429
 #: The number is not said: it would be a line for each.
 TOO_MANY: Final = f"more Events than {PER_MINUTE} a minute: the oldest that wait are left out, and are in the log alone"
 
@@ -81,7 +79,7 @@ async def _write_all(
         try:
             await _write(api, due, node_name, container_logs)
         except ApiServerError as error:
-            if error.status in (0, BUSY) or error.status >= FAILED:
+            if error.passing:
                 problem.report(f"cannot write Events, trying again: {error}")
                 await trio.sleep(max(jittered(next(delays)), error.retry_after))
                 continue

@@ -22,6 +22,7 @@ from sgpu.commands.doctor import (
     limits,
     mig,
     nodes,
+    rights,
     served,
     surroundings,
 )
@@ -121,6 +122,7 @@ def checks(loaded: Loaded) -> list[Check]:
         *(Check(subject, check) for subject, check in daemons.items()),
         *of_profiles,
         *of_claims,
+        *(Check(needs.setting, partial(_rights, needs)) for needs in rights.needed(loaded.settings)),
         Check("other plugins", _others, after_gpus),
         Check("PodResources", _pod_resources, after_gpus),
         Check("metrics and probes", _served, (*daemons, *(check.subject for check in of_profiles))),
@@ -302,6 +304,10 @@ async def _dra_driver(facts: Facts) -> Iterable[Finding]:
 async def _api_server(facts: Facts) -> Iterable[Finding]:
     loaded = facts.loaded
     return [await dra.check_api_server(loaded.settings, os.environ, loaded.policy.resources())]
+
+
+async def _rights(needs: rights.Needs, _: Facts) -> Iterable[Finding]:
+    return [await rights.check_rights(needs, os.environ)]
 
 
 async def _may_be_offered(facts: Facts, resource: str) -> bool:
