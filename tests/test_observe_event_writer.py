@@ -11,12 +11,15 @@ import attrs
 import pytest
 import trio
 from fake_api_server import Answer, FakeApiServer, connected
+from fake_kubelet import FakeKubelet
+from fake_pod_resources import FakePodResources
 from in_pod import in_pod
 from node import Node
 from virtual_clock import virtual
 from watching import wait_until
 
 from sgpu.kubeapi import Access
+from sgpu.lib.sizes import GIB, MIB
 from sgpu.node.gpu import Gpu, Health
 from sgpu.node.notices import Notice, Reason
 from sgpu.node.policy import Policy
@@ -185,3 +188,27 @@ def test_daemon(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "fell off the bus" in wait_until(lambda: event("GPUHealthy"), "the other event")["message"]
         daemon.terminate()
     assert len(events(server, "default")) == 2
+
+
+@pytest.mark.process
+def test_daemon_of_pods(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the driver's processes to the Events of the pod that fills a GPU, with its uid."""
+    server, (gpu,) = FakeApiServer(), node.driver.state.gpus
+    node.start_process(100, "team/big/main")
+    (link,) = node.logs.iterdir()
+    link.unlink()
+    link.symlink_to("/var/log/pods/team_big_uid-1/main/0.log")
+    node.driver.change(gpu, used=14 * GIB + 512 * MIB, compute=((100, 14 * GIB),))
+    flags = ("-events", "-node-name", "node-a", "-memory-guard", "warn", "-gpu-duplication-factor", 4)
+    with (
+        FakeKubelet(node.plugins) as kubelet,
+        FakePodResources(node.pods) as pods,
+        in_pod(server, monkeypatch) as command,
+        node.daemon(*flags, command=command),
+    ):
+        pods.assign("team", "big", "main", [f"{gpu.uuid}::0"])
+        kubelet.wait_devices(4)
+        wait_until(lambda: len(events(server)) == 2, "two events")
+    assert {event["reason"]: event["involvedObject"]["uid"] for event in events(server)} == {
+        **{"GPUMemoryFull": "uid-1", "GPUMemoryExceeded": "uid-1"}
+    }
