@@ -26,6 +26,7 @@ class Node:
         self.sys = root / "sys"
         self.pods = root / "pods.sock"
         self.state = root / "state" / "sgpu.json"
+        self.sgpu_socket = root / "status.sock"
         self.proc = root / "proc"
         self.logs = root / "containers"
         for directory in (self.plugins, self.host, self.dev, self.sys, self.proc, self.logs):
@@ -67,6 +68,15 @@ class Node:
         device.mkdir(parents=True)
         (device / "numa_node").write_text(f"{node}\n")
 
+    def list_in_kernel(self) -> None:
+        """List the stub's GPUs below /sys, and have a handle open its device node, as with the kernel's driver."""
+        directory = self.sys / "bus/pci/drivers/nvidia"
+        directory.mkdir(parents=True, exist_ok=True)
+        for gpu in self.driver.state.gpus:
+            (directory / gpu.bus_id.lower()[4:]).touch()
+        (directory / "bind").touch()
+        self.driver.set(dev=str(self.dev))
+
     def start_process(self, pid: int, container: str = "") -> None:
         """A process of the host's, or of a container (`namespace/pod/container`)."""
         directory = self.proc / str(pid)
@@ -84,6 +94,7 @@ class Node:
         places: list[str | Path] = ["-state-file", self.state, "-pod-resources-socket", self.pods]
         places += ["-dev-directory", self.dev, "-sysfs-directory", self.sys]
         places += ["-proc-directory", self.proc, "-container-log-directory", self.logs]
+        places += ["-cordon-file", self.state.with_name("cordon.json")]
         places += ["-metrics-address=", "-status-socket="]  # not even on a test's own node, unless it asks for them
         extra = ("-simulate", simulate) if simulate else ()
         often = ("-sample-interval", INTERVAL)

@@ -62,6 +62,7 @@ EXPECTED = {
     "ignore-xids": Expected("", *NUMBERS),
     "critical-xids": Expected("", *NUMBERS),
     "state-file": Expected("/run/sgpu/state.json", *FILES),
+    "cordon-file": Expected("/var/lib/sgpu/cordon.json", *FILES),
     "metrics-address": Expected(":2112", ("", "[::1]:0"), ("2112",)),
     "metrics-page": Expected(True, *BOOLEANS),
     "status-socket": Expected("/run/sgpu/status.sock", *FILES),

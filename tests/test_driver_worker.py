@@ -451,7 +451,8 @@ class TestEnd:
         """Keep what the library prints out of the messages."""
         code = (
             "import os; from sgpu.driver import worker; open_library = worker.nvml.open_library;"
-            "worker.nvml.open_library = lambda *a: (os.write(1, b'noise'), print('noise'), open_library(*a))[-1];"
+            "worker.nvml.open_library = lambda *a, **k:"
+            " (os.write(1, b'noise'), print('noise'), open_library(*a, **k))[-1];"
             "worker.main()"
         )
         config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), 1.0, once=True))

@@ -28,6 +28,7 @@ from sgpu.node.container import StaleAnswer
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 from sgpu.observe import endpoints
+from sgpu.observe.cordons import Cordons
 from sgpu.observe.counters import Counters
 from sgpu.observe.endpoints import FIRST_RETRY, LAST_RETRY, SWITCH_INTERVAL, serve_status
 from sgpu.observe.metrics import Page
@@ -121,7 +122,9 @@ async def running(
     async with trio.open_nursery() as nursery:
         addresses = (metrics_address, str(status_socket))
         event = in_place() if place is None else place
-        nursery.start_soon(functools.partial(endpoints.run, observer, *addresses, event, page=page))
+        nursery.start_soon(
+            functools.partial(endpoints.run, observer, *addresses, event, Cordons(observer.node, None, ""), page=page)
+        )
         yield
         nursery.cancel_scope.cancel()
 
@@ -313,7 +316,7 @@ class TestRetries:
 
         monkeypatch.setattr(endpoints, "make_private_directory", fail)
         with trio.move_on_after(200):
-            await serve_status(path, observer, in_place())
+            await serve_status(path, observer, in_place(), Cordons(observer.node, None, ""))
         delays = [later - time for time, later in pairwise(attempts)]
         assert delays[:3] == pytest.approx([FIRST_RETRY, 2 * FIRST_RETRY, 4 * FIRST_RETRY])
         assert delays[-2:] == pytest.approx([LAST_RETRY] * 2)
@@ -332,7 +335,7 @@ class TestRetries:
 
         monkeypatch.setattr(endpoints, "serve", lose)
         with trio.move_on_after(5):
-            await serve_status(path, observer, in_place())
+            await serve_status(path, observer, in_place(), Cordons(observer.node, None, ""))
         assert len(served) > 5
         assert all(later - time == pytest.approx(FIRST_RETRY) for time, later in pairwise(served))
         assert len(warnings()) == len(served)

@@ -104,6 +104,26 @@ def _limits(loaded: Loaded, options: Mapping[str, Any]) -> int:
 
 
 _TEXT: Final = Kind("a name", str, bool, "NAME")
+_REASON: Final = Kind("a text", str, bool, "TEXT")
+
+
+def _cordon(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.commands.cordon import cordon
+
+    return cordon(loaded, options)
+
+
+def _uncordon(loaded: Loaded, options: Mapping[str, Any]) -> int:
+    from sgpu.commands.cordon import uncordon
+
+    return uncordon(loaded, options)
+
+
+_CORDON_OPTIONS: Final = {
+    "reason": Option(_REASON, "", "why, for whoever looks at the node"),
+    "wait": Option(BOOLEAN, False, "until no container has a share of it, and sgpu has let go of it for a reset"),
+    "timeout": Option(seconds(0, 604800), 0.0, "with -wait: seconds after which to give up; 0: never"),
+}
 
 
 def _import_config(_: Loaded, options: Mapping[str, Any]) -> int:
@@ -165,6 +185,15 @@ COMMANDS: Final = {
         _limits,
         {"clear": Option(BOOLEAN, False, "remove them: for a node that sgpu is removed from")},
     ),
+    "cordon": Command(
+        "give out no more of a GPU (its number in `status`, UUID or PCI address), so that it can be reset",
+        _cordon,
+        _CORDON_OPTIONS,
+        argument="GPU",
+        fewest_arguments=1,
+        most_arguments=1,
+    ),
+    "uncordon": Command("give it out again", _uncordon, argument="GPU", fewest_arguments=1, most_arguments=1),
     "import-config": Command(
         "print a -config file for what NVIDIA's plugin or HAMi is configured to; FILE may be their ConfigMap, or -",
         _import_config,

@@ -33,6 +33,7 @@ from sgpu.driver.monitor import Monitor
 from sgpu.driver.process import Feed
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
+from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.guard import GuardPolicy, Sample
@@ -40,6 +41,7 @@ from sgpu.node.policy import Policy
 from sgpu.node.rank import MultiShare, Placement
 from sgpu.node.state import NodeState
 from sgpu.node.usage import STALE_AFTER
+from sgpu.observe.cordons import Cordons
 from sgpu.observe.counters import Counters
 from sgpu.observe.labels import labels
 from sgpu.observe.nfd import keep_feature_file
@@ -80,6 +82,8 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             await place.decided.wait()
             # Sources
             monitor = None
+            cordons = Cordons(node, _path(settings.cordon_file), fault_file.read_boot_id())
+            await cordons.load()
             sender = limit_file.LimitSender(node.enforcement, _limit_file(settings), fault_file.read_boot_id())
             if settings.simulate:
                 nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults, settings.simulate_mig)
@@ -87,12 +91,13 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
                 record = FaultRecord() if place.waiting else await _load_faults(settings)
                 monitor = Monitor(node, loaded.xids, record, counters.nvml_errors)
                 # Beside the front-ends: a container that is about to start may wait for a memory limit.
-                front_ends.start_soon(_watch_driver, settings, monitor, watchdog, sender.feed)
+                front_ends.start_soon(_watch_driver, settings, monitor, watchdog, sender.feed, node.changed)
             in_place = trio.Event()
             guard = _guard(settings, node, counters, nursery, in_place)
             nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"), guard)
             nursery.start_soon(watch_settings, loaded, reload, partial(_apply, node), counters.reloaded)
-            nursery.start_soon(_move_in, place, settings, monitor, sender, succession, in_place)
+            nursery.start_soon(_move_in, place, settings, monitor, sender, cordons, succession, in_place)
+            nursery.start_soon(_after, in_place, cordons.save_releases)
             # Front-ends
             served = (node, settings, _allocation_options(settings), registrations, counters)
             if settings.api == "dra":
@@ -125,7 +130,7 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
                 # Imported here, and in a thread: a registration does not wait for it.
                 endpoints = await run_in_thread(_import_endpoints)
                 addresses = (settings.metrics_address, settings.status_socket)
-                serve = partial(endpoints.run, observer, *addresses, in_place, page=settings.metrics_page)
+                serve = partial(endpoints.run, observer, *addresses, in_place, cordons, page=settings.metrics_page)
                 nursery.start_soon(serve)
         await hand_over(place, succession, node, registrations)
         front_ends.cancel_scope.cancel()
@@ -173,12 +178,15 @@ async def _move_in(
     settings: Settings,
     monitor: Monitor | None,
     sender: limit_file.LimitSender,
+    cordons: Cordons,
     succession: Succession,
     in_place: trio.Event,
 ) -> None:
-    """Take the place, and what a predecessor has recorded by then: faults and limits, which are recorded here then."""
+    """Take the place, and what a predecessor has recorded by then: cordons, faults and limits, recorded here then."""
     succession.took_over = place.waiting
     await place.taken.wait()
+    if succession.took_over:
+        await cordons.load()
     if monitor and succession.took_over:
         monitor.adopt(await _load_faults(settings))
     await sender.load()
@@ -200,7 +208,9 @@ async def _after(event: trio.Event, function: Callable[[], Awaitable[None]]) -> 
     await function()
 
 
-async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog, feed: Feed) -> None:
+async def _watch_driver(
+    settings: Settings, monitor: Monitor, watchdog: Watchdog, feed: Feed, changed: Broadcast
+) -> None:
     config = WorkerConfig(
         host_path=settings.host_path,
         dev_directory=settings.dev_directory,
@@ -208,13 +218,18 @@ async def _watch_driver(settings: Settings, monitor: Monitor, watchdog: Watchdog
         interval=settings.sample_interval,
         proc_directory=settings.proc_directory,
     )
-    await supervise(config, monitor, settings.driver_timeout, partial(watchdog.arm, "driver"), feed)
+    expect = partial(watchdog.arm, "driver")
+    await supervise(config, monitor, settings.driver_timeout, expect, feed, monitor.to_release, changed)
 
 
 async def _load_faults(settings: Settings) -> FaultRecord:
     if not settings.state_file:
         return FaultRecord()
     return await run_in_thread(fault_file.load, Path(settings.state_file), fault_file.read_boot_id())
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
 
 
 def _limit_file(settings: Settings) -> Path | None:

@@ -131,6 +131,11 @@ class Settings:
         FILE,
         "where faults are kept over a restart of sgpu in the same boot; empty: nowhere",
     )
+    cordon_file: str = setting(
+        "/var/lib/sgpu/cordon.json",
+        FILE,
+        "where cordons are kept over a restart of sgpu and a reboot; empty: no GPU can be cordoned",
+    )
     metrics_address: str = setting(
         ":2112", ADDRESS, "address of metrics and probes; without a host: all interfaces; empty: not served"
     )

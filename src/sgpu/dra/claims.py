@@ -78,6 +78,11 @@ def grant(claim: Claim, offers: Offers, others: Iterable[PreparedClaim]) -> tupl
     for result in claim.results:
         resource, offer = _offer(result, by_device)
         before = kept.get(result.share_id)
+        if offer.unit.gpu.closed and not before:
+            raise ClaimError(
+                f"its {offer.unit} is {offer.unit.gpu.closed}; delete the pod and its claim, or wait until the GPU is "
+                f"uncordoned"
+            )
         shares = before.shares if before else free_shares(offer.unit.uuid, result.shares, [*rest, prepared])
         unit = ClaimedUnit(
             result.share_id, offer.unit.uuid, resource, shares, result.memory, limited=result.config.limited

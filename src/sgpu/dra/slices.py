@@ -34,9 +34,10 @@ PATH: Final = f"/apis/{API_VERSION}/resourceslices"
 DEVICE_TYPE: Final = "shared-gpu"
 MEMORY: Final = "memory"
 SHARES: Final = "shares"
-#: Taints of a unit: it is faulty; its memory is above the watermark.
+#: Taints of a unit: it is faulty; its memory is above the watermark; an operator has cordoned its GPU.
 UNHEALTHY_TAINT: Final = f"{DRIVER}/unhealthy"
 FULL_TAINT: Final = f"{DRIVER}/memory-full"
+CORDONED_TAINT: Final = f"{DRIVER}/cordoned"
 
 #: Devices in a slice. The API allows 128, but only 64 where one has a taint: with this, a fault moves no device.
 MOST_DEVICES: Final = 64
@@ -202,10 +203,21 @@ def _taints(offer: Offer, evict: bool) -> list[Object]:
         if evict and unit.gpu.needs_reset:
             taint["effect"] = "NoExecute"
         # Else the server would set the time of each update.
-        taints.append({**taint, "timeAdded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unit.since))})
-    if offer.withheld:
+        taints.append({**taint, "timeAdded": _time(unit.since)})
+    if unit.gpu.closed:
+        taint = {"key": CORDONED_TAINT, "effect": "NoSchedule"}
+        if cordon := unit.gpu.cordon:
+            taint["timeAdded"] = _time(cordon.since)
+            if value := label_value(cordon.reason):  # the server leaves out an empty one
+                taint["value"] = value
+        taints.append(taint)
+    elif offer.withheld:
         taints.append({"key": FULL_TAINT, "effect": "NoSchedule"})
     return taints
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def label_value(text: str) -> str:

@@ -19,12 +19,20 @@ RECOVERY_XID: Final = 154
 
 
 @attrs.frozen
+class ReleasedGpu:
+    """A GPU to leave alone, so that it can be reset: its PCI bus id, and its own device node, relative to /dev."""
+
+    pci_bus_id: str
+    device_node: str
+
+
+@attrs.frozen
 class WorkerConfig:
     """Configuration of the driver's process: where to look, and the seconds between polls.
 
-    `suspects` are the UUIDs of GPUs to leave alone. `known` has the UUIDs in the driver's order, as the process before
-    saw them: so the first call about a GPU, which is by index, has a name. `once`: end after one answer. `look_only`:
-    make no missing device nodes.
+    `suspects` are the UUIDs of GPUs to ask nothing, and `released` are GPUs not even to open. `known` has the UUIDs in
+    the driver's order, as the process before saw them: so the first call about a GPU, which is by index, has a name.
+    `once`: end after one answer. `look_only`: make no missing device nodes.
     """
 
     host_path: str
@@ -34,6 +42,7 @@ class WorkerConfig:
     proc_directory: str = "/proc"
     suspects: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+    released: tuple[ReleasedGpu, ...] = ()
     once: bool = False
     look_only: bool = False
 
@@ -93,7 +102,8 @@ class Report:
 
     `skipped` are the UUIDs of those that are there and were left alone, because a call about them did not return;
     `nodeless` of those that the driver answers for and that have no device node. `order` has all UUIDs in the
-    driver's order, empty where it is unknown. `eventless` are the UUIDs of GPUs without events.
+    driver's order, empty where it is unknown. `eventless` are the UUIDs of GPUs without events. `released` are the PCI
+    bus ids of GPUs that the process was told to leave alone, and did; `held` says why one may be open all the same.
     """
 
     gpus: tuple[GpuReport, ...]
@@ -104,6 +114,8 @@ class Report:
     nodeless: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     eventless: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()
+    held: str = ""
 
 
 @attrs.frozen

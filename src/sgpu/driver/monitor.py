@@ -25,12 +25,15 @@ from sgpu.driver.messages import (
     InstanceReport,
     LimitReport,
     NotReady,
+    ReleasedGpu,
     Report,
 )
 from sgpu.driver.xids import XidClass, XidPolicy, describe
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
+from sgpu.node.figures import Figures
 from sgpu.node.gpu import MIG_PREFIX, Gpu, Health, MigInstance, label
+from sgpu.node.policy import parse_bus_id
 from sgpu.node.state import NodeState
 
 logger = logging.getLogger(__name__)
@@ -79,11 +82,14 @@ class Monitor:
         #: Why there is no GPU to ask; empty if there is.
         self.waiting = ""
         self._driver_away = False
+        self._released: frozenset[str] = frozenset()  # the UUIDs of GPUs that the driver's process leaves alone
+        self._held = ""  # why they can't be reset all the same
         self._ignored: dict[tuple[str, int], tuple[float, int]] = {}  # when it was logged, how many since
         self._driver = OnChange(logger, logging.INFO)
         self._waiting = OnChange(logger, logging.WARNING)
         self._problems = OnChange(logger, logging.WARNING)
         self._eventless = OnChange(logger, logging.WARNING)
+        self._not_released = OnChange(logger, logging.WARNING)
         #: What should outlive the process, and when it changes.
         self.record = record
         self.record_changed = Broadcast()
@@ -122,7 +128,8 @@ class Monitor:
             self._instances.reloaded()
         self._driver.report(f"driver {report.driver_version} ({report.library})")
         self.driver_version, self._driver_away = report.driver_version, False
-        gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped)
+        self._leave_alone(report)
+        gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped) - self._released
         for answer in report.gpus:
             before = self._reports.get(answer.uuid)
             gpu = with_known_facts(answer, before)
@@ -141,7 +148,7 @@ class Monitor:
             self._conditions[uuid] = health.silent(self._conditions[uuid], reason, gone=not nodeless)
             if uuid in self._reports and not nodeless:
                 self._instances.gone(self._reports[uuid])
-        if not (gone or report.skipped or report.problems):
+        if not (gone or report.skipped or report.problems or report.released):
             self._instances.forget_others(self._reports.values())
         self._publish()
 
@@ -154,7 +161,7 @@ class Monitor:
 
     def unanswered(self, uuid: str, reason: str) -> None:
         """Take that a call about this GPU (empty: about the driver as a whole) did not come back."""
-        for known in self._reports:
+        for known in self._reports.keys() - self._released:
             if uuid in ("", known):
                 self._conditions[known] = health.silent(self._conditions[known], reason, gone=False)
         self._publish()
@@ -180,6 +187,29 @@ class Monitor:
     def limits(self, report: LimitReport) -> None:
         """Take what became of memory limits."""
         self._node.set_limits(report.answers)
+
+    def to_release(self) -> tuple[ReleasedGpu, ...]:
+        """Return the GPUs that the driver's process is to leave alone: where they were last, which the card says."""
+        gpus = [
+            self._gpus.get(uuid, gpu) for uuid, gpu in self._node.cordoned.items() if gpu.cordon and gpu.cordon.released
+        ]
+        return tuple(ReleasedGpu(gpu.pci_bus_id, "".join(gpu.device_nodes[:1])) for gpu in gpus)
+
+    def _leave_alone(self, report: Report) -> None:
+        """Take which GPUs were left alone. One that this daemon has never seen is as another one saw it."""
+        addresses = {parse_bus_id(address) for address in report.released}
+        before = self._released
+        # Not only those that are cordoned now: that a GPU was uncordoned meanwhile does not mean that it is gone.
+        known = {**self._node.cordoned, **self._gpus}
+        self._released = frozenset(uuid for uuid, gpu in known.items() if parse_bus_id(gpu.pci_bus_id) in addresses)
+        if unseen := self._released - self._reports.keys():
+            self._reports.update((uuid, _last_seen(known[uuid])) for uuid in unseen)
+            self._conditions.update((uuid, self._conditions.get(uuid, Condition())) for uuid in unseen)
+            self._reports = dict(sorted(self._reports.items(), key=lambda item: item[1].pci_bus_id))  # as NVML has them
+        if self._released - before and not report.held:
+            logger.info("cordoned GPU %s: no process of sgpu has it open; it can be reset", ", ".join(self._released))
+        self._held = report.held
+        self._not_released.update(report.held and f"cordoned GPUs can't be reset yet: {report.held}")
 
     def _fault(self, event: DriverEvent, gpu: GpuReport | None) -> Fault | None:
         if event.asks_for_poll:
@@ -242,6 +272,8 @@ class Monitor:
             mig_mode=report.mig_mode,
             mig_pending=report.mig_pending,
             instances=tuple(self._instance(instance, known.get(instance.uuid)) for instance in report.instances),
+            released=report.uuid in self._released and not self._held,
+            held=self._held,
         )
         _log_change(f"GPU {new.uuid} ({new.name})", before.reason if before else "", reason)
         return new
@@ -266,6 +298,21 @@ class Monitor:
             return before.since
         # A fault that another daemon recorded is older than what this one has seen of the GPU.
         return time.time() - max((self._clock() - fault.since for fault in condition.faults), default=0.0)
+
+
+def _last_seen(gpu: Gpu) -> GpuReport:
+    """Return the report of a GPU of which only the record of its cordon is known."""
+    reserved = gpu.memory_total - gpu.memory_bytes if gpu.memory_total and gpu.memory_bytes else None
+    return GpuReport(
+        uuid=gpu.uuid,
+        name=gpu.name,
+        pci_bus_id=gpu.pci_bus_id,
+        device_nodes=gpu.device_nodes,
+        numa_node=gpu.numa_node,
+        figures=Figures(memory_total=gpu.memory_total, memory_reserved=reserved),
+        mig_mode=gpu.mig_mode,
+        mig_pending=gpu.mig_pending,
+    )
 
 
 def _log_change(what: str, before: str, reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -58,12 +59,15 @@ def poll(
     interval: float,
     known: Sequence[str] = (),
     skip: Collection[str] = (),
+    addresses: Sequence[str] | None = None,
     call_started: Callable[[str], None] = lambda uuid: None,
     found: Callable[[str, Handle], None] = lambda uuid, handle: None,
     ask_for_uvm: Callable[[], str] = lambda: "",
     make_nodes: Callable[[tuple[Path, ...]], str] = lambda files: "",
 ) -> Report:
     """Ask the driver about all of its GPUs, in NVML's order, except those whose UUID is in `skip`.
+
+    `addresses` are the PCI addresses of those to ask about; None: all, which may open each GPU.
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
@@ -76,23 +80,23 @@ def poll(
     capabilities = Capabilities(places.proc_directory, places.dev_directory, make_nodes)
     gpus, problems, skipped, nodeless = [], [], [], []
     order: list[str] = []
-    answered: dict[str, int] = {}
+    answered: dict[str, str] = {}
     call_started("")
-    count = library.count()
-    for index in range(count):
-        uuid = known[index] if len(known) == count else ""
+    targets = _targets(library, addresses)
+    for index, (name, open_handle) in enumerate(targets.items()):
+        uuid = known[index] if len(known) == len(targets) else ""
         try:
             if uuid not in skip:  # by its place already, because that call may hang as well
                 call_started(uuid)
-                handle = library.handle(index)
+                handle = open_handle()
                 uuid = library.uuid(handle)
             if uuid in skip:
                 skipped.append(uuid)
                 continue
             if uuid in answered:
-                problems.append(f"GPU {index} is left out: it has the UUID {uuid} of GPU {answered[uuid]}")
+                problems.append(f"GPU {name} is left out: it has the UUID {uuid} of GPU {answered[uuid]}")
                 continue
-            answered[uuid] = index
+            answered[uuid] = name
             call_started(uuid)
             found(uuid, handle)
             gpu = _gpu(library, handle, uuid, places, shared_nodes)
@@ -105,9 +109,10 @@ def poll(
             gpus.append(gpu)
         except NoDeviceNodeError as error:
             nodeless.append(uuid)
-            problems.append(f"GPU {index} is left out: {error}")
+            problems.append(f"GPU {name} is left out: {error}")
         except NvmlError as error:
-            problems.append(f"GPU {index} is left out: {error}")
+            if addresses is None or error.code != Code.NOT_FOUND:  # NVML does not list each GPU that the kernel has
+                problems.append(f"GPU {name} is left out: {error}")
         finally:
             order.append(uuid)
     call_started("")
@@ -120,6 +125,13 @@ def poll(
         nodeless=tuple(nodeless),
         order=tuple(order),
     )
+
+
+def _targets(library: Library, addresses: Sequence[str] | None) -> Mapping[str, Callable[[], Handle]]:
+    """Return how to get the handle of each GPU, by what a message calls it."""
+    if addresses is not None:
+        return {address: partial(library.handle_at, address) for address in addresses}
+    return {str(index): partial(library.handle, index) for index in range(library.count())}
 
 
 def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[str, ...]:

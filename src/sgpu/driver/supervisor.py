@@ -13,9 +13,19 @@ from typing import Final
 import attrs
 import trio
 
-from sgpu.driver.messages import DriverEvent, Failure, LimitReport, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.messages import (
+    DriverEvent,
+    Failure,
+    LimitReport,
+    Message,
+    NotReady,
+    ReleasedGpu,
+    Report,
+    WorkerConfig,
+)
 from sgpu.driver.monitor import Monitor
 from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, no_input, run_worker
+from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
 
 logger = logging.getLogger(__name__)
@@ -37,16 +47,19 @@ async def supervise(
     deadline: float,
     expect: Callable[[float], None] = lambda seconds: None,
     feed: Feed = no_input,
+    to_release: Callable[[], tuple[ReleasedGpu, ...]] = lambda: (),
+    changed: Broadcast | None = None,
 ) -> None:
     """Keep a worker running, and hand its messages to the monitor.
 
     `deadline`: seconds after which a call of the driver counts as one that does not return. `expect` is called each
-    time with the seconds until it is called again at the latest. `feed` writes to the worker. Raises, in a group, what
-    the monitor raises.
+    time with the seconds until it is called again at the latest. `feed` writes to the worker. `to_release` returns the
+    GPUs to leave alone, and `changed` says when it may return others. Raises, in a group, what the monitor raises.
     """
     async with trio.open_nursery() as nursery:
-        supervisor = _Supervisor(config, monitor, deadline, expect, feed, nursery)
+        supervisor = _Supervisor(config, monitor, deadline, expect, feed, to_release, nursery)
         nursery.start_soon(supervisor.retry_faulty)
+        nursery.start_soon(supervisor.follow_releases, changed or Broadcast())
         await supervisor.keep_running()
 
 
@@ -60,6 +73,7 @@ class _Supervisor:
         deadline: float,
         expect: Callable[[float], None],
         feed: Feed,
+        to_release: Callable[[], tuple[ReleasedGpu, ...]],
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
@@ -67,6 +81,8 @@ class _Supervisor:
         self._deadline = deadline
         self._expect = expect
         self._feed = feed
+        self._to_release = to_release
+        self._released = to_release()
         # Between two messages, or between the last one and the start of another worker.
         self._longest_silence = max(START_TIMEOUT, config.interval + deadline) + EXIT_TIMEOUT + LAST_RESTART
         self._nursery = nursery
@@ -76,11 +92,14 @@ class _Supervisor:
         self._answered = False
         self._running = trio.CancelScope()  # around the worker; when cancelled, another follows at once
         self._trials = trio.Semaphore(MOST_TRIALS)
+        #: Workers of before that have not died.
+        self._left_behind: list[trio.Process] = []
+        self._trying: list[WorkerConfig] = []  # of the single polls, until their processes have died
 
     async def keep_running(self) -> None:
         """Run one worker after the other."""
         delay = FIRST_RESTART
-        left_behind: list[trio.Process] = []
+        left_behind = self._left_behind
         problem = OnChange(logger, logging.WARNING)
         while True:
             self._expect(self._longest_silence)
@@ -102,6 +121,15 @@ class _Supervisor:
                 self._expect(2 * LAST_RESTART)
                 await trio.sleep(LAST_RESTART)
                 _reap(left_behind)
+
+    async def follow_releases(self, changed: Broadcast) -> None:
+        """Start another worker whenever other GPUs are to be left alone: only its end closes what a process opened."""
+        while True:
+            change = changed.next
+            if (released := self._to_release()) != self._released:
+                self._released = released
+                self._running.cancel()
+            await change.wait()
 
     async def retry_faulty(self) -> None:
         """While a GPU fails to answer, check whether it answers a new process, as one that was reset does.
@@ -135,16 +163,18 @@ class _Supervisor:
         async with self._trials:
             ended: list[trio.Process] = []
             once = attrs.evolve(config, once=True, look_only=True)
+            self._trying.append(once)
             outcome = await run_worker(once, self._deadline, ended, messages.append)
             for message in messages:
                 if isinstance(message, Failure):
                     self._monitor.call_failed(message)
             for process in ended:
                 await process.wait()  # as long as it is stuck in the kernel, another would be too
+            self._trying.remove(once)
             return outcome
 
     def _current(self) -> WorkerConfig:
-        return attrs.evolve(self._config, suspects=tuple(self._suspects), known=self._known)
+        return attrs.evolve(self._config, suspects=tuple(self._suspects), known=self._known, released=self._released)
 
     def _give_up(self, outcome: Outcome) -> None:
         if outcome.in_call is None and self._answered:
@@ -159,7 +189,7 @@ class _Supervisor:
         if isinstance(message, Report):
             self._answered = True
             self._known, self._problems = message.order, _problems(message)
-            self._monitor.report(message)
+            self._monitor.report(self._with_others(message))
         elif isinstance(message, NotReady):
             self._monitor.not_ready(message)
         elif isinstance(message, DriverEvent):
@@ -168,6 +198,16 @@ class _Supervisor:
             self._monitor.call_failed(message)
         elif isinstance(message, LimitReport):
             self._monitor.limits(message)
+
+    def _with_others(self, report: Report) -> Report:
+        """Return the report; where GPUs were released, with the processes from before that may have them open."""
+        _reap(self._left_behind)
+        older = any(config.released != self._released for config in self._trying)
+        if not report.released or report.held or not (older or self._left_behind):
+            return report
+        return attrs.evolve(
+            report, held="a process of sgpu hangs in a call of the driver and may have it open; if that lasts, reboot"
+        )
 
 
 def _problems(report: Report) -> frozenset[object]:

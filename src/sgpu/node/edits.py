@@ -42,6 +42,10 @@ class UnhealthyShareError(AllocationError):
     """A share's GPU is not healthy."""
 
 
+class CordonedShareError(AllocationError):
+    """A share's GPU is cordoned."""
+
+
 class NotDistinctError(AllocationError):
     """Several shares of one GPU for a container, where the operator wants each from a different one."""
 

@@ -36,6 +36,21 @@ class MigInstance:
 
 
 @attrs.frozen
+class Cordon:
+    """An operator's order to give out no more of a GPU, why, and since when, in seconds since the epoch.
+
+    `released`: no container has a share of it any more, so that the driver's process is to let go of it.
+    """
+
+    reason: str
+    since: float
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"cordoned: {self.reason}" if self.reason else "cordoned"
+
+
+@attrs.frozen
 class Gpu:
     """A physical GPU.
 
@@ -44,6 +59,9 @@ class Gpu:
     where the driver or the kernel does not say. `reason` says why it is unhealthy, and `needs_reset` that an event
     said so after which only a reset helps. `since` is when its health last changed, in seconds since the epoch. In
     `mig_mode` only its `instances` can be used; `mig_pending` says whether it will be in MIG mode after its next reset.
+
+    `released`: it is cordoned, and no process of sgpu has it open, so that it can be reset; `held` says why that can't
+    be had.
     """
 
     uuid: str
@@ -61,6 +79,14 @@ class Gpu:
     mig_pending: bool = False
     instances: tuple[MigInstance, ...] = ()
     needs_reset: bool = False
+    cordon: Cordon | None = None
+    released: bool = False
+    held: str = ""
+
+    @property
+    def closed(self) -> str:
+        """Return why no container may get a share of it, healthy as it may be; empty: any may."""
+        return str(self.cordon or ("not looked at since it was uncordoned" if self.released else ""))
 
 
 @attrs.frozen

@@ -20,8 +20,8 @@ class Offer:
     """The shares that are offered of one unit: `shares` of them, numbered from 0.
 
     `retained` are the numbers of further shares that containers still have from when there were more. `withheld` are
-    the numbers of free shares that are listed as unhealthy, because the unit's memory is full. `limit_factor` is how
-    many times its fair part of the memory a container may use, at most all; 0: there is no limit.
+    the numbers of free shares that are listed as unhealthy, because the unit's memory is full or its GPU is cordoned.
+    `limit_factor` is how many times its fair part of the memory a container may use, at most all; 0: there is no limit.
     """
 
     unit: Unit
@@ -65,8 +65,9 @@ def offers(
 
     `held` has, by resource, the shares that containers have: they stay known where there are fewer shares now. By
     resource, because a share that is in use as one would be free as another. `pressed` has the UUIDs of the units whose
-    free shares are withheld, unless `held` lacks their resource, and `allocated` all shares that are not free. `left`
-    are offers of units that are no longer there, with their resources. Raises PolicyConflictError.
+    free shares are withheld, unless `held` lacks their resource, and `allocated` all shares that are not free. Those of
+    cordoned GPUs are withheld in any case: while nobody knows which are free, all are, as of a faulty GPU. `left` are
+    offers of units that are no longer there, with their resources. Raises PolicyConflictError.
     """
     made: dict[str, list[Offer]] = {resource: [] for resource in policy.resources()}
     for resource, unit, terms in assign(policy, [unit for gpu in gpus for unit in units(gpu)]):
@@ -75,7 +76,9 @@ def offers(
         made.setdefault(resource, []).append(offer)
     return {
         resource: tuple(
-            offer.withhold(allocated) if offer.unit.uuid in pressed and resource in held else offer
+            offer.withhold(allocated)
+            if offer.unit.gpu.closed or (offer.unit.uuid in pressed and resource in held)
+            else offer
             for offer in _with_retained(each, held.get(resource, ()))
         )
         for resource, each in made.items()

@@ -69,7 +69,7 @@ class Rule:
         if self.uuid:
             return unit.gpu.uuid.lower() == self.uuid.lower()
         if self.pci_bus_id:
-            return _bus_id(unit.gpu.pci_bus_id) == _bus_id(self.pci_bus_id)
+            return parse_bus_id(unit.gpu.pci_bus_id) == parse_bus_id(self.pci_bus_id)
         return fnmatch.fnmatchcase(unit.gpu.name.lower(), self.name.lower())
 
     @property
@@ -208,7 +208,10 @@ def _rule(policy: Policy, unit: Unit) -> Rule | None:
     return matching[0] if matching else None
 
 
-def _bus_id(text: str) -> tuple[int, ...]:
-    """Return the numbers of a bus id, for comparing it with one whose domain is written otherwise or left out."""
+def parse_bus_id(text: str) -> tuple[int, ...]:
+    """Return the numbers of a bus id, for comparing it with one whose domain is written otherwise or left out.
+
+    Empty: it is none.
+    """
     found = BUS_ID.fullmatch(text)
     return tuple(int(part or "0", 16) for part in found.groups()) if found else ()

@@ -19,9 +19,11 @@ from sgpu.node import pressure
 from sgpu.node.cgroup_limit import LimitAnswer
 from sgpu.node.claims import PreparedClaim
 from sgpu.node.container import NO_POD, Container
+from sgpu.node.cordon import is_free
 from sgpu.node.edits import (
     AllocationOptions,
     ContainerEdits,
+    CordonedShareError,
     UnhealthyShareError,
     UnknownShareError,
     container_edits,
@@ -65,6 +67,9 @@ class NodeState:
         self.notices = Notices()
         #: The claims that are prepared, by uid.
         self.claims: Mapping[str, PreparedClaim] = {}
+        #: The cordoned GPUs, by UUID, as they were last seen; some may not be in this node now.
+        self.cordoned: Mapping[str, Gpu] = {}
+        self._reported: tuple[Gpu, ...] = ()  # the GPUs as they were set, without cordons
         self._check = check
         self._clock = clock
         self._held: Mapping[str, Set[Share]] = {}
@@ -85,6 +90,7 @@ class NodeState:
         that was added must not end the daemon.
         """
         before = {unit.uuid: unit.health for unit in _units(self.gpus)}
+        self._reported, gpus = gpus, self._with_cordons(gpus)
         differ, self.gpus = gpus != self.gpus, gpus
         if not differ:
             return
@@ -105,6 +111,31 @@ class NodeState:
         self._refused.clear()
         self.changed.notify()
 
+    def set_cordoned(self, cordoned: Mapping[str, Gpu]) -> None:
+        """Take the cordoned GPUs, by UUID: their free shares are withheld, and no more are handed out."""
+        self.cordoned = cordoned
+        self.set_gpus(self._reported)
+        self.changed.notify()  # also where such a GPU has not been seen yet
+
+    def release_free(self) -> None:
+        """Have the cordoned GPUs released of which no container has a share any more, as far as that is known.
+
+        They stay so until they are uncordoned: nobody gets a share of them meanwhile.
+        """
+        waiting = [gpu for gpu in self.gpus if gpu.cordon and not gpu.cordon.released]
+        allocated = self.usage.allocated(self._clock()) if waiting else None
+        if allocated is None:
+            return
+        offered = [offer.unit for each in self.offers.values() for offer in each]
+        free = {
+            gpu.uuid: attrs.evolve(gpu, cordon=attrs.evolve(gpu.cordon, released=True))
+            for gpu in waiting
+            if gpu.cordon and is_free(gpu, offered, allocated, self.claims.values())
+        }
+        if free:
+            logger.info("no container has a share of cordoned GPU %s any more: releasing it", ", ".join(free))
+            self.set_cordoned({**self.cordoned, **free})
+
     def set_holders(self, holders: Mapping[str, Mapping[Share, Container]] | None) -> None:
         """Take the kubelet's list of containers, by resource and share; None: it no longer gives one."""
         self.usage.set_holders(
@@ -113,6 +144,7 @@ class NodeState:
         if holders is not None:
             self._held = {resource: each.keys() for resource, each in holders.items()}
         self._refresh_offers()
+        self.release_free()
 
     def set_claims(self, claims: Mapping[str, PreparedClaim]) -> None:
         """Take the claims that are prepared, by uid. The memory of new ones is expected to be used soon."""
@@ -195,6 +227,8 @@ class NodeState:
             raise UnknownShareError(f"share {share_id} is not one of this node's")
         if offer.unit.health is not Health.HEALTHY:
             raise UnhealthyShareError(f"share {share_id}: {offer.unit} is unhealthy ({offer.unit.reason})")
+        if offer.unit.gpu.closed:
+            raise CordonedShareError(f"share {share_id}: {offer.unit} is {offer.unit.gpu.closed}")
         return share, offer
 
     def _log_users(self, uuid: str, what: str) -> None:
@@ -202,6 +236,16 @@ class NodeState:
             logger.warning("%s %s and is used by %s", label(uuid), what, ", ".join(pod or NO_POD for pod in pods))
 
     # How offers are made
+
+    def _with_cordons(self, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+        cordons = {uuid: gpu.cordon for uuid, gpu in self.cordoned.items()}
+        return tuple(
+            # No process has a simulated one open.
+            attrs.evolve(gpu, cordon=cordon, released=gpu.released or (gpu.simulated and cordon.released))
+            if (cordon := cordons.get(gpu.uuid))
+            else gpu
+            for gpu in gpus
+        )
 
     def _refresh_offers(self) -> None:
         before = self.offers
@@ -225,7 +269,8 @@ class NodeState:
 
     def _offer(self, policy: Policy, gpus: tuple[Gpu, ...]) -> None:
         left = units_left(self.offers, gpus)
-        allocated = self.usage.allocated(self._clock()) if self._pressed or left else None
+        closed = any(gpu.closed for gpu in gpus)
+        allocated = self.usage.allocated(self._clock()) if self._pressed or left or closed else None
         pressed = frozenset() if allocated is None else self._pressed
         listed = still_listed(left, self._held, allocated, time.time())
         made = offers(policy, gpus, self._held, pressed, allocated or (), listed)

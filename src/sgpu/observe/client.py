@@ -9,6 +9,7 @@ from typing import Final
 
 from sgpu import __version__
 from sgpu.lib.logs import printable
+from sgpu.observe.orders import Done, Order, decode_done, encode
 from sgpu.observe.snapshot import Snapshot, decode, program
 
 #: Seconds that any step of asking may take. The daemon answers from memory, so this is long.
@@ -25,12 +26,46 @@ class NoAnswerError(Exception):
         super().__init__(printable(message))
 
 
+class OrderRefusedError(Exception):
+    """The daemon does not do what it was told. One line: why, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
 def fetch(path: str, timeout: float = TIMEOUT) -> Snapshot:
     """Return what the daemon behind this socket knows now. Raises NoAnswerError."""
+    status, body = _ask(path, timeout, "GET", "/status")
+    if status != http.client.OK:
+        raise NoAnswerError(f"the daemon on {path} has no answer (HTTP status {status}); its log: {LOG}")
+    try:
+        return decode(body)
+    except ValueError as error:
+        raise NoAnswerError(
+            f"the daemon on {path} is {program(body)}, and this is sgpu {__version__}, which can't read its answer: "
+            "run the `status` of the daemon's own image, as with kubectl exec in its pod"
+        ) from error
+
+
+def send(path: str, verb: str, order: Order, timeout: float = TIMEOUT) -> Done:
+    """Have the daemon behind this socket `cordon` or `uncordon` a GPU. Raises NoAnswerError or OrderRefusedError."""
+    status, body = _ask(path, timeout, "POST", f"/{verb}", encode(order))
+    if status == http.client.NOT_FOUND:
+        raise NoAnswerError(f"the daemon on {path} is of a version that knows no `{verb}`: update it")
+    if status in (http.client.BAD_REQUEST, http.client.CONFLICT):
+        raise OrderRefusedError(body.decode("utf-8", "replace").strip())
+    try:
+        return decode_done(body)
+    except ValueError as error:
+        raise NoAnswerError(f"the daemon on {path} has no answer (HTTP status {status}); its log: {LOG}") from error
+
+
+def _ask(path: str, timeout: float, method: str, target: str, content: bytes = b"") -> tuple[int, bytes]:
+    """Return the status and the body of the answer. Raises NoAnswerError."""
     if not path:
         raise NoAnswerError("-status-socket is empty, so that the daemon can't be asked: set it to the daemon's")
     try:
-        status, body = _get(path, timeout)
+        return _exchange(path, timeout, method, target, content)
     except FileNotFoundError:
         raise NoAnswerError(f"no daemon answers on {path} (there is no such socket): {_is_it_running()}") from None
     except ConnectionRefusedError:
@@ -50,15 +85,6 @@ def fetch(path: str, timeout: float = TIMEOUT) -> Snapshot:
         raise NoAnswerError(f"what listens on {path} does not speak as sgpu does ({_describe(error)})") from error
     except OSError as error:
         raise NoAnswerError(f"the daemon on {path} can't be asked ({_describe(error)}); its log: {LOG}") from error
-    if status != http.client.OK:
-        raise NoAnswerError(f"the daemon on {path} has no answer (HTTP status {status}); its log: {LOG}")
-    try:
-        return decode(body)
-    except ValueError as error:
-        raise NoAnswerError(
-            f"the daemon on {path} is {program(body)}, and this is sgpu {__version__}, which can't read its answer: "
-            "run the `status` of the daemon's own image, as with kubectl exec in its pod"
-        ) from error
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -74,9 +100,9 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _get(path: str, timeout: float) -> tuple[int, bytes]:
+def _exchange(path: str, timeout: float, method: str, target: str, content: bytes) -> tuple[int, bytes]:
     with closing(_UnixConnection(path, timeout)) as connection:
-        connection.request("GET", "/status")
+        connection.request(method, target, content or None)
         response = connection.getresponse()
         return response.status, response.read()
 

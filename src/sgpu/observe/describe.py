@@ -38,10 +38,33 @@ def notes(snapshot: Snapshot, now: float) -> Iterator[str]:
         yield f"containers that start again get the wrong GPU in {pods}; {STALE_ADVICE}"
     if snapshot.processes_problem:
         yield f"GPU memory and utilization by pod are unknown: {printable(snapshot.processes_problem)}"
+    for uuid in snapshot.cordoned_elsewhere:
+        yield f"GPU {printable(uuid)} is cordoned and not in this node; if it stays away, `sgpu uncordon` it"
     uses = [use for gpu in snapshot.gpus for use in gpu.containers if use.memory_limit is not None]
     reasons = Counter(use.limit_reason for use in uses if use.limit_state != LimitState.ENFORCED.value)
     for reason, count in reasons.items():
         yield f"memory limits marked ! are not enforced ({count}): {printable(reason)}"
+
+
+def cordon(gpu: GpuSnapshot, now: float) -> str:
+    """Return that a GPU is cordoned, since when and why, and how far that is; empty: it is not."""
+    if gpu.cordon is None:
+        return ""
+    reason = f" ({printable(gpu.cordon.reason)})" if gpu.cordon.reason else ""
+    return f"cordoned for {ago(now - gpu.cordon.since)}{reason}: {progress(gpu)}"
+
+
+def progress(gpu: GpuSnapshot) -> str:
+    """Return how far it is until a cordoned GPU is released."""
+    if gpu.cordon and gpu.cordon.released:
+        return "released for a reset"
+    if gpu.cordon and gpu.cordon.problem:
+        return f"not released: {printable(gpu.cordon.problem)}"
+    if gpu.allocated is None:
+        return "who has shares of it is unknown"
+    if gpu.allocated:
+        return f"{gpu.allocated} share{'s' * (gpu.allocated != 1)} in use"
+    return "being released"
 
 
 def ago(seconds: float) -> str:

@@ -24,9 +24,11 @@ from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays
 from sgpu.lib.threads import run_in_thread
 from sgpu.observe import probes, snapshot
+from sgpu.observe.cordons import CordonRefusedError, Cordons
 from sgpu.observe.counters import Counters
 from sgpu.observe.http import Request, Response, Routes, serve, text
 from sgpu.observe.observer import Observer
+from sgpu.observe.orders import BadOrderError, decode_order, encode
 from sgpu.observe.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -46,17 +48,23 @@ Bind = Callable[[], AbstractAsyncContextManager[Sequence[trio.SocketListener]]]
 
 
 async def run(
-    observer: Observer, metrics_address: str, status_socket: str, in_place: trio.Event, *, page: bool = True
+    observer: Observer,
+    metrics_address: str,
+    status_socket: str,
+    in_place: trio.Event,
+    cordons: Cordons,
+    *,
+    page: bool = True,
 ) -> None:
     """Serve both; an empty address or path is left out. `in_place`: no other daemon serves on this node any more.
 
-    `page`: the address has a page for browsers.
+    `page`: the address has a page for browsers. `cordons` takes the orders of `sgpu cordon`, on the socket alone.
     """
     async with trio.open_nursery() as nursery:
         if metrics_address:
             nursery.start_soon(serve_metrics, metrics_address, observer, in_place, page)
         if status_socket:
-            nursery.start_soon(serve_status, Path(status_socket), observer, in_place)
+            nursery.start_soon(serve_status, Path(status_socket), observer, in_place, cordons)
 
 
 async def serve_metrics(address: str, observer: Observer, in_place: trio.Event, page: bool) -> NoReturn:
@@ -113,18 +121,33 @@ def _probed(problem: str, well: str = "ok") -> Response:
     return text(503, problem) if problem else text(200, well)
 
 
-async def serve_status(path: Path, observer: Observer, in_place: trio.Event) -> NoReturn:
-    """Answer `status` on a socket that only its owner can connect to, once no other daemon does."""
+async def serve_status(path: Path, observer: Observer, in_place: trio.Event, cordons: Cordons) -> NoReturn:
+    """Answer `status`, `cordon` and `uncordon` on a socket that only its owner can connect to, once no other daemon
+    does.
+    """
     await in_place.wait()
 
     async def status(_: Request) -> Response:
         return Response(200, await run_in_thread(snapshot.encode, observer.snapshot()), JSON)
 
+    async def order(request: Request) -> Response:
+        carry_out = cordons.cordon if request.path == "/cordon" else cordons.uncordon
+        try:
+            done = await carry_out(decode_order(request.body))
+        except BadOrderError as error:
+            return text(400, str(error))
+        except CordonRefusedError as error:
+            return text(409, str(error))
+        return Response(200, encode(done), JSON)
+
     remedy = "`sgpu status` has no answer until then; -status-socket says where, -status-socket= that it is not wanted"
-    await _serve(str(path), partial(_unix, path), {"/status": status}, remedy, in_place)
+    posts = {"/cordon": order, "/uncordon": order}
+    await _serve(str(path), partial(_unix, path), {"/status": status}, remedy, in_place, posts)
 
 
-async def _serve(where: str, bind: Bind, routes: Routes, remedy: str, in_place: trio.Event) -> NoReturn:
+async def _serve(
+    where: str, bind: Bind, routes: Routes, remedy: str, in_place: trio.Event, posts: Routes | None = None
+) -> NoReturn:
     """Listen and serve; try again as long as that fails: less and less often, and once when the daemon is in place."""
     problem = OnChange(logger, logging.WARNING)
     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
@@ -133,7 +156,7 @@ async def _serve(where: str, bind: Bind, routes: Routes, remedy: str, in_place: 
             async with bind() as listeners:
                 problem.clear()
                 delays = growing_delays(FIRST_RETRY, LAST_RETRY)
-                await serve(listeners, routes)
+                await serve(listeners, routes, posts)
         except* (OSError, rpc.AddressInUseError) as group:
             error = group.exceptions[0]
             problem.report(f"cannot listen on {where}, trying again: {explain(error, remedy)}")

@@ -1,4 +1,5 @@
-"""A small HTTP/1.1 server on h11 and trio: GET and HEAD of a few paths. Knows nothing of what is on the pages.
+"""A small HTTP/1.1 server on h11 and trio: GET and HEAD of a few paths, and POST where a path takes it. Knows nothing
+of what is on the pages.
 
 Whoever can reach the port can ask: each connection, and all of them together, cost little and end by themselves.
 """
@@ -29,6 +30,8 @@ REQUEST_TIMEOUT: Final = 75.0
 RESPONSE_TIMEOUT: Final = 10.0
 #: Bytes of a request's line and headers.
 MAX_REQUEST_BYTES: Final = 16 * 1024
+#: Bytes of a request's body.
+MAX_BODY_BYTES: Final = 4096
 #: Bytes taken off a connection at a time.
 RECEIVE_BYTES: Final = 4096
 
@@ -39,12 +42,13 @@ TEXT: Final = "text/plain; charset=utf-8"
 class Request:
     """An HTTP request. Names of headers are in lower case; several of one name are joined by commas.
 
-    `query` is what follows the path's question mark, as it came.
+    `query` is what follows the path's question mark, as it came. `body` is that of a POST.
     """
 
     path: str
     headers: Mapping[str, str]
     query: str = ""
+    body: bytes = b""
 
 
 @attrs.frozen
@@ -57,7 +61,8 @@ class Response:
     headers: Mapping[str, str] = attrs.Factory(dict)
 
 
-Routes = Mapping[str, Callable[[Request], Awaitable[Response]]]
+Handler = Callable[[Request], Awaitable[Response]]
+Routes = Mapping[str, Handler]
 
 
 def text(status: int, message: str) -> Response:
@@ -65,16 +70,20 @@ def text(status: int, message: str) -> Response:
     return Response(status, f"{message}\n".encode("utf-8", "replace"))
 
 
-async def serve(listeners: Sequence[trio.SocketListener], routes: Routes) -> NoReturn:
-    """Serve what connects to the listeners, which are closed at the end. `routes`: handlers by path."""
-    await listeners_.serve(listeners, Server(routes).serve_connection)
+async def serve(listeners: Sequence[trio.SocketListener], routes: Routes, posts: Routes | None = None) -> NoReturn:
+    """Serve what connects to the listeners, which are closed at the end.
+
+    `routes`: handlers of GET and HEAD by path; `posts`: handlers of POST, by paths of their own.
+    """
+    await listeners_.serve(listeners, Server(routes, posts).serve_connection)
 
 
 class Server:
     """The connections that are open."""
 
-    def __init__(self, routes: Routes) -> None:
+    def __init__(self, routes: Routes, posts: Routes | None = None) -> None:
         self._routes = routes
+        self._posts = posts or {}
         self._open: dict[trio.CancelScope, None] = {}  # the one whose last answer, or begin, is longest ago comes first
 
     async def serve_connection(self, stream: trio.abc.Stream) -> None:
@@ -87,7 +96,7 @@ class Server:
             self._open[scope] = None
             try:
                 async with stream:
-                    await _Connection(stream, self._routes, partial(self._answered, scope)).run()
+                    await _Connection(stream, self._routes, self._posts, partial(self._answered, scope)).run()
             except trio.BrokenResourceError:
                 pass  # a peer that did not wait for the end
             finally:
@@ -100,9 +109,10 @@ class Server:
 
 
 class _Connection:
-    def __init__(self, stream: trio.abc.Stream, routes: Routes, answered: Callable[[], None]) -> None:
+    def __init__(self, stream: trio.abc.Stream, routes: Routes, posts: Routes, answered: Callable[[], None]) -> None:
         self._stream = stream
         self._routes = routes
+        self._posts = posts
         self._answered = answered
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_REQUEST_BYTES)
         self._wants_body = True  # in the answer, that is
@@ -110,10 +120,10 @@ class _Connection:
     async def run(self) -> None:
         while True:
             try:
-                request = await self._receive()
-                if request is None:
+                received = await self._receive()
+                if received is None:
                     return
-                response = await self._answer(request)
+                response = await self._answer(*received)
             except h11.RemoteProtocolError as error:
                 response = text(error.error_status_hint, f"not a request that is understood here: {error}")
             with trio.move_on_after(RESPONSE_TIMEOUT):
@@ -123,17 +133,21 @@ class _Connection:
             self._answered()
             self._http.start_next_cycle()
 
-    async def _receive(self) -> h11.Request | None:
-        """Return the next complete request. None if the peer has closed the connection, or takes too long."""
+    async def _receive(self) -> tuple[h11.Request, bytes] | None:
+        """Return the next complete request with its body. None if the peer has hung up, or takes too long."""
         with trio.move_on_after(REQUEST_TIMEOUT):
             request = await self._next_event()
             if not isinstance(request, h11.Request):
                 return None
             self._wants_body = request.method != b"HEAD"
-            end = await self._next_event()
-            if not isinstance(end, h11.EndOfMessage):
-                raise h11.RemoteProtocolError("it has a body", error_status_hint=413)
-            return request
+            body = b""
+            most = MAX_BODY_BYTES if request.method == b"POST" and _path(request) in self._posts else 0
+            while isinstance(part := await self._next_event(), h11.Data):
+                body += part.data
+                if len(body) > most:
+                    what = f"its body has more than {most} bytes" if most else "it has a body"
+                    raise h11.RemoteProtocolError(what, error_status_hint=413)
+            return request, body
         return None
 
     async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
@@ -141,19 +155,21 @@ class _Connection:
             self._http.receive_data(bytes(await self._stream.receive_some(RECEIVE_BYTES)))
         return event  # type: ignore[return-value]  # h11 does not tell its sentinels apart
 
-    async def _answer(self, request: h11.Request) -> Response:
-        path, _, query = request.target.decode("latin-1").partition("?")
-        handler = self._routes.get(path)
+    async def _answer(self, request: h11.Request, body: bytes) -> Response:
+        path, query = _path(request), request.target.decode("latin-1").partition("?")[2]
+        handler = self._routes.get(path) or self._posts.get(path)
         if handler is None:
-            return text(404, f"there is no {path!r} here, but {', '.join(sorted(self._routes))}")
-        if request.method not in (b"GET", b"HEAD"):
+            return text(404, f"there is no {path!r} here, but {', '.join(sorted((*self._routes, *self._posts)))}")
+        if path in self._posts and request.method != b"POST":
+            return attrs.evolve(text(405, "only POST is answered"), headers={"Allow": "POST"})
+        if path in self._routes and request.method not in (b"GET", b"HEAD"):
             return attrs.evolve(text(405, "only GET and HEAD are answered"), headers={"Allow": "GET, HEAD"})
         headers: dict[str, str] = {}
         for name, value in request.headers:
             key = name.decode("latin-1")
             headers[key] = ", ".join(filter(None, (headers.get(key), value.decode("latin-1"))))
         try:
-            return await handler(Request(path, headers, query))
+            return await handler(Request(path, headers, query, body))
         except Exception:
             logger.exception("%s failed", path)
             return text(500, f"{path} failed; the daemon's log says why")
@@ -174,3 +190,7 @@ class _Connection:
         # is not taken for one that is done.
         await self._stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
         self._http.send(h11.EndOfMessage())
+
+
+def _path(request: h11.Request) -> str:
+    return request.target.decode("latin-1").partition("?")[0]

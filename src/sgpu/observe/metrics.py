@@ -105,7 +105,12 @@ def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
         ("utilization_ratio", "Part of the time that a GPU was busy.", [_ratio(gpu.utilization) for gpu in gpus]),
         ("shares", "Shares that a GPU is offered as.", [gpu.shares for gpu in gpus]),
         ("shares_allocated", "Shares that containers have.", [gpu.allocated for gpu in gpus]),
-        ("shares_withheld", "Free shares that are not given away, for want of memory.", [gpu.withheld for gpu in gpus]),
+        (
+            "shares_withheld",
+            "Free shares that are not given away, for want of memory or because of a cordon.",
+            [gpu.withheld for gpu in gpus],
+        ),
+        ("cordoned", "Whether an operator has cordoned a GPU (1).", [gpu.cordon is not None for gpu in gpus]),
     )
     for name, meaning, values in per_gpu:
         yield _gauge(

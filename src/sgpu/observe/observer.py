@@ -12,14 +12,14 @@ import trio
 from sgpu import __version__
 from sgpu.driver.monitor import Monitor
 from sgpu.node.claims import claimed_memory
-from sgpu.node.gpu import Health, Unit
+from sgpu.node.gpu import Gpu, Health, Unit
 from sgpu.node.offers import Offer
 from sgpu.node.rank import UnitLoad
 from sgpu.node.state import NodeState
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.counters import Counters
 from sgpu.observe.registrations import Registrations
-from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.observe.snapshot import CordonSnapshot, GpuSnapshot, ResourceSnapshot, Snapshot
 from sgpu.observe.watchdog import Watchdog
 
 
@@ -69,6 +69,7 @@ class Observer:
             stale_answers=usage.stale_answers,
             standby=self.standby(),
             stale_after=self.stale_after,
+            cordoned_elsewhere=tuple(self.node.cordoned.keys() - {gpu.uuid for gpu in self.node.gpus} if gpus else ()),
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:
@@ -106,7 +107,15 @@ class Observer:
             mig_profile=unit.instance.profile if unit.instance else "",
             mig_mode=unit.gpu.mig_mode and not unit.instance,
             memory_claimed=claimed_memory(self.node.claims.values(), unit.uuid) if self.claims else None,
+            cordon=_cordon(unit.gpu),
         )
+
+
+def _cordon(gpu: Gpu) -> CordonSnapshot | None:
+    if gpu.cordon is None:
+        return None
+    problem = gpu.held if gpu.cordon.released else ""
+    return CordonSnapshot(gpu.cordon.reason, gpu.cordon.since, gpu.released, problem)
 
 
 def _without_figures(use: ContainerUse) -> ContainerUse:

@@ -15,7 +15,7 @@ from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.describe import UNKNOWN, ago, by_memory, free_shares, notes, percent, size
+from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, notes, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 #: Seconds until the browser loads the page again, unless its reader has stopped that.
@@ -120,6 +120,7 @@ def _gpu(gpu: GpuSnapshot, now: float) -> str:
         health = f'<span class="bad">unhealthy</span> for {since}: {_text(gpu.reason)}'
     facts = {
         "Health": health,
+        **({"Cordon": f'<span class="note">{_text(cordon(gpu, now))}</span>'} if gpu.cordon else {}),
         "Offered as": f"<code>{_text(gpu.resource)}</code>" if gpu.resource else "not offered",
         "Memory": _memory(gpu),
         "Utilization": percent(gpu.utilization),

@@ -17,13 +17,26 @@ Value = TypeVar("Value", bound=attrs.AttrsInstance)
 
 
 @attrs.frozen
+class CordonSnapshot:
+    """A cordon: why, and since when. `released`: no process of sgpu has the GPU open, so that it can be reset.
+
+    `problem` says why it can't be released, although no container has a share of it any more.
+    """
+
+    reason: str
+    since: float
+    released: bool = False
+    problem: str = ""
+
+
+@attrs.frozen
 class GpuSnapshot:
     """One GPU or MIG instance, whether or not it is healthy. `resource` is empty for one that is not offered.
     `memory_claimed` is what claims take of its memory; None where there are no claims, but a device plugin.
 
     `since`: when it became healthy or unhealthy, as far as the daemon has seen. `reason` is empty when it is healthy.
     `parent` is the UUID of an instance's GPU, and `mig_profile` its size; both are empty for a GPU. `mig_mode`: it is a
-    GPU in MIG mode, which has no instance to show in its place.
+    GPU in MIG mode, which has no instance to show in its place. `cordon` is that of its GPU; None: it is not cordoned.
     """
 
     uuid: str
@@ -45,6 +58,7 @@ class GpuSnapshot:
     mig_profile: str = ""
     mig_mode: bool = False
     memory_claimed: int | None = None
+    cordon: CordonSnapshot | None = None
 
 
 @attrs.frozen
@@ -70,6 +84,7 @@ class Snapshot:
     process uses the GPUs. `standby`: another daemon serves the kubelet, and this one waits to take over.
     `stale_answers`: pods that would get other GPUs than theirs if they started again.
     `stale_after`: seconds after which a sample is old: several were missed, not only delayed by a slow call.
+    `cordoned_elsewhere` are UUIDs of cordoned GPUs that this node does not have now.
     """
 
     version: str
@@ -85,6 +100,7 @@ class Snapshot:
     stale_answers: tuple[StaleAnswer, ...] | None = None
     standby: bool = False
     stale_after: float = 25.0
+    cordoned_elsewhere: tuple[str, ...] = ()
 
 
 def publish(snapshot: Snapshot) -> Snapshot:
@@ -105,13 +121,12 @@ def decode(text: bytes) -> Snapshot:
     try:
         fields: dict[str, Any] = json.loads(text)
         resources = tuple(_make(ResourceSnapshot, resource) for resource in fields.pop("resources"))
-        gpus = tuple(
-            _make(GpuSnapshot, {**gpu, "containers": tuple(_make(ContainerUse, use) for use in gpu["containers"])})
-            for gpu in fields.pop("gpus")
-        )
+        gpus = tuple(map(_gpu, fields.pop("gpus")))
         stale = fields.pop("stale_answers", None)
         answers = None if stale is None else tuple(_stale_answer(**each) for each in stale)
-        return _make(Snapshot, {**fields, "resources": resources, "gpus": gpus, "stale_answers": answers})
+        elsewhere = tuple(map(str, fields.pop("cordoned_elsewhere", ())))
+        made = {"resources": resources, "gpus": gpus, "stale_answers": answers, "cordoned_elsewhere": elsewhere}
+        return _make(Snapshot, {**fields, **made})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not what a daemon of this version says: {error}") from error
 
@@ -127,6 +142,13 @@ def program(body: bytes) -> str:
 def _make(kind: type[Value], fields: dict[str, Any]) -> Value:
     known = attrs.fields_dict(kind)
     return kind(**{name: value for name, value in fields.items() if name in known})
+
+
+def _gpu(fields: dict[str, Any]) -> GpuSnapshot:
+    containers = tuple(_make(ContainerUse, use) for use in fields["containers"])
+    cordon = fields.get("cordon")
+    made = {"containers": containers, "cordon": None if cordon is None else _make(CordonSnapshot, cordon)}
+    return _make(GpuSnapshot, {**fields, **made})
 
 
 def _stale_answer(pod: str, stored: list[str], right: list[str]) -> StaleAnswer:

@@ -16,7 +16,7 @@ from sgpu.commands.cluster.facts import Amount, Place, PodUse, faults, pods, roo
 from sgpu.commands.status.view import BAD, DIM, FINE, NOTE
 from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB
-from sgpu.observe.describe import UNKNOWN, ago, free_shares, percent, size
+from sgpu.observe.describe import UNKNOWN, ago, cordon, free_shares, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, Snapshot
 
 #: Columns of numbers.
@@ -58,7 +58,8 @@ def gpus_view(answers: Sequence[Answer], options: Options) -> RenderableType:
         if answer.snapshot is None:
             blank = [UNKNOWN] * (6 + len(wide))
             table.add_row(printable(answer.node), *blank, Text(printable(answer.problem), BAD))
-        for gpu in answer.snapshot.gpus if answer.snapshot else ():
+            continue
+        for gpu in answer.snapshot.gpus:
             more = (printable(gpu.uuid), printable(gpu.resource) or "not offered") if options.wide else ()
             table.add_row(
                 printable(answer.node),
@@ -69,7 +70,7 @@ def gpus_view(answers: Sequence[Answer], options: Options) -> RenderableType:
                 Text(str(gpu.withheld), NOTE if gpu.withheld else ""),
                 _memory([gpu]),
                 percent(gpu.utilization),
-                Text("healthy", FINE) if gpu.healthy else Text(f"unhealthy: {printable(gpu.reason)}", BAD),
+                _health(gpu, answer.snapshot.time),
             )
     return Group(table, "", _summary(answers))
 
@@ -185,6 +186,11 @@ def _wide_node(answer: Answer, snapshot: Snapshot) -> tuple[str, ...]:
     driver = "simulated" if snapshot.simulated else printable(snapshot.driver_version) or UNKNOWN
     pod = f"{printable(answer.namespace)}/{printable(answer.pod)}"
     return printable(snapshot.version), driver, ", ".join(models) or UNKNOWN, sampled, pod
+
+
+def _health(gpu: GpuSnapshot, now: float) -> Text:
+    health = Text("healthy", FINE) if gpu.healthy else Text(f"unhealthy: {printable(gpu.reason)}", BAD)
+    return Text("; ").join((health, Text(cordon(gpu, now), NOTE))) if gpu.cordon else health
 
 
 def _gpu(gpu: GpuSnapshot) -> Text:

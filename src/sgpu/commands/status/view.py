@@ -19,7 +19,7 @@ from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.describe import UNKNOWN, ago, by_memory, free_shares, notes, percent, size
+from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, notes, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 #: Columns that the table takes with a UUID in it. With fewer, what would stand side by side stands below each other.
@@ -136,6 +136,7 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
     alike = {gpu.resource} == {resource.name for resource in resources}
     parent = Text(f"of {printable(gpu.parent)}", style=DIM)
     empty = Text("in MIG mode, without instances", style=NOTE)
+    cordoned = cordon(gpu, now)
     claimed = () if gpu.memory_claimed is None else (Text(f"claims for {gpu.memory_claimed / GIB:.1f} GiB", style=DIM),)
     return [
         name,
@@ -144,6 +145,7 @@ def _about(gpu: GpuSnapshot, now: float, resources: tuple[ResourceSnapshot, ...]
         *((empty,) if gpu.mig_mode else ()),
         *(() if alike else (offered,)),
         health,
+        *((Text(cordoned, style=NOTE),) if cordoned else ()),
         *claimed,
     ]
 
