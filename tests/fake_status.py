@@ -55,6 +55,9 @@ def answering(where: Path | socket.socket, answer: Callable[[bytes], bytes | Non
                 request = connection.recv(65536)
                 if not request:
                     return
+                _, _, length = request.partition(b"\r\nContent-Length: ")
+                while length and len(request.partition(b"\r\n\r\n")[2]) < int(length.split()[0]):
+                    request += connection.recv(65536)
                 requests.append(request)
                 if (said := answer(request)) is None:
                     connection.recv(1)  # until the client has had enough

@@ -14,6 +14,7 @@ from sgpu.commands.cluster.facts import Amount
 from sgpu.commands.cluster.view import VIEWS, Options
 from sgpu.lib.sizes import GIB
 from sgpu.node.usage import ContainerUse
+from sgpu.observe.snapshot import CordonSnapshot
 
 pytestmark = pytest.mark.pure
 
@@ -118,6 +119,15 @@ def test_wide(view: str, facts: list[str]) -> None:
     """Show more columns."""
     page = text(view, *NODES, HIDING, wide=True)
     assert [fact for fact in facts if fact not in page] == []
+
+
+def test_cordon() -> None:
+    """Show a cordon beside the health, and no room on the GPU."""
+    cordon = CordonSnapshot("bad row", SNAPSHOT.time - 60)
+    gpu = attrs.evolve(GPU, cordon=cordon, withheld=GPU.shares - (GPU.allocated or 0))
+    answer = Answer("gpu-1", "x", "y", "", attrs.evolve(SNAPSHOT, gpus=(gpu,)))
+    assert "healthy; cordoned for 1 min (bad row): 3 shares in use" in text("gpus", answer)
+    assert "no node that answers has room" in text("room", answer)
 
 
 def test_unknown() -> None:

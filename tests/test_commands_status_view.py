@@ -15,7 +15,7 @@ from sgpu.lib.sizes import GIB
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.describe import ago, notes
-from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
+from sgpu.observe.snapshot import CordonSnapshot, GpuSnapshot, ResourceSnapshot, Snapshot
 
 pytestmark = pytest.mark.pure
 
@@ -203,6 +203,7 @@ class TestNotes:
             pytest.param({"sampled_at": NOW - 90}, "1 min", id="old figures"),
             pytest.param({"holders_known": False}, "-pod-resources-socket", id="holders unknown"),
             pytest.param({"stale_answers": (StaleAnswer("a/b", ("/x",), ("/y",)),)}, "a/b (/x instead", id="stale"),
+            pytest.param({"cordoned_elsewhere": ("GPU-x",)}, "GPU-x", id="cordoned elsewhere"),
             pytest.param({"processes_problem": "set hostPID: true"}, "set hostPID: true", id="processes unknown"),
             pytest.param({"gpus": (limited("refused"), limited("enforced"))}, "(1): no R615", id="no limit"),
         ],
@@ -221,6 +222,25 @@ class TestNotes:
 
 
 class TestGpus:
+    @pytest.mark.parametrize(
+        ("cordon", "allocated", "fact"),
+        [
+            (CordonSnapshot("bad row", NOW - 90), 3, "cordoned for 1 min (bad row): 3 shares in use"),
+            (CordonSnapshot("", NOW - 90), 1, "cordoned for 1 min: 1 share in use"),
+            (CordonSnapshot("", NOW), 0, "being released"),
+            (CordonSnapshot("", NOW), None, "unknown"),
+            (CordonSnapshot("", NOW, problem="it hangs"), 0, "not released: it hangs"),
+            (CordonSnapshot("", NOW, released=True), 0, "released for a reset"),
+        ],
+        ids=["in use", "one share", "free", "holders unknown", "held", "released"],
+    )
+    @pytest.mark.parametrize("width", [None, 40])
+    def test_cordon(self, cordon: CordonSnapshot, allocated: int | None, fact: str, width: int | None) -> None:
+        """Show that a GPU is cordoned, why, since when, and how far that is."""
+        shown = text(of(attrs.evolve(HEALTHY, cordon=cordon, allocated=allocated)), width)
+        assert fact in shown.replace("\n", " " if width else "\n")
+        assert "cordoned" not in text(of(HEALTHY))
+
     @pytest.mark.parametrize(
         ("changes", "shares"),
         [

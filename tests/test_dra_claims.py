@@ -11,7 +11,7 @@ from dra_claims import NODE, RESOURCE, claim, result, sharing
 from sgpu.dra.claims import ClaimError, Grant, grant, read_claim
 from sgpu.dra.slices import Object
 from sgpu.node.claims import Pod, PreparedClaim
-from sgpu.node.gpu import Gpu, Health
+from sgpu.node.gpu import Cordon, Gpu, Health
 from sgpu.node.offers import Offers, offers
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
@@ -98,3 +98,12 @@ def test_unhealthy() -> None:
     """A claim of a faulty GPU is not prepared: the kubelet tries again."""
     with pytest.raises(ClaimError, match=r"GPU-a is unhealthy \(XID 79\)"):
         granted(claim(result("GPU-a")), offered=offers(Policy(RESOURCE, 10), (FAULTY,), {}))
+
+
+def test_cordoned() -> None:
+    """A claim of a cordoned GPU is not prepared, unless it was before: its container restarts."""
+    prepared, _ = granted(claim(result("GPU-a")))
+    cordoned = offers(Policy(RESOURCE, 10), (attrs.evolve(A, cordon=Cordon("bad row", 1)),), {})
+    with pytest.raises(ClaimError, match=r"GPU-a is cordoned: bad row"):
+        granted(claim(result("GPU-a")), offered=cordoned)
+    assert granted(claim(result("GPU-a")), [prepared], cordoned)[0] == prepared

@@ -26,7 +26,7 @@ from sgpu.dra.slices import (
     unit_uuid,
 )
 from sgpu.lib.sizes import GIB, MIB
-from sgpu.node.gpu import Gpu, Health, MigInstance, units
+from sgpu.node.gpu import Cordon, Gpu, Health, MigInstance, units
 from sgpu.node.offers import Offer, Offers
 from sgpu.node.policy import OffersRefusedError
 from sgpu.node.rank import Placement
@@ -153,6 +153,15 @@ class TestDevice:
         taint = {"key": f"{DRIVER}/unhealthy", "value": "XID-79-off-the-bus", "effect": effect}
         made = only(offer(gpu), attrs.evolve(OPTIONS, evict=evict))
         assert made["taints"] == [{**taint, "timeAdded": "2023-11-14T22:13:20Z"}]
+
+    @pytest.mark.parametrize(("reason", "more"), [("bad row", {"value": "bad-row"}), ("", {})])
+    def test_a_cordon(self, reason: str, more: Mapping[str, str]) -> None:
+        """It keeps pods away with its reason, also from a device whose free shares are withheld because of it."""
+        gpu = attrs.evolve(T4, cordon=Cordon(reason, 1700000000.5))
+        taint = {"key": f"{DRIVER}/cordoned", "effect": "NoSchedule", "timeAdded": "2023-11-14T22:13:20Z", **more}
+        assert only(offer(gpu, withheld=frozenset({1})))["taints"] == [taint]
+        again = only(offer(attrs.evolve(T4, released=True)))
+        assert again["taints"] == [{"key": f"{DRIVER}/cordoned", "effect": "NoSchedule"}]
 
     def test_full_memory(self) -> None:
         """The watermark keeps pods away too, and takes nothing from the capacity."""

@@ -17,11 +17,11 @@ import trio
 import trio.testing
 
 from sgpu.driver.health import Clearance, Fault, FaultRecord
-from sgpu.driver.messages import RECOVERY_XID, DriverEvent, EventKind, Failure, GpuReport, NotReady, Report
+from sgpu.driver.messages import RECOVERY_XID, DriverEvent, EventKind, Failure, GpuReport, NotReady, ReleasedGpu, Report
 from sgpu.driver.monitor import Monitor
 from sgpu.driver.xids import XIDS, XidClass, XidPolicy
 from sgpu.node.figures import Figures, ProcessUse
-from sgpu.node.gpu import Gpu, Health
+from sgpu.node.gpu import Cordon, Gpu, Health
 from sgpu.node.offers import Offer
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
@@ -52,7 +52,7 @@ class Watched:
         self.version = "550.1"
         self.offered: list[Sequence[Offer]] = []  # each time
         self.errors: Counter[tuple[str, str]] = Counter()
-        self.node = NodeState(Policy("example.com/gpu", 10), interval=5, check=self.offered.append)
+        self.node = NodeState(Policy("example.com/gpu", 10), interval=5, check=self.offered.append, clock=lambda: 0.0)
         self.monitor = Monitor(
             self.node, policy or XidPolicy(), record or FaultRecord(), self.errors, clock=lambda: self.now
         )
@@ -348,6 +348,83 @@ class TestEvidence:
         """Use the clock that runs from the node's start, unless told otherwise."""
         monkeypatch.setattr(time, "clock_gettime", lambda clock: {time.CLOCK_BOOTTIME: 77.0}[clock])
         assert inspect.signature(Monitor).parameters["clock"].default() == 77.0
+
+
+ALONE = report(FIRST, released=[SECOND.pci_bus_id])
+
+
+class TestReleased:
+    """The driver's process leaves a cordoned GPU alone."""
+
+    CORDONED = Gpu(
+        SECOND.uuid, SECOND.name, SECOND.pci_bus_id, SECOND.device_nodes, 900, 1000, cordon=Cordon("bad row", 7, True)
+    )
+
+    @staticmethod
+    def cordoned(watched: Watched, *gpus: Gpu) -> None:
+        watched.node.set_cordoned({gpu.uuid: gpu for gpu in gpus})
+
+    def test_it_is_not_gone(self, two: Watched) -> None:
+        """It keeps its place and its health, has no figures, and is no fault while the driver is away, either."""
+        self.cordoned(two, self.CORDONED)
+        assert two.monitor.to_release() == (ReleasedGpu(SECOND.pci_bus_id, "nvidia1"),)
+        ALONE(two)
+        two.monitor.not_ready(NotReady("no driver"))
+        ALONE(two)
+        assert [(gpu.uuid, gpu.released) for gpu in two.node.gpus] == [("GPU-a", False), ("GPU-b", True)]
+        assert two.unhealthy == {}
+        assert two.node.usage.figures.keys() == {"GPU-a"}
+
+    def test_one_that_was_never_seen(self) -> None:
+        """After a restart, one is as the record of its cordon has it, in the driver's order."""
+        watched = Watched()
+        self.cordoned(watched, attrs.evolve(self.CORDONED, pci_bus_id="00000000:01:00.0"))
+        watched.report(FIRST, released=["00000000:01:00.0"])
+        gpu, _ = watched.node.gpus
+        assert (gpu.uuid, gpu.memory_bytes, gpu.memory_total, gpu.released) == ("GPU-b", 900, 1000, True)
+        assert watched.unhealthy == {}
+
+    def test_uncordoned_meanwhile(self, two: Watched) -> None:
+        """A report of a process that leaves it alone still does not mean that it is gone: that would end faults."""
+        two.event(SECOND, CRITICAL)
+        self.cordoned(two, self.CORDONED)
+        ALONE(two)
+        self.cordoned(two)
+        ALONE(two)
+        two.report(FIRST, SECOND)
+        assert two.faults == {"GPU-b": [Clearance.RESET]}
+        assert not two.node.gpus[1].released
+
+    def test_a_reset(self, two: Watched) -> None:
+        """A fault for which the driver wanted a reset is over when it wants none any more after the cordon."""
+        two.event(SECOND, CRITICAL)
+        two.report(FIRST, attrs.evolve(SECOND, recovery_action=1))
+        self.cordoned(two, self.CORDONED)
+        ALONE(two)
+        assert "GPU-b" in two.unhealthy
+        self.cordoned(two)
+        two.report(FIRST, attrs.evolve(SECOND, recovery_action=0))
+        assert two.unhealthy == {}
+
+    def test_it_did_not_come_back(self, two: Watched) -> None:
+        """One that is gone after the cordon is a fault."""
+        self.cordoned(two, self.CORDONED)
+        ALONE(two)
+        self.cordoned(two)
+        two.report(FIRST)
+        assert two.unhealthy.keys() == {"GPU-b"}
+
+    @pytest.mark.parametrize("released", [[SECOND.pci_bus_id], []], ids=["left alone", "not even that"])
+    def test_held(self, two: Watched, released: Sequence[str], caplog: pytest.LogCaptureFixture) -> None:
+        """Say why one that was to be released can't be reset; it is released when that is over."""
+        self.cordoned(two, self.CORDONED)
+        caplog.clear()
+        two.report(FIRST, *([] if released else [SECOND]), released=released, held="it is open")
+        gpu = two.node.gpus[1]
+        assert (gpu.released, gpu.held) == (False, "it is open")
+        assert ["it is open" in warning for warning in warnings(caplog)] == [True]
+        ALONE(two)
+        assert (two.node.gpus[1].released, two.node.gpus[1].held) == (True, "")
 
 
 class TestRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -22,10 +23,11 @@ from fake_worker import (
     report,
 )
 
-from sgpu.driver.messages import CallStarted, DriverEvent, EventKind, Failure, Message, NotReady, Report
+from sgpu.driver.messages import CallStarted, DriverEvent, EventKind, Failure, Message, NotReady, ReleasedGpu, Report
 from sgpu.driver.monitor import Monitor
-from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, no_input
 from sgpu.driver.supervisor import FIRST_RESTART, LAST_RESTART, MOST_LEFT_BEHIND, MOST_TRIALS, supervise
+from sgpu.lib.concurrency import Broadcast
 
 #: Seconds in which whatever goes wrong again and again does so many times.
 LONG = 600.0
@@ -69,6 +71,8 @@ def run(
     trials: Sequence[Behavior] = (),
     monitor: RecordingMonitor | None = None,
     meanwhile: Callable[[FakeWorkers], Awaitable[object]] | None = None,
+    to_release: Callable[[], tuple[ReleasedGpu, ...]] = lambda: (),
+    changed: Broadcast | None = None,
 ) -> tuple[RecordingMonitor, FakeWorkers]:
     """Supervise workers that behave so, for so long.
 
@@ -85,7 +89,7 @@ def run(
     async def main() -> None:
         async with trio.open_nursery() as outside, trio.open_nursery() as nursery:
             workers.install(outside, monkeypatch)
-            nursery.start_soon(supervise, CONFIG, monitor, DEADLINE, expect)
+            nursery.start_soon(supervise, CONFIG, monitor, DEADLINE, expect, no_input, to_release, changed)
             if meanwhile:
                 nursery.start_soon(meanwhile, workers)
             await trio.sleep(seconds)
@@ -191,6 +195,64 @@ class TestReplaced:
         run(monkeypatch, *[behavior] * 9, healthy, seconds=60)
         assert len(caplog.messages) == lines
         assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+RELEASED = ReleasedGpu("00000000:3B:00.0", "nvidia0")
+
+
+async def leaves_alone(worker: FakeWorker) -> None:
+    """Leaves the GPUs alone that it was told to, poll after poll."""
+    while True:
+        addresses = tuple(gpu.pci_bus_id for gpu in worker.config.released)
+        await worker.emit(attrs.evolve(report("GPU-b"), released=addresses))
+        await trio.sleep(INTERVAL)
+
+
+class TestReleased:
+    @staticmethod
+    def run(
+        monkeypatch: pytest.MonkeyPatch, first: Behavior, trials: Sequence[Behavior] = (), at: float = 1.0
+    ) -> tuple[list[Report], FakeWorkers]:
+        """Release a GPU at a time. Returns the reports since then, and the workers."""
+        released: list[ReleasedGpu] = []
+        changed = Broadcast()
+
+        async def release(workers: FakeWorkers) -> None:
+            changed.notify()  # nothing to do with releases
+            await trio.sleep(at)
+            released.append(RELEASED)
+            changed.notify()
+
+        monitor, workers = run(
+            monkeypatch, first, leaves_alone, seconds=LONG, trials=trials, meanwhile=release,
+            to_release=lambda: tuple(released), changed=changed,
+        )  # fmt: skip
+        return [each for each in monitor.received if isinstance(each, Report) and each.released], workers
+
+    def test_another_worker(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replace the worker at once by one that leaves the GPU alone, and only then."""
+        reports, workers = self.run(monkeypatch, healthy)
+        assert [worker.config.released for worker in workers.all] == [(), (RELEASED,)]
+        assert workers.gaps() == [1.0]
+        assert {each.held for each in reports} == {""}
+
+    def test_a_worker_that_does_not_die(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While one of before is stuck in a call, it may have the GPU open."""
+        reports, _ = self.run(monkeypatch, gets_stuck(report("GPU-b"), DRIVER_CALL))
+        assert all(each.held for each in reports)
+
+    def test_a_single_poll(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While one that began before goes on, it may have the GPU open; it is released when that has ended."""
+
+        async def slow(worker: FakeWorker) -> None:
+            await worker.emit(DRIVER_CALL)
+            await trio.sleep(2 * INTERVAL)
+            await exits(0, report("GPU-b", error="x"))(worker)
+
+        trials = [slow]
+        reports, _ = self.run(monkeypatch, emits(report("GPU-b", error="x")), trials, at=INTERVAL + 1)
+        held = [bool(each.held) for each in reports]
+        assert (held[0], held[-1]) == (True, False)
 
 
 #: Trials that go well: of one GPU, and of all.

@@ -297,7 +297,8 @@ class TestPlugin:
         assert mounted[pod_resources] == (pod_resources, False)
         for file in (settings.state_file, settings.status_socket):
             assert mounted[str(Path(file).parent)] == ("/run/sgpu", True)
-        assert mounted[str(Path(settings.cordon_file).parent)] == ("/var/lib/sgpu", True)  # /run is empty after a reboot
+        # /run is empty after a reboot.
+        assert mounted[str(Path(settings.cordon_file).parent)] == ("/var/lib/sgpu", True)
         if not settings.simulate:
             assert mounted[settings.dev_directory] == ("/dev", True)
             assert mounted[settings.host_path] == (settings.host_path, False)

@@ -23,6 +23,10 @@ def asking(path: bytes = b"/hello", method: bytes = b"GET", headers: bytes = b""
     return method + b" " + path + b" HTTP/" + version + b"\r\n" + HOST + headers + b"\r\n"
 
 
+def posting(path: bytes, body: bytes) -> bytes:
+    return asking(path, b"POST", b"Content-Length: %d\r\n" % len(body)) + body
+
+
 HELLO, SLOW, LONG = asking(), asking(b"/slow"), asking(b"/long")
 
 
@@ -48,6 +52,11 @@ async def slow(_: Request) -> Response:
     raise AssertionError
 
 
+async def tell(request: Request) -> Response:
+    return text(200, f"told {request.body.decode()}")
+
+
+POSTS: http.Routes = {"/tell": tell}
 ROUTES: http.Routes = {"/hello": hello, "/bug": bug, "/long": long, "/odd": odd, "/slow": slow}
 
 
@@ -77,7 +86,7 @@ async def exchange(*sent: bytes, bodies: bool = True) -> list[Answer]:
     ours, theirs = trio.testing.memory_stream_pair()
     received = b""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Server(ROUTES).serve_connection, ours)
+        nursery.start_soon(Server(ROUTES, POSTS).serve_connection, ours)
         with suppress(trio.BrokenResourceError):  # it has hung up first
             for data in sent:
                 await theirs.send_all(data)
@@ -152,6 +161,30 @@ class TestAnswers:
         assert (method.status, method.headers["allow"]) == (405, "GET, HEAD")
         assert bug.status == 500
         assert "ZeroDivisionError: a bug in the handler" in caplog.text
+
+    @virtual
+    async def test_post(self) -> None:
+        """Give the body of a POST to the handler, however it is cut, and go on; answer nothing else on its path."""
+        whole = posting(b"/tell", b"the truth")
+        *told, get, head = await exchange(whole[:-3], whole[-3:] + whole, asking(b"/tell"), HELLO)
+        assert [answer.body for answer in told] == [b"told the truth\n"] * 2
+        assert (get.status, get.headers["allow"], head.status) == (405, "POST", 200)
+
+    @pytest.mark.parametrize(
+        ("sent", "status"),
+        [
+            (posting(b"/hello", b""), 405),
+            (posting(b"/hello", b"x"), 413),
+            (posting(b"/tell", b"x" * 5000), 413),
+            (posting(b"/tell", b"x").replace(b"POST", b"PUT"), 413),
+        ],
+        ids=["no such POST", "with a body", "too much", "PUT"],
+    )
+    @virtual
+    async def test_post_refused(self, sent: bytes, status: int) -> None:
+        """Take a body where it is wanted, no more of it than that, and nowhere else."""
+        answer, *_ = await exchange(sent)
+        assert answer.status == status
 
     @pytest.mark.parametrize("last", [asking(headers=b"Connection: close\r\n"), asking(version=b"1.0")])
     @virtual

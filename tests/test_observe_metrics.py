@@ -21,7 +21,7 @@ from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.counters import Counters
 from sgpu.observe.metrics import page
-from sgpu.observe.snapshot import ResourceSnapshot, Snapshot
+from sgpu.observe.snapshot import CordonSnapshot, ResourceSnapshot, Snapshot
 
 RESOURCE = "example.com/gpu"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
@@ -39,9 +39,12 @@ WEB = ContainerUse(
 )
 TRAIN = ContainerUse("team", "train", "main", shares=1, memory_limit=GIB, limit_state="refused")
 STRAY = ContainerUse("", "", "", shares=0, memory_used=2 * GIB, processes=3)
-UP = attrs.evolve(GPU, uuid="GPU-a", resource=RESOURCE, withheld=97, containers=(WEB, TRAIN, STRAY), memory_claimed=GIB)
+USES = (WEB, TRAIN, STRAY)
+CORDON = CordonSnapshot("bad row", 5.0)
+UP = attrs.evolve(GPU, uuid="GPU-a", resource=RESOURCE, withheld=97, containers=USES, memory_claimed=GIB, cordon=CORDON)
 DOWN = attrs.evolve(
     UP,
+    cordon=None,
     uuid="GPU-b",
     healthy=False,
     reason='XID 79: "off the bus"',
@@ -114,6 +117,8 @@ class TestSeries:
             ("sgpu_gpu_shares{uuid=GPU-a}", 100),
             ("sgpu_gpu_shares_allocated{uuid=GPU-a}", 3),
             ("sgpu_gpu_shares_withheld{uuid=GPU-a}", 97),
+            ("sgpu_gpu_cordoned{uuid=GPU-a}", 1),
+            ("sgpu_gpu_cordoned{uuid=GPU-b}", 0),
             ("sgpu_container_shares{container=main,namespace=team,pod=web,uuid=GPU-a}", 2),
             ("sgpu_container_memory_used_bytes{container=main,namespace=team,pod=web,uuid=GPU-a}", GIB),
             ("sgpu_container_memory_limit_bytes{container=main,namespace=team,pod=web,uuid=GPU-a}", 3 * GIB),

@@ -11,7 +11,7 @@ from fake_status import GPU, SNAPSHOT
 
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.page import render
-from sgpu.observe.snapshot import ResourceSnapshot, Snapshot
+from sgpu.observe.snapshot import CordonSnapshot, ResourceSnapshot, Snapshot
 
 pytestmark = pytest.mark.pure
 
@@ -55,6 +55,10 @@ def of(*uses: ContainerUse) -> Snapshot:
     return attrs.evolve(SNAPSHOT, gpus=(attrs.evolve(GPU, containers=uses),))
 
 
+CORDON = CordonSnapshot("bad row", SNAPSHOT.time - 60, released=True)
+CORDONED = attrs.evolve(SNAPSHOT, gpus=(attrs.evolve(GPU, cordon=CORDON),))
+
+
 @pytest.mark.parametrize(
     ("snapshot", "facts"),
     [
@@ -75,6 +79,7 @@ def of(*uses: ContainerUse) -> Snapshot:
             attrs.evolve(SNAPSHOT, resources=(ResourceSnapshot("a.b/c", True, 0),)), ["does not watch"], id="unwatched"
         ),
         pytest.param(of(USE, NOBODY), ["team/web main 2 1.0 GiB - 7 %", "no pod: 3 processes - - - -"], id="uses"),
+        pytest.param(CORDONED, ["Cordon cordoned for 1 min (bad row): released for a reset"], id="cordoned"),
         pytest.param(of(LIMITED), ["2.0 GiB (not enforced)"], id="limited"),
         pytest.param(of(OVER), ["1.0 GiB (too much) 512 MiB"], id="over its part"),
     ],

@@ -10,7 +10,7 @@ from fake_status import GPU, SNAPSHOT
 
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.snapshot import Snapshot, decode, encode, publish
+from sgpu.observe.snapshot import CordonSnapshot, Snapshot, decode, encode, publish
 
 pytestmark = pytest.mark.pure
 
@@ -24,6 +24,14 @@ UNKNOWN = attrs.evolve(GPU, memory_used=None, utilization=None, allocated=None, 
     [
         pytest.param(attrs.evolve(SNAPSHOT, gpus=(GPU, UNKNOWN, INSTANCE), sampled_at=None), id="full"),
         pytest.param(attrs.evolve(SNAPSHOT, gpus=(), resources=()), id="empty"),
+        pytest.param(
+            attrs.evolve(
+                SNAPSHOT,
+                gpus=(attrs.evolve(GPU, cordon=CordonSnapshot("bad row", 5.0, released=True)),),
+                cordoned_elsewhere=("GPU-b",),
+            ),
+            id="cordoned",
+        ),
         pytest.param(attrs.evolve(SNAPSHOT, stale_answers=(StaleAnswer("a/b", ("/x",), ("/y", "/z")),)), id="stale"),
     ],
 )
@@ -43,7 +51,7 @@ def test_newer_daemon() -> None:
     fields = json.loads(encode(attrs.evolve(SNAPSHOT, gpus=(UNKNOWN,))))
     for values in (fields, *fields["gpus"], *fields["gpus"][0]["containers"], *fields["resources"]):
         values["new"] = 1
-    del fields["stale_answers"], fields["stale_after"]
+    del fields["stale_answers"], fields["stale_after"], fields["cordoned_elsewhere"], fields["gpus"][0]["cordon"]
     assert decode(json.dumps(fields).encode()) == attrs.evolve(SNAPSHOT, gpus=(UNKNOWN,))
 
 

@@ -74,7 +74,8 @@ def _look_until(end: float, socket: str, done: Done) -> int:
                 break
             if not all(part.cordon for part in parts):
                 return _fail(f"{_name(done)} was uncordoned meanwhile")
-            others = sum(use.processes for part in parts for use in part.containers if not use.shares)
+            if any(part.memory_used is not None for part in parts):  # else its processes are unknown, too
+                others = sum(use.processes for part in parts for use in part.containers if not use.shares)
         except NoAnswerError as error:
             state = str(error)
         if state != said:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Final
 
 from sgpu import __version__
@@ -50,7 +50,7 @@ def fetch(path: str, timeout: float = TIMEOUT) -> Snapshot:
 def send(path: str, verb: str, order: Order, timeout: float = TIMEOUT) -> Done:
     """Have the daemon behind this socket `cordon` or `uncordon` a GPU. Raises NoAnswerError or OrderRefusedError."""
     status, body = _ask(path, timeout, "POST", f"/{verb}", encode(order))
-    if status == http.client.NOT_FOUND:
+    if status in (http.client.NOT_FOUND, http.client.REQUEST_ENTITY_TOO_LARGE):  # where nothing is posted
         raise NoAnswerError(f"the daemon on {path} is of a version that knows no `{verb}`: update it")
     if status in (http.client.BAD_REQUEST, http.client.CONFLICT):
         raise OrderRefusedError(body.decode("utf-8", "replace").strip())
@@ -102,7 +102,8 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def _exchange(path: str, timeout: float, method: str, target: str, content: bytes) -> tuple[int, bytes]:
     with closing(_UnixConnection(path, timeout)) as connection:
-        connection.request(method, target, content or None)
+        with suppress(BrokenPipeError):  # an answer that refuses a body can be there before all of it is sent
+            connection.request(method, target, content or None)
         response = connection.getresponse()
         return response.status, response.read()
 
