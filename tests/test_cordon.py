@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemon_process import DaemonProcess, LoggedProcess
+from daemon_process import COMMAND, DaemonProcess, LoggedProcess
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
@@ -44,14 +44,12 @@ def gpus(node: Node) -> tuple[StubGpu, ...]:
     return gpus
 
 
-def start(node: Node) -> DaemonProcess:
-    return node.daemon("-gpu-duplication-factor", SHARES, "-status-socket", str(node.sgpu_socket))
+def start(node: Node, *flags: str) -> DaemonProcess:
+    return node.daemon("-gpu-duplication-factor", SHARES, "-status-socket", str(node.sgpu_socket), *flags)
 
 
 def command(node: Node, *arguments: str) -> LoggedProcess:
     """The command, to be entered."""
-    from daemon_process import COMMAND
-
     return LoggedProcess([*COMMAND, *arguments, "-status-socket", str(node.sgpu_socket)])
 
 
@@ -130,3 +128,19 @@ def test_a_reset(node: Node, kubelet: FakeKubelet, pods: FakePodResources, gpus:
         kubelet.wait_for(lambda: offered(kubelet) == shares(first) | shares(second))
         assert opened(daemon) == {"nvidia0", "nvidia1"}
         assert seen(node, first).cordon is None
+
+
+def test_a_rollout(node: Node, kubelet: FakeKubelet, pods: FakePodResources, gpus: tuple[StubGpu, ...]) -> None:
+    """A daemon that stands by takes over what was cordoned meanwhile, and can end it."""
+    first, second = gpus
+    pods.assign("team", "trainer", "main", [f"{first.uuid}::1"])
+    with start(node) as daemon, start(node, "-standby") as successor:
+        kubelet.wait_devices(2 * SHARES)
+        daemon.wait_log("serving status")
+        successor.wait_log("standing by")
+        assert run(node, "cordon", first.uuid)[0] == 0
+        daemon.terminate()
+        successor.wait_log("serving status")
+        kubelet.wait_for(lambda: offered(kubelet) == {f"{first.uuid}::1", *shares(second)})
+        assert run(node, "uncordon", first.uuid)[0] == 0
+        kubelet.wait_for(lambda: offered(kubelet) == shares(first) | shares(second))

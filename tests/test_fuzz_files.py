@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import attrs
+import test_driver_cordon_file as cordons
 import yaml
 from fuzzing import TEXTS, check_message, limited, mutated, near
 from hypothesis import example, given
@@ -24,11 +25,12 @@ from sgpu.cli import main
 from sgpu.commands.stage.host import Host
 from sgpu.config.load import UsageError, load
 from sgpu.config.settings import SETTINGS
-from sgpu.driver import fault_file
+from sgpu.driver import cordon_file, fault_file
 from sgpu.driver.health import Clearance, Fault, FaultRecord
 from sgpu.lib.elf import LONGEST_SONAME, ElfError, is_cut_short, read_elf
 from sgpu.node.container import Container
 from sgpu.node.policy import Policy, Rule
+from sgpu.node.state import NodeState
 from sgpu.pods.cgroups import container_ids, is_in_pod
 from sgpu.pods.checkpoint import FILE, read_checkpoint, strangers
 from sgpu.pods.container import read_links
@@ -171,6 +173,21 @@ def test_state_file(content: bytes) -> None:
         assert fault_file.load(path, BOOT) == record
     for faults in record.faults.values():
         assert all(type(fault.reason) is str and 0 <= fault.since < 1e10 for fault in faults)
+
+
+CORDONS: Final = {"version": 1, "boot_id": BOOT, "cordons": [cordons.ENTRY]}
+
+
+@given(near(CORDONS).map(lambda document: json.dumps(document).encode()) | mutated(json.dumps(CORDONS).encode()))
+def test_cordon_file(content: bytes) -> None:
+    """Return cordoned GPUs that can be shown and saved, or set the file aside."""
+    with file(content) as path, limited():
+        cordoned = cordon_file.load(path, BOOT)
+        node = NodeState(Policy("example.com/gpu", 2), 5, clock=lambda: 0.0)
+        node.set_cordoned(cordoned)
+        node.set_gpus(tuple(cordoned.values()))
+        cordon_file.save(path, BOOT, cordoned)
+        assert cordon_file.load(path, BOOT) == cordoned
 
 
 # The host's libraries

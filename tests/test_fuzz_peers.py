@@ -58,6 +58,7 @@ from sgpu.driver.messages import (
     LimitStarted,
     Message,
     NotReady,
+    ReleasedGpu,
     Report,
     WorkerConfig,
     decode,
@@ -66,8 +67,10 @@ from sgpu.driver.messages import (
     encode_config,
 )
 from sgpu.driver.monitor import Monitor
+from sgpu.driver.simulated import simulated_gpus
 from sgpu.driver.xids import XidPolicy
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, WantedLimit
+from sgpu.node.cordon import NoSuchGpuError, find_gpu
 from sgpu.node.figures import Figures, ProcessUse
 from sgpu.node.policy import Policy
 from sgpu.node.shares import Share
@@ -76,6 +79,7 @@ from sgpu.observe.counters import Counters
 from sgpu.observe.http import Server
 from sgpu.observe.metrics import page
 from sgpu.observe.observer import Observer
+from sgpu.observe.orders import BadOrderError, decode_order
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.watchdog import Watchdog
 from sgpu.pods.holders import PodResourcesError, list_holders
@@ -110,6 +114,7 @@ OF: Final[dict[Any, st.SearchStrategy[Any]]] = {
     int | None: st.none() | SIZES,
     bool | None: st.none() | st.booleans(),
     tuple[str, ...]: some(TEXTS),
+    tuple[ReleasedGpu, ...]: some(built(ReleasedGpu)),
     tuple[GpuReport, ...]: some(built(GpuReport)),
     tuple[InstanceReport, ...]: some(built(InstanceReport)),
     tuple[ProcessUse, ...] | None: st.none() | some(built(ProcessUse)),
@@ -195,20 +200,45 @@ def handle(message: Message) -> None:
 # HTTP
 
 PIECES: Final = [
-    *(b"GET ", b"HEAD ", b"POST ", b"CONNECT ", b"/hello", b"/bug", b"*", b"http://x/hello", b" HTTP/1.1", b" HTTP/1"),
+    *(
+        b"GET ",
+        b"HEAD ",
+        b"POST ",
+        b"CONNECT ",
+        b"/hello",
+        b"/bug",
+        b"/tell",
+        b"*",
+        b"http://x/hello",
+        b" HTTP/1.1",
+        b" HTTP/1",
+    ),
     *(b"\r\n", b"\n", b"\r\n\r\n", b": ", b"\0", b"\xff", b"0\r\n\r\n", http.HOST, http.HELLO, http.HELLO[:-2]),
     *(b"Connection: close\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n"),
     *(b"Expect: 100-continue\r\n", b"Upgrade: h2c\r\nConnection: upgrade\r\n", HELLO, b"x" * 5000),
 ]
 
 
-@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map(b"".join) | mutated(http.HELLO), max_size=4))
+ASKED: Final = st.lists(st.sampled_from(PIECES), max_size=8).map(b"".join)
+TOLD: Final = http.posting(b"/tell", b"{}")
+
+
+@given(st.lists(ASKED | mutated(http.HELLO) | mutated(TOLD), max_size=4))
 @virtual
 async def test_http(sent: list[bytes]) -> None:
     """Answer in HTTP or hang up, raise nothing, and end when the peer hangs up."""
     with limited():
-        received = await talk(Server(http.ROUTES).serve_connection, *sent)
+        received = await talk(Server(http.ROUTES, http.POSTS).serve_connection, *sent)
     assert received == b"" or received.startswith(b"HTTP/1.1 ")
+
+
+@given(near({"gpu": "0", "reason": "bad row"}).map(lambda order: json.dumps(order).encode()) | st.binary(max_size=40))
+def test_order(body: bytes) -> None:
+    """Take an order to cordon a GPU, or refuse it."""
+    with suppress(BadOrderError):
+        order = decode_order(body)
+        with suppress(NoSuchGpuError):
+            assert find_gpu(order.gpu, simulated_gpus(2)) in simulated_gpus(2)
 
 
 async def talk(serve: Callable[[trio.abc.Stream], Awaitable[None]], *sent: bytes) -> bytes:
