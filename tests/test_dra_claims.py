@@ -85,7 +85,7 @@ FAULTY = attrs.evolve(A, health=Health.UNHEALTHY, reason="XID 79")
         pytest.param(claim({"driver": "gpu.deepomatic.com"}), "not what resource.k8s.io/v1 has: KeyError", id="fields"),
         pytest.param({"metadata": None}, "TypeError", id="no metadata"),
         pytest.param(claim(result("GPU-a"), config=[sharing(limit=1)]), "no field 'limit'", id="configuration"),
-        pytest.param(claim(result("GPU-c")), "GPU gpu-c is gone from this node", id="GPU is gone"),
+        pytest.param(claim(result("GPU-c")), "GPU GPU-c is gone from this node", id="GPU is gone"),
     ],
 )
 def test_refused(thing: Object, message: str) -> None:

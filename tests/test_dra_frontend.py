@@ -21,7 +21,7 @@ from watching import wait_until as poll
 
 from sgpu.config.settings import Settings
 from sgpu.dra import checkpoint, frontend, publisher, registrar
-from sgpu.dra.driver import claim_path
+from sgpu.dra.driver import claim_path, health
 from sgpu.dra.prepared import Places, PreparedClaims
 from sgpu.dra.slices import DRIVER, PATH
 from sgpu.driver.fault_file import read_boot_id
@@ -151,7 +151,7 @@ async def test_each_claim_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = (CLAIM, (NAMESPACE, "d", "u-2"), (NAMESPACE, "none", "u-3"))
         answer = (await thread(partial(world.kubelet.prepare, *asked))).claims
         assert len(answer["u-1"].devices) == 1
-        assert "claim team/d: its GPU gpu-z is gone" in answer["u-2"].error
+        assert "claim team/d: its GPU GPU-z is gone" in answer["u-2"].error
         assert "claim team/none: it does not exist any more" in answer["u-3"].error
         assert world.node.claims.keys() == {"u-1"}
 
@@ -178,6 +178,18 @@ async def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
         world.node.set_gpus(with_faults(GPUS, {1: "XID 79"}, 1.0))
         second = await thread(lambda: next(stream))
         assert [(each.health, each.message) for each in second.devices] == [(1, ""), (2, "XID 79")]
+
+
+def test_health_of_instances() -> None:
+    """Each has its own reason beside its GPU's: a healthy GPU can have an instance that is not."""
+    (gpu,) = simulated_gpus(1, profiles="1g.5gb,1g.5gb")
+    first, second = gpu.instances
+    gpu = attrs.evolve(gpu, instances=(first, attrs.evolve(second, reason="XID 94")))
+    seen = health((gpu,), NODE, 1.0).devices
+    assert [(each.device.device_name, each.health, each.message) for each in seen] == [
+        (first.uuid.lower(), 1, ""),
+        (second.uuid.lower(), 2, "XID 94"),
+    ]
 
 
 @pytest.mark.parametrize("name", [f"registry/{DRIVER}-reg.sock", f"plugins/{DRIVER}/dra.sock"])

@@ -8,10 +8,10 @@ from typing import Any
 import attrs
 
 from sgpu.dra.sharing import SharingConfig, SharingConfigError, read_configs
-from sgpu.dra.slices import DRIVER, MEMORY, SHARES, device_name
+from sgpu.dra.slices import DRIVER, MEMORY, SHARES, device_name, unit_uuid
 from sgpu.lib.quantity import parse_quantity
 from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim, free_shares
-from sgpu.node.gpu import Health
+from sgpu.node.gpu import Health, label
 from sgpu.node.offers import Offer, Offers
 
 
@@ -140,8 +140,8 @@ def _results(devices: Mapping[str, Any], pool: str) -> Iterator[Result]:
 def _offer(result: Result, by_device: Mapping[str, tuple[str, Offer]]) -> tuple[str, Offer]:
     if result.device not in by_device:
         raise ClaimError(
-            f"its GPU {result.device} is gone from this node, or excluded by the -config file; delete the pod and its "
-            f"claim where it does not come back"
+            f"its {label(unit_uuid(result.device))} is gone from this node, or excluded by the -config file; delete "
+            f"the pod and its claim where it does not come back"
         )
     resource, offer = by_device[result.device]
     if offer.unit.health is not Health.HEALTHY:

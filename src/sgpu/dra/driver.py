@@ -21,7 +21,7 @@ from sgpu.dra.slices import API_VERSION
 from sgpu.kubeapi import ApiServer, ApiServerError
 from sgpu.lib.concurrency import wait_until
 from sgpu.lib.sizes import GIB
-from sgpu.node.gpu import Gpu, Health, units
+from sgpu.node.gpu import Gpu, Health, label, units
 from sgpu.node.state import NodeState
 from sgpu.pods.gate import wait_limited
 
@@ -151,7 +151,7 @@ def health(gpus: Iterable[Gpu], pool: str, now: float) -> dra_health_pb2.NodeWat
                 device=dra_health_pb2.DeviceIdentifier(pool_name=pool, device_name=slices.device_name(unit.uuid)),
                 health=_HEALTH[unit.health],
                 last_updated_time=int(now),
-                message=gpu.reason[:MOST_MESSAGE],
+                message=unit.reason[:MOST_MESSAGE],
             )
     return response
 
@@ -163,4 +163,4 @@ def claim_path(namespace: str, name: str) -> str:
 
 def _described(grant: Grant) -> str:
     memory = f", {grant.result.memory / GIB:.1f} GiB" if grant.result.memory else ""
-    return f"{len(grant.unit.shares)} share(s){memory} of GPU {grant.unit.uuid}"
+    return f"{len(grant.unit.shares)} share(s){memory} of {label(grant.unit.uuid)}"
