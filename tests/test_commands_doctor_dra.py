@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from daemon_process import short_directory
 from dra_claims import NODE, RESOURCE
 from fake_api_server import FakeApiServer, serving
+from fake_status import SNAPSHOT, answering, http
 from virtual_clock import real
 
 from sgpu import kubeapi
@@ -23,6 +25,7 @@ from sgpu.dra.slices import DRIVER, PATH
 from sgpu.lib.inotify import open_directory
 from sgpu.observe.counters import Counters
 from sgpu.observe.registrations import Registrations
+from sgpu.observe.snapshot import encode
 
 DEVICE = {"name": "gpu-a", "allowMultipleAllocations": True}
 
@@ -60,13 +63,30 @@ def test_api_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "sgpu to run in a pod" in api_server(settings).message
     server = FakeApiServer()
     with serving(server, tmp_path) as access:
-        monkeypatch.setattr(kubeapi, "in_cluster", lambda *_: access)
+        monkeypatch.setattr(kubeapi, "find_access", lambda *_: access)
         assert "404" in api_server(settings).message
         server.put(f"/api/v1/nodes/{NODE}", {"metadata": {"name": NODE}})
         server.put(f"{PATH}/s", {"metadata": {}, "spec": {"driver": DRIVER, "nodeName": NODE, "devices": [DEVICE]}})
         assert api_server(settings).level is Level.OK
         monkeypatch.setattr(dra, "TIMEOUT", 0)
         assert "did not answer" in api_server(settings).message
+
+
+@real
+async def test_auto(tmp_path: Path) -> None:
+    """The daemon says how it offers GPUs and why; where none answers, it is what it would choose."""
+    path = tmp_path / "status.sock"
+    loaded = load({"api": "auto", "status-socket": str(path), "pod-resources-socket": "/nowhere"}, {})
+    said = attrs.evolve(SNAPSHOT, api="dra", api_reason="2 claims")
+    with answering(path, lambda _: http(encode(said))):
+        chosen = await dra.find_chosen(loaded)
+    assert (chosen.api, chosen.finding.level, "2 claims" in chosen.finding.message) == ("dra", Level.OK, True)
+    chosen = await dra.find_chosen(loaded)
+    assert (chosen.api, chosen.finding.level) == ("device-plugin", Level.WARN)
+    assert "/nowhere" in chosen.finding.advice
+    subjects = [check.subject for check in checks(loaded, chosen)]
+    assert dra.CHOICE_SUBJECT in subjects
+    assert dra.API_SUBJECT not in subjects
 
 
 @real

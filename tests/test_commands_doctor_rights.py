@@ -18,7 +18,7 @@ from sgpu.observe import event_writer, node_labels
 
 
 def check(needs: rights.Needs = NODE_LABELS) -> Finding:
-    return trio.run(rights.check_rights, needs, {})
+    return trio.run(rights.check_rights, needs, "", {})
 
 
 def reviewed(*allowed: bool) -> list[Answer]:
@@ -41,7 +41,7 @@ def test_rights(
     server = FakeApiServer()
     server.instead[f"POST {rights.PATH}"] = answers
     with serving(server, tmp_path) as access:
-        monkeypatch.setattr(kubeapi, "in_cluster", lambda *_: access)
+        monkeypatch.setattr(kubeapi, "find_access", lambda *_: access)
         finding = check()
         assert finding.level is level
         assert fact in finding.message

@@ -27,7 +27,7 @@ INTERVAL = (("0.1", "3600"), ("0", "3601"))
 NUMBERS = (("", "13, 31"), ("x",))
 
 EXPECTED = {
-    "api": Expected("device-plugin", ("device-plugin", "dra"), ("DRA", "auto")),
+    "api": Expected("device-plugin", ("device-plugin", "dra", "auto"), ("DRA", "both")),
     "host-path": Expected("/home/kubernetes/bin/nvidia", *PATHS),
     "container-path": Expected("/usr/local/nvidia", *PATHS),
     "plugin-directory": Expected("/device-plugin", *PATHS),
@@ -78,6 +78,7 @@ EXPECTED = {
     ),
     "simulate-faults": Expected("", *FILES),
     "node-name": Expected("", ("", "node-a.example"), ("Node", "a_b", "a" * 254)),
+    "api-server": Expected("", ("", "127.0.0.1:8001"), ("http://127.0.0.1:8001",)),
     "dra-registry-directory": Expected("/var/lib/kubelet/plugins_registry", *PATHS),
     "dra-plugin-directory": Expected("/var/lib/kubelet/plugins", *PATHS),
     "dra-memory-default": Expected("none", ("none", "fair"), ("0",)),

@@ -101,7 +101,7 @@ async def running(
             memory_limits_failure=failure,
         )
         with serving(server, root / "account") as access, FakePluginManager(root / "registry", known) as kubelet:
-            monkeypatch.setattr(frontend, "in_cluster", lambda *_: access)
+            monkeypatch.setattr(frontend, "find_access", lambda *_: access)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(frontend.run, node, settings, OPTIONS, registrations, counters, str, leaving)
                 yield World(root, node, server, access, kubelet, registrations, settings, leaving)

@@ -51,11 +51,11 @@ class TestAccess:
             with serving(FakeApiServer(), tmp_path) as access:
                 credentials = Credentials(access, lambda: now[0])
                 assert await credentials.token() == "a-token"
-                access.token_file.write_text("b")
+                (tmp_path / "token").write_text("b")
                 assert await credentials.token() == "a-token"
                 now[0] = FRESH
                 assert await credentials.token() == "b"
-                access.token_file.write_text("c")
+                (tmp_path / "token").write_text("c")
                 credentials.expire()
                 assert await credentials.token() == "c"
 
@@ -155,7 +155,7 @@ class TestOverTls:
                 async with open_api_server(access) as api:
                     await api.get(f"{THINGS}/a")
                     server.tokens = {"new"}
-                    access.token_file.write_text("new")
+                    (tmp_path / "token").write_text("new")
                     assert (await failure(api)).status == 401
                     await api.get(f"{THINGS}/a")
 

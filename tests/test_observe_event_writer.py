@@ -55,7 +55,7 @@ async def run_here(function: Callable[..., T], *args: object) -> T:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(NodeState(Policy("example.com/gpu", 4), 1.0), FakeApiServer(), trio.Event())
-    monkeypatch.setattr(event_writer, "in_cluster", lambda *_: Access("", Path(), Path()))
+    monkeypatch.setattr(event_writer, "find_access", lambda *_: Access("", Path(), Path()))
     monkeypatch.setattr(event_writer, "open_api_server", lambda _: connected(world.server))
     monkeypatch.setattr(event_writer, "run_in_thread", run_here)  # a virtual clock does not wait for threads
     return world
@@ -66,7 +66,7 @@ async def writing(world: World, logs: Path) -> AsyncIterator[None]:
     """Write events of node-a, in place from now on unless another serves."""
     async with trio.open_nursery() as nursery:
         served = (world.in_place, lambda: world.standby)
-        nursery.start_soon(event_writer.write_events, world.node, "node-a", logs, 0.0, *served)
+        nursery.start_soon(event_writer.write_events, world.node, "node-a", "", logs, 0.0, *served)
         if not world.standby:
             world.in_place.set()
         await trio.sleep(1)
@@ -164,7 +164,7 @@ async def test_not_in_a_pod(tmp_path: Path, caplog: pytest.LogCaptureFixture, mo
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     node, in_place = NodeState(Policy("example.com/gpu", 4), 1.0), trio.Event()
     in_place.set()
-    await event_writer.write_events(node, "node-a", tmp_path, 0.0, in_place, lambda: False)
+    await event_writer.write_events(node, "node-a", "", tmp_path, 0.0, in_place, lambda: False)
     (record,) = caplog.records
     assert "-events needs sgpu to run in a pod" in record.message
 

@@ -71,7 +71,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(FakeApiServer(), {COUNT: "2"}, trio.Event())
     world.server.put(PATH, node(FOREIGN))
     world.in_place.set()
-    monkeypatch.setattr(node_labels, "in_cluster", lambda *_: Access("", Path(), Path()))
+    monkeypatch.setattr(node_labels, "find_access", lambda *_: Access("", Path(), Path()))
     monkeypatch.setattr(node_labels, "open_api_server", lambda _: connected(world.server))
     return world
 
@@ -79,7 +79,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @asynccontextmanager
 async def labeling(world: World) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        kept = ("node-a", lambda: dict(world.wanted), world.in_place, lambda: world.succeeded)
+        kept = ("node-a", "", lambda: dict(world.wanted), world.in_place, lambda: world.succeeded)
         nursery.start_soon(node_labels.keep_node_labels, *kept)
         await trio.sleep(1)
         yield
@@ -142,7 +142,7 @@ async def test_not_in_a_pod(caplog: pytest.LogCaptureFixture, monkeypatch: pytes
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     in_place = trio.Event()
     in_place.set()
-    await node_labels.keep_node_labels("node-a", dict, in_place, lambda: False)
+    await node_labels.keep_node_labels("node-a", "", dict, in_place, lambda: False)
     (record,) = caplog.records
     assert "-node-labels api needs sgpu to run in a pod" in record.message
 

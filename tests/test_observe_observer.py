@@ -127,7 +127,7 @@ class TestGpus:
         unit = ClaimedUnit("s", "GPU-a", SHARED, (Share("GPU-a", 0),), 4 * GIB)
         world.node.set_claims({"u": PreparedClaim("u", "team", "c", (), (unit, attrs.evolve(unit, uuid="GPU-b")))})
         assert world.gpu().memory_claimed is None
-        world.observer = attrs.evolve(world.observer, claims=True)
+        world.observer.registrations.api = "dra"
         assert [gpu.memory_claimed for gpu in world.snapshot().gpus] == [4 * GIB, 4 * GIB, 0]
 
     def test_rules(self, world: World) -> None:

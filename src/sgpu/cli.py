@@ -48,10 +48,15 @@ class Command:
     most_arguments: int = 0
 
 
-def _demo(_: Loaded, __: Mapping[str, Any]) -> int:
+def _demo(_: Loaded, options: Mapping[str, Any]) -> int:
     from sgpu.commands.demo import demo  # here, because the daemon should not pay for it
 
-    return demo()
+    return demo(options["api"])
+
+
+_DEMO_OPTIONS: Final = {
+    "api": Option(choice("device-plugin", "dra"), "device-plugin", "the way to offer GPUs that is shown"),
+}
 
 
 def _doctor(loaded: Loaded, options: Mapping[str, Any]) -> int:
@@ -166,7 +171,9 @@ _CLUSTER_OPTIONS: Final = {
 
 #: The first word of a command line. Each imports what it needs when it is run.
 COMMANDS: Final = {
-    "demo": Command("show sgpu working on this machine, without a GPU or a cluster", _demo, takes_settings=False),
+    "demo": Command(
+        "show sgpu working on this machine, without a GPU or a cluster", _demo, _DEMO_OPTIONS, takes_settings=False
+    ),
     "doctor": Command(
         "find out why this node offers no shares, or pods can't use them; changes nothing",
         _doctor,
@@ -305,7 +312,7 @@ def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int
 def _uses_api_server(settings: Settings) -> str:
     """Return the setting that needs to know which Node this is; empty where none does."""
     needed_by = {
-        "-api dra": settings.api == "dra",
+        f"-api {settings.api}": settings.api != "device-plugin",
         "-events": settings.events,
         "-node-labels api": settings.node_labels == "api",
     }

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -99,32 +99,44 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
             nursery.start_soon(_move_in, place, settings, monitor, sender, cordons, succession, in_place)
             nursery.start_soon(_after, in_place, cordons.save_releases)
             # Front-ends
+            leaving = trio.Event()
+            nursery.start_soon(_set_at_end, leaving)
             served = (node, settings, _allocation_options(settings), registrations, counters)
-            if settings.api == "dra":
-                frontend = await run_in_thread(_import_dra)
-                version = partial(getattr, monitor, "driver_version", "")
-                leaving = trio.Event()
-                nursery.start_soon(_set_at_end, leaving)
-                front_ends.start_soon(_after, in_place, partial(frontend.run, *served, version, leaving))
-            else:
-                front_ends.start_soon(_after, in_place, partial(registrar.run, *served, watchdog, succession))
+            offer: dict[str, Callable[[], Awaitable[None]]] = {
+                "device-plugin": partial(registrar.run, *served, watchdog, succession)
+            }
+            if settings.api != "device-plugin":
+                auto, frontend = await run_in_thread(_import_dra)
+                offer["dra"] = partial(frontend.run, *served, partial(getattr, monitor, "driver_version", ""), leaving)
+                offer["auto"] = partial(_offer, partial(auto.decide, settings, node.policy), offer, registrations)
+            registrations.api = settings.api if settings.api != "auto" else ""
+            front_ends.start_soon(_after, in_place, offer[settings.api])
             front_ends.start_soon(_after, in_place, partial(limit_containers, _limit_options(settings), node))
             nursery.start_soon(confirm, place, node, registrations)
             # Observers
             sources = (node, registrations, counters, watchdog, monitor)
             stale_after = STALE_AFTER * settings.sample_interval + settings.driver_timeout
-            observer = Observer(*sources, lambda: place.waiting, settings.api == "dra", stale_after)
+            observer = Observer(*sources, lambda: place.waiting, stale_after)
             if settings.node_labels == "nfd":
                 directory = Path(settings.node_labels_directory)
                 nursery.start_soon(keep_feature_file, directory, lambda: labels(observer.snapshot()), in_place)
             if settings.node_labels == "api":
                 node_labels = await run_in_thread(_import_node_labels)
-                kept = (settings.node_name, lambda: labels(observer.snapshot()), in_place, lambda: place.has_standby)
+                access = (settings.node_name, settings.api_server)
+                kept = (*access, lambda: labels(observer.snapshot()), in_place, lambda: place.has_standby)
                 nursery.start_soon(node_labels.keep_node_labels, *kept)
             if settings.events:
                 writer = await run_in_thread(_import_event_writer)
                 logs = Path(settings.container_log_directory)
-                written = (node, settings.node_name, logs, started, in_place, lambda: place.waiting)
+                written = (
+                    node,
+                    settings.node_name,
+                    settings.api_server,
+                    logs,
+                    started,
+                    in_place,
+                    lambda: place.waiting,
+                )
                 nursery.start_soon(writer.write_events, *written)
             if settings.metrics_address or settings.status_socket:
                 # Imported here, and in a thread: a registration does not wait for it.
@@ -206,6 +218,18 @@ async def _set_at_end(event: trio.Event) -> None:
 async def _after(event: trio.Event, function: Callable[[], Awaitable[None]]) -> None:
     await event.wait()
     await function()
+
+
+async def _offer(
+    decide: Callable[[], Awaitable[tuple[bool, str, bool]]],
+    offer: Mapping[str, Callable[[], Awaitable[None]]],
+    registrations: Registrations,
+) -> None:
+    """Offer the node's units in the way that is chosen once: pods that have something by it need it to end."""
+    dra, reason, _ = await decide()
+    registrations.api, registrations.api_reason = "dra" if dra else "device-plugin", reason
+    logger.info("-api auto: offering GPUs as -api %s does: %s", registrations.api, reason)
+    await offer[registrations.api]()
 
 
 async def _watch_driver(
@@ -296,11 +320,11 @@ def _allocation_options(settings: Settings) -> AllocationOptions:
     )
 
 
-def _import_dra() -> ModuleType:
+def _import_dra() -> tuple[ModuleType, ModuleType]:
     """Import it only where it is used: a daemon with a device plugin should not pay for HTTP and TLS."""
-    from sgpu.dra import frontend
+    from sgpu.dra import auto, frontend
 
-    return frontend
+    return auto, frontend
 
 
 def _import_event_writer() -> ModuleType:

@@ -40,8 +40,9 @@ class Settings:
 
     api: str = setting(
         "device-plugin",
-        choice("device-plugin", "dra"),
-        "how shares are offered: by a device plugin, or by dynamic resource allocation (Kubernetes 1.36 or later)",
+        choice("device-plugin", "dra", "auto"),
+        "how shares are offered: by a device plugin, by dynamic resource allocation (Kubernetes 1.36 or later), or by "
+        "the latter where the cluster can and no pod has a share by the former",
     )
     host_path: str = setting(
         "/home/kubernetes/bin/nvidia",
@@ -171,6 +172,9 @@ class Settings:
     )
     node_name: str = setting(
         "", NODE_NAME, "name of the Node, from the pod's spec.nodeName; for what uses the API server"
+    )
+    api_server: str = setting(
+        "", ADDRESS, "address of a `kubectl proxy`, over plain HTTP; empty: the API server that the pod knows"
     )
     dra_registry_directory: str = setting(
         "/var/lib/kubelet/plugins_registry", PATH, "with -api dra: where the kubelet finds plugins"

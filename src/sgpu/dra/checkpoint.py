@@ -27,21 +27,28 @@ ASIDE: Final = ".unusable"
 
 
 def load(directory: Path, boot_id: str) -> Mapping[str, PreparedClaim] | None:
-    """Return the claims that were prepared in this boot, by uid; None where the file can't be used."""
-    path = directory / NAME
+    """Return the claims that were prepared in this boot, by uid; None where the file can't be used: it is set aside."""
     try:
-        content = json.loads(read_regular_file(path))
+        return read(directory, boot_id)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _set_aside(directory / NAME, error)
+        return None
+
+
+def read(directory: Path, boot_id: str) -> Mapping[str, PreparedClaim]:
+    """Return the same, and change nothing. Raises OSError, or ValueError where the file can't be used."""
+    try:
+        content = json.loads(read_regular_file(directory / NAME))
         version = content["version"]
         if version != VERSION:
             raise ValueError(f"it is of version {version}, and this sgpu knows version {VERSION}")
         if content["boot_id"] != boot_id:
             return {}
         claims = [_claim(each) for each in content["claims"]]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _set_aside(path, error)
-        return None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return {claim.uid: claim for claim in claims}
 
 

@@ -22,7 +22,7 @@ from sgpu.dra.prepared import Places, PreparedClaims
 from sgpu.dra.publisher import Publisher
 from sgpu.dra.slices import DRIVER, MANIFEST, MemoryDefault, SliceOptions
 from sgpu.driver.fault_file import read_boot_id
-from sgpu.kubeapi import ApiServer, ApiServerError, in_cluster, open_api_server
+from sgpu.kubeapi import ApiServer, ApiServerError, find_access, open_api_server
 from sgpu.lib.concurrency import race
 from sgpu.lib.logs import OnChange
 from sgpu.lib.quantity import parse_quantity
@@ -54,7 +54,7 @@ async def run(
 
     Raises ApiServerError outside of a pod, and rpc.AddressInUseError.
     """
-    access = in_cluster(os.environ, "-api dra", MANIFEST)
+    access = find_access(settings.api_server, os.environ, "-api dra", MANIFEST)
     paths = registrar.sockets(Path(settings.dra_plugin_directory), Path(settings.dra_registry_directory))
     places = Places(paths[0].service.parent, Path(settings.cdi_directory))
     sysfs = Path(settings.sysfs_directory)

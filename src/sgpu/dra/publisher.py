@@ -9,6 +9,7 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
+from sgpu.dra.choice import too_old
 from sgpu.dra.plan import Plan, differences, new_faults, plan, unshared, untainted
 from sgpu.dra.slices import DRIVER, PATH, UNHEALTHY_TAINT, Object, SliceOptions, slices
 from sgpu.kubeapi import ApiServer, ApiServerError, Mirror
@@ -45,11 +46,28 @@ class Published:
     problem: str = ""
 
 
+async def server_version(api: ApiServer) -> str:
+    """Return the version of Kubernetes, as `v1.36.2`. Raises ApiServerError."""
+    return str((await api.get("/version")).get("gitVersion", ""))
+
+
 async def check_server(api: ApiServer, node_name: str) -> bool:
     """Return whether the API server keeps the taints of devices, by asking what it would make of a slice.
 
-    Raises SlicesRefusedError where it does not keep that a device is shared, and ApiServerError.
+    Raises SlicesRefusedError where it does not keep that a device is shared or is of a version that shares wrongly, and
+    ApiServerError.
     """
+    try:
+        version = await server_version(api)
+    except ApiServerError as error:
+        if error.passing:
+            raise
+        version = ""  # whoever hides it knows why
+    if too_old(version):
+        raise SlicesRefusedError(
+            f"the API server is Kubernetes {version}, whose scheduler leaves shared GPUs with room unused and crashes "
+            f"at `count: 2`; DRA needs 1.36: use -api device-plugin"
+        )
     sample = _sample(node_name)
     kept = await api.create(PATH, sample, dry_run=True)
     dropped = list(differences(sample, kept))

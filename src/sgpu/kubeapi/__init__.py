@@ -3,9 +3,19 @@
 Imported only where the API server is used: httpx costs 3 MB.
 """
 
-from sgpu.kubeapi.access import Access, in_cluster
+from sgpu.kubeapi.access import Access, find_access, in_cluster
 from sgpu.kubeapi.client import ApiServer, Event, Object, open_api_server
 from sgpu.kubeapi.error import ApiServerError
 from sgpu.kubeapi.mirror import Mirror
 
-__all__ = ["Access", "ApiServer", "ApiServerError", "Event", "Mirror", "Object", "in_cluster", "open_api_server"]
+__all__ = [
+    "Access",
+    "ApiServer",
+    "ApiServerError",
+    "Event",
+    "Mirror",
+    "Object",
+    "find_access",
+    "in_cluster",
+    "open_api_server",
+]

@@ -22,20 +22,28 @@ FRESH: Final = 60.0
 class Access:
     """The address of the API server, and the files with the token and the certificate authority.
 
-    `manifest` is the one that gives a pod this access and its rights, for messages.
+    `manifest` is the one that gives a pod this access and its rights, for messages. Without files, a proxy speaks for
+    us, over plain HTTP.
     """
 
     url: str
-    token_file: Path
-    ca_file: Path
+    token_file: Path | None = None
+    ca_file: Path | None = None
     manifest: str = "its manifest"
 
 
-def in_cluster(environment: Mapping[str, str], needed_by: str, manifest: str, directory: Path = DIRECTORY) -> Access:
-    """Return the access that a pod has. Raises ApiServerError outside of one.
+def find_access(proxy: str, environment: Mapping[str, str], needed_by: str, manifest: str) -> Access:
+    """Return the access through a proxy (`HOST:PORT`), or else what a pod has. Raises ApiServerError for neither.
 
     `needed_by` is the setting that needs it, and `manifest` gives it to a pod.
     """
+    if proxy:
+        return Access(f"http://{proxy}", manifest=manifest)
+    return in_cluster(environment, needed_by, manifest)
+
+
+def in_cluster(environment: Mapping[str, str], needed_by: str, manifest: str, directory: Path = DIRECTORY) -> Access:
+    """Return the access that a pod has. Raises ApiServerError outside of one."""
     host, port = (environment.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
     if not (host and port):
         raise ApiServerError(f"KUBERNETES_SERVICE_HOST and _PORT are not set: {needed_by} needs sgpu to run in a pod")
@@ -58,7 +66,7 @@ class Credentials:
         self._until = float("-inf")
 
     async def token(self) -> str:
-        """Return the token, and accept what the authority's file names. Raises ApiServerError."""
+        """Return the token (empty: none), and accept what the authority's file names. Raises ApiServerError."""
         if self._clock() >= self._until:
             await self._read()
             self._until = self._clock() + FRESH
@@ -69,9 +77,12 @@ class Credentials:
         self._until = float("-inf")
 
     async def _read(self) -> None:
+        access = self._access
+        if access.token_file is None or access.ca_file is None:
+            return
         try:
-            self._token = (await trio.Path(self._access.token_file).read_text()).strip()
-            authority = await trio.Path(self._access.ca_file).read_text()
+            self._token = (await trio.Path(access.token_file).read_text()).strip()
+            authority = await trio.Path(access.ca_file).read_text()
             if authority != self._authority or not authority:
                 # An authority that is being replaced stands beside the new one for a while, so adding is enough.
                 self.tls.load_verify_locations(cadata=authority)

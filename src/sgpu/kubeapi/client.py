@@ -150,7 +150,7 @@ class ApiServer:
             path,
             params=query,
             json=body,
-            headers={"Authorization": f"Bearer {token}", **_CONTENT_TYPES.get(method, {})},
+            headers={**({"Authorization": f"Bearer {token}"} if token else {}), **_CONTENT_TYPES.get(method, {})},
             timeout=timeout or REQUEST_TIMEOUT,
         )
         try:

@@ -114,6 +114,12 @@ class Policy:
         named = (rule.resource for rule in self.rules if rule.resource and not rule.exclude)
         return tuple(dict.fromkeys((self.resource, *named)))
 
+    def may_offer(self, resource: str) -> bool:
+        """Return whether the node's units can be offered as this resource, whatever units there are."""
+        before, place, after = self.mig_resource.partition(PROFILE)
+        of_profile = place and resource.startswith(before) and resource.endswith(after)
+        return resource in self.resources() or bool(self.mig is Mig.PROFILE and of_profile)
+
     def unmatched(self, candidates: Collection[Unit]) -> list[Rule]:
         """Return the rules that match none of these units."""
         return [rule for rule in self.rules if not any(rule.matches(unit) for unit in candidates)]

@@ -20,6 +20,14 @@ UNKNOWN: Final = "-"
 DAY: Final = 86400
 
 
+def front_end(snapshot: Snapshot) -> str:
+    """Return how GPUs are offered and why, where sgpu chose it; else nothing."""
+    if not snapshot.api_reason:
+        return ""
+    name = {"dra": "dynamic resource allocation (DRA)"}.get(snapshot.api, "a device plugin")
+    return f"offered by {name}: {printable(snapshot.api_reason)}"
+
+
 def notes(snapshot: Snapshot, now: float) -> Iterator[str]:
     """Yield the problems of the node as a whole, and what to do."""
     if snapshot.waiting:

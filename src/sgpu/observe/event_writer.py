@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from sgpu.kubeapi import ApiServer, ApiServerError, in_cluster, open_api_server
+from sgpu.kubeapi import ApiServer, ApiServerError, find_access, open_api_server
 from sgpu.lib.concurrency import race
 from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays, jittered
@@ -36,6 +36,7 @@ TOO_MANY: Final = f"more Events than {PER_MINUTE} a minute: the oldest that wait
 async def write_events(
     node: NodeState,
     node_name: str,
+    proxy: str,
     container_logs: Path,
     since: float,
     in_place: trio.Event,
@@ -51,7 +52,7 @@ async def write_events(
         node.notices.take()
     await in_place.wait()
     try:
-        access = in_cluster(os.environ, "-events", MANIFEST)
+        access = find_access(proxy, os.environ, "-events", MANIFEST)
     except ApiServerError as error:
         logger.error("no Events are written: %s", error)
         return

@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from sgpu.kubeapi import ApiServer, ApiServerError, in_cluster, open_api_server
+from sgpu.kubeapi import ApiServer, ApiServerError, find_access, open_api_server
 from sgpu.kubeapi.client import Object
 from sgpu.lib.logs import OnChange
 from sgpu.lib.retry import growing_delays, jittered
@@ -37,7 +37,11 @@ _CACHED: Final = {"resourceVersion": "0"}
 
 
 async def keep_node_labels(
-    node_name: str, labels: Callable[[], Mapping[str, str]], in_place: trio.Event, succeeded: Callable[[], bool]
+    node_name: str,
+    proxy: str,
+    labels: Callable[[], Mapping[str, str]],
+    in_place: trio.Event,
+    succeeded: Callable[[], bool],
 ) -> None:
     """Keep these labels on the Node as long as this daemon serves, and remove them at the end.
 
@@ -46,7 +50,7 @@ async def keep_node_labels(
     """
     await in_place.wait()
     try:
-        access = in_cluster(os.environ, "-node-labels api", MANIFEST)
+        access = find_access(proxy, os.environ, "-node-labels api", MANIFEST)
     except ApiServerError as error:
         logger.error("the Node is not labeled: %s", error)
         return

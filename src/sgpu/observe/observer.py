@@ -28,7 +28,7 @@ class Observer:
     """Reads all of it. `monitor` is None where there is no driver; `standby` says whether another daemon serves;
     `stale_after` are seconds after which a sample is old.
 
-    `claims`: GPUs are offered to claims. `wall_clock` is in seconds since the epoch.
+    `wall_clock` is in seconds since the epoch.
     """
 
     node: NodeState
@@ -37,7 +37,6 @@ class Observer:
     watchdog: Watchdog
     monitor: Monitor | None
     standby: Callable[[], bool] = lambda: False
-    claims: bool = False
     stale_after: float = 25.0
     clock: Callable[[], float] = trio.current_time
     wall_clock: Callable[[], float] = time.time
@@ -70,6 +69,8 @@ class Observer:
             standby=self.standby(),
             stale_after=self.stale_after,
             cordoned_elsewhere=tuple(self.node.cordoned.keys() - {gpu.uuid for gpu in self.node.gpus} if gpus else ()),
+            api=self.registrations.api,
+            api_reason=self.registrations.api_reason,
         )
 
     def _resource(self, name: str) -> ResourceSnapshot:
@@ -106,8 +107,10 @@ class Observer:
             parent=unit.gpu.uuid if unit.instance else "",
             mig_profile=unit.instance.profile if unit.instance else "",
             mig_mode=unit.gpu.mig_mode and not unit.instance,
-            memory_claimed=claimed_memory(self.node.claims.values(), unit.uuid) if self.claims else None,
             cordon=_cordon(unit.gpu),
+            memory_claimed=claimed_memory(self.node.claims.values(), unit.uuid)
+            if self.registrations.api == "dra"
+            else None,
         )
 
 

@@ -15,7 +15,7 @@ from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, notes, percent, size
+from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, front_end, notes, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 #: Seconds until the browser loads the page again, unless its reader has stopped that.
@@ -64,6 +64,7 @@ def render(snapshot: Snapshot, *, refresh: bool) -> bytes:
             f"<h1>{head}</h1>",
             f"<p>{_text(_about_node(snapshot))}</p>",
             *map(_resource, snapshot.resources),
+            *(f"<p>{_text(chosen)}</p>" for chosen in filter(None, (front_end(snapshot),))),
             *(f'<p class="note">⚠ {_text(note)}</p>' for note in notes(snapshot, snapshot.time)),
             *map(_gpu, snapshot.gpus, (snapshot.time for _ in snapshot.gpus)),
         )

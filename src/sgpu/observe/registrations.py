@@ -29,9 +29,14 @@ class Registration:
 
 
 class Registrations:
-    """All resources that have had a session, by name."""
+    """All resources that have had a session, by name.
+
+    `api`: the way that GPUs are offered, as `-api` names it; empty: not decided yet. `api_reason`: why, with `auto`.
+    """
 
     def __init__(self, counters: Counters) -> None:
+        self.api = ""
+        self.api_reason = ""
         self.by_resource: dict[str, Registration] = {}
         self.changed = Broadcast()
         self._counters = counters

@@ -85,6 +85,8 @@ class Snapshot:
     `stale_answers`: pods that would get other GPUs than theirs if they started again.
     `stale_after`: seconds after which a sample is old: several were missed, not only delayed by a slow call.
     `cordoned_elsewhere` are UUIDs of cordoned GPUs that this node does not have now.
+    `api`: the way that GPUs are offered, as `-api` names it, empty before that is decided; `api_reason`: why, with
+    `-api auto`.
     """
 
     version: str
@@ -101,6 +103,8 @@ class Snapshot:
     standby: bool = False
     stale_after: float = 25.0
     cordoned_elsewhere: tuple[str, ...] = ()
+    api: str = ""
+    api_reason: str = ""
 
 
 def publish(snapshot: Snapshot) -> Snapshot:

@@ -72,15 +72,18 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
-def checks(loaded: Loaded) -> list[Check]:
-    """Return the checks for these settings, in the order in which an operator should read their findings."""
+def checks(loaded: Loaded, chosen: dra.Chosen | None = None) -> list[Check]:
+    """Return the checks for these settings, in the order in which an operator should read their findings.
+
+    `chosen`: how GPUs are offered, with `-api auto`.
+    """
+    api = chosen.api if chosen else loaded.settings.api
+    of_choice = [Check(chosen.finding.subject, _found(chosen.finding))] if chosen else []
     daemons: dict[str, Callable[[Facts], Awaitable[Iterable[Finding]]]] = {
-        f"daemon for {resource}": partial(_daemon, resource)
-        for resource in loaded.policy.resources()
-        if loaded.settings.api != "dra"
+        f"daemon for {resource}": partial(_daemon, resource) for resource in loaded.policy.resources() if api != "dra"
     }
     of_claims = []
-    if loaded.settings.api == "dra":
+    if api == "dra":
         daemons[dra.DRIVER_SUBJECT] = _dra_driver
         of_claims = [
             Check(dra.CDI_SUBJECT, _blocking(lambda facts: [dra.check_cdi(Path(facts.loaded.settings.cdi_directory))])),
@@ -119,6 +122,7 @@ def checks(loaded: Loaded) -> list[Check]:
         Check("daemon's GPUs", _blocking(lambda facts: served.check_gpus(facts.loaded.settings.status_socket))),
         Check("plugin directory", _blocking(lambda facts: [kubelet.check_directory(_plugins(facts))])),
         Check("kubelet.sock", _kubelet),
+        *of_choice,
         *(Check(subject, check) for subject, check in daemons.items()),
         *of_profiles,
         *of_claims,
@@ -136,7 +140,8 @@ def checks(loaded: Loaded) -> list[Check]:
 async def examine(loaded: Loaded, host: Host) -> list[Finding]:
     """Run all checks and return their findings in order."""
     facts = Facts(loaded, host)
-    todo = checks(loaded)
+    chosen = await dra.find_chosen(loaded) if loaded.settings.api == "auto" else None
+    todo = checks(loaded, chosen)
     done = {check.subject: trio.Event() for check in todo}
     found: dict[str, list[Finding]] = {}
 
@@ -180,6 +185,13 @@ async def _look(look: Callable[[], Result]) -> Result:
 def _blocking(look: Callable[[Facts], Iterable[Finding]]) -> Callable[[Facts], Awaitable[Iterable[Finding]]]:
     async def run(facts: Facts) -> Iterable[Finding]:
         return await _look(lambda: list(look(facts)))
+
+    return run
+
+
+def _found(finding: Finding) -> Callable[[Facts], Awaitable[Iterable[Finding]]]:
+    async def run(_: Facts) -> Iterable[Finding]:
+        return [finding]
 
     return run
 
@@ -306,8 +318,8 @@ async def _api_server(facts: Facts) -> Iterable[Finding]:
     return [await dra.check_api_server(loaded.settings, os.environ, loaded.policy.resources())]
 
 
-async def _rights(needs: rights.Needs, _: Facts) -> Iterable[Finding]:
-    return [await rights.check_rights(needs, os.environ)]
+async def _rights(needs: rights.Needs, facts: Facts) -> Iterable[Finding]:
+    return [await rights.check_rights(needs, facts.loaded.settings.api_server, os.environ)]
 
 
 async def _may_be_offered(facts: Facts, resource: str) -> bool:

@@ -1,4 +1,6 @@
-"""With `-api dra`: the driver's sockets, the directory of CDI files, and what the API server has of this node."""
+"""With `-api dra` or `auto`: the way that GPUs are offered, the driver's sockets, the directory of CDI files, and what
+the API server has of this node.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,55 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import trio
 
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.host import why_not_writable
 from sgpu.commands.doctor.kubelet import Daemon
 from sgpu.commands.doctor.peer import call
+from sgpu.config.load import Loaded
 from sgpu.config.settings import Settings
+from sgpu.dra.choice import Choice
 from sgpu.dra.registrar import sockets
 from sgpu.dra.slices import DRIVER, MANIFEST, PATH
 from sgpu.lib.quantity import parse_quantity
+from sgpu.observe.client import NoAnswerError, fetch
 
+CHOICE_SUBJECT = "-api auto"
 DRIVER_SUBJECT = "DRA driver"
 CDI_SUBJECT = "CDI directory"
 API_SUBJECT = "API server"
-#: Seconds for all that the API server is asked.
+#: Seconds for all that the API server is asked, and for the daemon.
 TIMEOUT = 5.0
+STATUS_TIMEOUT = 2.0
+
+
+@attrs.frozen
+class Chosen:
+    """How GPUs are offered, as `-api` names it, and what to say of it."""
+
+    api: str
+    finding: Finding
+
+
+async def find_chosen(loaded: Loaded) -> Chosen:
+    """Return what the daemon has chosen with `-api auto`; where none answers, what it would choose now."""
+    from sgpu.dra import auto  # here, because it brings HTTP and TLS
+
+    try:
+        snapshot = await trio.to_thread.run_sync(fetch, loaded.settings.status_socket, STATUS_TIMEOUT)
+        if snapshot.api:
+            return Chosen(snapshot.api, ok(CHOICE_SUBJECT, f"{snapshot.api}: {snapshot.api_reason}"))
+        problem = "the daemon has not chosen yet"
+    except NoAnswerError as error:
+        problem = str(error)
+    choice = Choice(dra=False, reason=f"the API server or the kubelet does not answer within {TIMEOUT:g} s")
+    with trio.move_on_after(TIMEOUT):
+        choice = await auto.decide(loaded.settings, loaded.policy, patience=0)
+    api = "dra" if choice.dra else "device-plugin"
+    advice = f"as things are, it would take {api}: {choice.reason}"
+    return Chosen(api, warn(CHOICE_SUBJECT, problem, advice))
 
 
 async def find_driver(settings: Settings) -> Daemon:
@@ -50,13 +85,13 @@ def check_cdi(directory: Path) -> Finding:
 
 async def check_api_server(settings: Settings, environment: Mapping[str, str], resources: Collection[str]) -> Finding:
     """Check that the API server answers, that no device plugin has the resources, and what is published."""
-    from sgpu.kubeapi import ApiServerError, in_cluster, open_api_server  # here, because they bring HTTP and TLS
+    from sgpu.kubeapi import ApiServerError, find_access, open_api_server  # here, because they bring HTTP and TLS
 
     if not settings.node_name:
         return skip(API_SUBJECT, "because -node-name is not set")
     try:
         with trio.fail_after(TIMEOUT):
-            async with open_api_server(in_cluster(environment, "-api dra", MANIFEST)) as api:
+            async with open_api_server(find_access(settings.api_server, environment, "-api dra", MANIFEST)) as api:
                 node = await api.get(f"/api/v1/nodes/{settings.node_name}")
                 selector = f"spec.driver={DRIVER},spec.nodeName={settings.node_name}"
                 listed = await api.get(PATH, {"fieldSelector": selector})

@@ -36,14 +36,14 @@ def needed(settings: Settings) -> list[Needs]:
     return [*([EVENTS] if settings.events else []), *([NODE_LABELS] if settings.node_labels == "api" else [])]
 
 
-async def check_rights(needs: Needs, environment: Mapping[str, str]) -> Finding:
+async def check_rights(needs: Needs, proxy: str, environment: Mapping[str, str]) -> Finding:
     """Check that the API server answers, and lets the service account do all of it."""
-    from sgpu.kubeapi import ApiServerError, in_cluster, open_api_server  # here, because they bring HTTP and TLS
+    from sgpu.kubeapi import ApiServerError, find_access, open_api_server  # here, because they bring HTTP and TLS
 
     lacking = []
     try:
         with trio.fail_after(TIMEOUT):
-            async with open_api_server(in_cluster(environment, needs.setting, needs.manifest)) as api:
+            async with open_api_server(find_access(proxy, environment, needs.setting, needs.manifest)) as api:
                 for verb in needs.verbs:
                     asked = {"verb": verb, "resource": needs.resource}
                     review = {

@@ -19,7 +19,7 @@ from sgpu.lib.logs import printable
 from sgpu.lib.sizes import GIB
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.node.usage import ContainerUse
-from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, notes, percent, size
+from sgpu.observe.describe import UNKNOWN, ago, by_memory, cordon, free_shares, front_end, notes, percent, size
 from sgpu.observe.snapshot import GpuSnapshot, ResourceSnapshot, Snapshot
 
 #: Columns that the table takes with a UUID in it. With fewer, what would stand side by side stands below each other.
@@ -48,6 +48,8 @@ class View:
 def render(snapshot: Snapshot, now: float, view: View) -> RenderableType:
     """Return the whole page. `now` is in seconds since the epoch."""
     parts: list[RenderableType] = [_head(snapshot, now), *map(_resource, snapshot.resources)]
+    if chosen := front_end(snapshot):
+        parts.append(Text(chosen, style=DIM))
     parts += [Text(f"! {note}", style=NOTE) for note in notes(snapshot, now)]
     if snapshot.gpus:
         if view.width is not None and view.width < TABLE:

@@ -1,18 +1,11 @@
-"""`python -m sgpu demo`: the real daemon, as a process, against a small kubelet, on simulated GPUs.
-
-Each step prints what was seen, and fails the demo when it was not seen in time.
-"""
+"""The demo of the device plugin: a registration, allocations, a kubelet restart, a GPU that fails and recovers."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -21,22 +14,15 @@ import trio
 
 from sgpu import rpc
 from sgpu.api import v1beta1_grpc, v1beta1_pb2
+from sgpu.commands.demo.steps import PAUSE, check_stopped, in_time, running_daemon, say
 from sgpu.deviceplugin import registration
-from sgpu.lib.concurrency import Broadcast, find_error, wait_until
+from sgpu.lib.concurrency import Broadcast, wait_until
 from sgpu.node.shares import Share
 
 Response = TypeVar("Response")
 
 GPUS: Final = 3
 SHARES: Final = 10
-#: Seconds that any step may take before the demo says that it failed.
-STEP_TIMEOUT: Final = 10
-#: Seconds between steps, so that people can follow.
-PAUSE: Final = 0.7
-
-
-class StepFailedError(Exception):
-    """Something that the demo shows did not happen."""
 
 
 class DemoKubelet(v1beta1_grpc.RegistrationServicer):
@@ -77,10 +63,8 @@ class DemoKubelet(v1beta1_grpc.RegistrationServicer):
 
     async def wait_until(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait until the list of devices is as it should be."""
-        with trio.move_on_after(STEP_TIMEOUT) as scope:
+        async with in_time(what):
             await wait_until(condition, self._changed)
-        if scope.cancelled_caught:
-            raise StepFailedError(f"not seen within {STEP_TIMEOUT} s: {what}")
 
     async def watch(self) -> None:
         """Follow the plugin's list once it has registered, as long as there is one."""
@@ -112,87 +96,42 @@ async def running_kubelet(directory: Path) -> AsyncIterator[DemoKubelet]:
             nursery.cancel_scope.cancel()
 
 
-@contextmanager
-def running_daemon(directory: Path, faults: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the daemon as users start it. It is killed at the end if it has not stopped."""
-    flags = ["-simulate", GPUS, "-gpu-duplication-factor", SHARES, "-plugin-directory", directory]
-    flags += ["-metrics-address=", "-status-socket="]  # another daemon may have them
-    command = [sys.executable, "-P", "-m", "sgpu", *map(str, flags), "-simulate-faults", str(faults)]
-    print(f"$ {' '.join(['python -m sgpu', *command[4:]])}", flush=True)
-    # Settings of the surroundings are not what is shown here.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SGPU_")}
-    with subprocess.Popen(command, env=environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def demo() -> int:
-    """Show it; returns the exit code."""
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="sgpu-demo-")
-    except OSError as error:  # as in sgpu's pod, whose root file system is read-only
-        print(f"sgpu: {error}; set TMPDIR to a directory that can be written to", file=sys.stderr)
-        return 1
-    with scratch as directory:
-        try:
-            trio.run(_show, Path(directory))
-        except Exception as error:
-            failed = find_error(error, StepFailedError)
-            if failed is None:
-                raise
-            print(f"\nFAILED: {failed}", flush=True)
-            return 1
-    print("\nAll of it was seen.", flush=True)
-    return 0
-
-
-async def _show(directory: Path) -> None:
+async def show(directory: Path) -> None:
+    """Show it. Raises StepFailedError."""
     faults = directory / "faults"
     total = GPUS * SHARES
-    with running_daemon(directory, faults) as process:
-        _say(f"The daemon starts before there is a kubelet, with {GPUS} simulated GPUs of {SHARES} shares.")
+    flags = ("-gpu-duplication-factor", str(SHARES), "-plugin-directory", str(directory))
+    with running_daemon(GPUS, faults, *flags) as process:
+        say(f"The daemon starts before there is a kubelet, with {GPUS} simulated GPUs of {SHARES} shares.")
         await trio.sleep(PAUSE)
         async with running_kubelet(directory) as first:
-            _say("A kubelet starts.")
+            say("A kubelet starts.")
             await first.wait_until(f"{total} devices", lambda: len(first.health) == total)
-            _say(f"It receives {len(first.health)} devices of {first.resource}:")
+            say(f"It receives {len(first.health)} devices of {first.resource}:")
             _show_devices(first)
             for number, count in enumerate((1, 1, 2), start=1):
                 await trio.sleep(PAUSE)
                 _show_allocation(number, count, await first.allocate(count))
             await trio.sleep(PAUSE)
-        _say("The kubelet stops, and starts again.")
+        say("The kubelet stops, and starts again.")
         started = trio.current_time()
         async with running_kubelet(directory) as second:
             await second.wait_until("devices listed again", lambda: len(second.health) == total)
-            _say(f"{len(second.health)} devices listed again after {1000 * (trio.current_time() - started):.1f} ms.")
+            say(f"{len(second.health)} devices listed again after {1000 * (trio.current_time() - started):.1f} ms.")
             await trio.sleep(PAUSE)
-            _say("GPU 1 fails.")
+            say("GPU 1 fails.")
             faults.write_text("1 it has fallen off the bus\n")
             await second.wait_until("GPU 1 down", lambda: len(second.healthy_by_gpu()) == GPUS - 1)
             _show_devices(second)
             await trio.sleep(PAUSE)
-            _say("GPU 1 is back.")
+            say("GPU 1 is back.")
             faults.unlink()
             await second.wait_until("GPU 1 back", lambda: len(second.healthy_by_gpu()) == GPUS)
             _show_devices(second)
             await trio.sleep(PAUSE)
-            _say("The daemon receives SIGTERM.")
+            say("The daemon receives SIGTERM.")
             process.send_signal(signal.SIGTERM)
-            await _check_stopped(process, directory)
-
-
-async def _check_stopped(process: subprocess.Popen[bytes], directory: Path) -> None:
-    with trio.move_on_after(STEP_TIMEOUT):
-        code = await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-        left = [path.name for path in await trio.Path(directory).glob("sgpu-*.sock")]
-        if code or left:
-            raise StepFailedError(f"a clean stop: exit code {code}, sockets left: {left}")
-        _say("It stopped with exit code 0 and removed its socket.")
-        return
-    raise StepFailedError(f"the daemon did not stop within {STEP_TIMEOUT} s")
+            await check_stopped(process, directory, "sgpu-*.sock")
 
 
 def _show_devices(seen: DemoKubelet) -> None:
@@ -204,7 +143,7 @@ def _show_devices(seen: DemoKubelet) -> None:
 
 
 def _show_allocation(number: int, count: int, response: v1beta1_pb2.ContainerAllocateResponse) -> None:
-    _say(f"Pod {number} asks for {count} share(s); its container gets:")
+    say(f"Pod {number} asks for {count} share(s); its container gets:")
     for name, value in sorted(response.envs.items()):
         print(f"    {name}={value}", flush=True)
 
@@ -212,7 +151,3 @@ def _show_allocation(number: int, count: int, response: v1beta1_pb2.ContainerAll
 def _gpu(share_id: str) -> str:
     share = Share.parse(share_id)
     return share.uuid if share else share_id
-
-
-def _say(text: str) -> None:
-    print(f"\n> {text}", flush=True)
