@@ -68,8 +68,21 @@ def test_unknown() -> None:
     """No label for what is unknown, and none for GPUs that are not offered."""
     unknown = values(GPU, attrs.evolve(OTHER, memory_total=None), driver_version="")
     assert unknown.keys() == {"product", "count", "shares", "sharing"}
-    assert values(attrs.evolve(GPU, resource="")) == {} == values()
-    assert values(attrs.evolve(GPU, shares=1), attrs.evolve(OTHER, resource=""))["sharing"] == "none"
+    assert values(attrs.evolve(GPU, shares=0)) == {} == values()
+    assert values(attrs.evolve(GPU, shares=1), attrs.evolve(OTHER, shares=0))["sharing"] == "none"
+
+
+def test_mig() -> None:
+    """The instances of each profile that are still there, with what they have at least, beside their cards' product."""
+    small = attrs.evolve(GPU, name="A100 MIG 1g.5gb", parent="GPU-a", mig_profile="1g.5gb", memory_total=4864 << 20)
+    media = attrs.evolve(small, name="A100 MIG 1g.5gb+me", mig_profile="1g.5gb+me", memory_total=None)
+    found = values(small, attrs.evolve(small, memory_total=5 << 30), attrs.evolve(small, shares=0), media)
+    assert (found["product"], found["count"]) == ("A100", "1")
+    assert {name: value for name, value in found.items() if "mig" in name} == {
+        "deepomatic.com/mig-1g.5gb.count": "2",
+        "deepomatic.com/mig-1g.5gb.memory": "4864",
+        "deepomatic.com/mig-1g.5gb.me.count": "1",
+    }
 
 
 @given(st.text(max_size=90))

@@ -1,20 +1,25 @@
 """A snapshot → labels of the node, for schedulers and autoscalers. Values only; what is unknown has no label.
 
-Only GPUs that are offered count. A fault changes no label: it is not a reason to describe the node differently.
+Only GPUs and MIG instances that are offered count. A fault changes no label: it is not a reason to describe the node
+differently.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from sgpu.lib.sizes import MIB
 from sgpu.node.cgroup_limit import LimitState
+from sgpu.node.policy import PROFILE, profile_resource
 from sgpu.observe.snapshot import GpuSnapshot, Snapshot
 
 #: Not NVIDIA's, whose own program writes labels there.
 PREFIX: Final = "deepomatic.com/gpu."
+#: The labels of a MIG profile, in NVIDIA's form. By default, this is also the name of its resource with `-mig profile`.
+MIG_PREFIX: Final = f"deepomatic.com/mig-{PROFILE}."
 #: Characters of a label's value, as `k8s.io/apimachinery/pkg/util/validation` has it.
 MOST: Final = 63
 _ILLEGAL: Final = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -24,11 +29,12 @@ MIXED: Final = "mixed"
 
 def labels(snapshot: Snapshot) -> Mapping[str, str]:
     """Return the labels of the node; none as long as it offers no GPU."""
-    gpus = [gpu for gpu in snapshot.gpus if gpu.resource]
+    gpus = [gpu for gpu in snapshot.gpus if gpu.shares]  # an instance that was destroyed, but is in use, has none
     if not gpus:
         return {}
     known = {
-        "product": _common(gpu.name for gpu in gpus),
+        # The card's: what is an instance's own, its labels say.
+        "product": _common(gpu.name.removesuffix(f" MIG {gpu.mig_profile}") for gpu in gpus),
         "memory": _memory(gpus),
         "count": str(len({gpu.pci_bus_id for gpu in gpus})),
         "shares": str(sum(gpu.shares for gpu in gpus)),
@@ -37,7 +43,7 @@ def labels(snapshot: Snapshot) -> Mapping[str, str]:
         "driver-major": snapshot.driver_version.partition(".")[0],
         "memory-limits": _limits(gpus),
     }
-    values = {f"{PREFIX}{name}": legal(value) for name, value in known.items()}
+    values = {f"{PREFIX}{name}": legal(value) for name, value in known.items()} | _profiles(gpus)
     return {name: value for name, value in values.items() if value}
 
 
@@ -56,6 +62,16 @@ def _memory(gpus: Collection[GpuSnapshot]) -> str:
     sizes = [gpu.memory_total for gpu in gpus]
     known = [size for size in sizes if size is not None]
     return str(min(known) // MIB) if len(known) == len(sizes) else ""
+
+
+def _profiles(gpus: Iterable[GpuSnapshot]) -> dict[str, str]:
+    """Return the number of MIG instances of each profile, and the memory that each of them has at least."""
+    instances = defaultdict[str, list[GpuSnapshot]](list)
+    for gpu in gpus:
+        if gpu.mig_profile:
+            instances[profile_resource(MIG_PREFIX, gpu.mig_profile)].append(gpu)
+    counts = {f"{prefix}count": str(len(found)) for prefix, found in instances.items()}
+    return counts | {f"{prefix}memory": _memory(found) for prefix, found in instances.items()}
 
 
 def _limits(gpus: Iterable[GpuSnapshot]) -> str:
