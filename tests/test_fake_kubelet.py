@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
 
 import grpc
 import pytest
@@ -19,66 +17,46 @@ from daemon_process import DaemonProcess, short_directory
 from fake_kubelet import FakeKubelet, NotConnectedError
 from google.protobuf.message import Message
 
-from sgpu.api import v1alpha_pb2, v1beta1_pb2
+from sgpu.api import v1beta1_pb2
 
 RESOURCE = "example.com/gpu"
 
 
 def serialized(message: Message) -> bytes:
-    return message.SerializeToString()
+    content: bytes = message.SerializeToString()
+    return content
 
 
 class Plugin:
     """A device plugin in a few lines: it lists what `show` was last given, and ends its streams on `end_streams`."""
 
-    def __init__(self, directory: Path, endpoint: str = "plugin.sock", *, package: str = "v1beta1") -> None:
-        self.directory, self.endpoint, self.package = directory, endpoint, package
-        self.messages: Any = v1beta1_pb2 if package == "v1beta1" else v1alpha_pb2
+    def __init__(self, directory: Path, endpoint: str = "plugin.sock") -> None:
+        self.directory, self.endpoint = directory, endpoint
         self.streams: list[queue.SimpleQueue[dict[str, str] | None]] = []
         self.shown = {"a": "Healthy", "b": "Healthy"}
 
     def __enter__(self) -> Plugin:
-        if self.package == "v1beta1":
-            unary: list[tuple[str, str, Any]] = [
-                ("GetDevicePluginOptions", "Empty", self.options),
-                ("Allocate", "AllocateRequest", self.allocate),
-            ]
-        else:
-            unary = [("Allocate", "AllocateRequest", self.allocate_v1alpha)]
-        handlers = {
-            method: grpc.unary_unary_rpc_method_handler(
-                behavior, getattr(self.messages, request).FromString, serialized
-            )
-            for method, request, behavior in unary
-        }
-        handlers["ListAndWatch"] = grpc.unary_stream_rpc_method_handler(
-            self.list_and_watch, self.messages.Empty.FromString, serialized
-        )
+        options = grpc.unary_unary_rpc_method_handler(self.options, v1beta1_pb2.Empty.FromString, serialized)
+        watch = grpc.unary_stream_rpc_method_handler(self.list_and_watch, v1beta1_pb2.Empty.FromString, serialized)
+        handlers = {"GetDevicePluginOptions": options, "ListAndWatch": watch}
         self.pool = futures.ThreadPoolExecutor(8)
         self.server = grpc.server(self.pool)
-        service = f"{self.package}.DevicePlugin"
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("v1beta1.DevicePlugin", handlers),))
         self.server.add_insecure_port(f"unix:{self.directory / self.endpoint}")
         self.server.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end_streams()
         self.server.stop(None).wait()
         self.pool.shutdown()
 
-    def register(self, version: str = "v1beta1", resource: str = RESOURCE, timeout: float = 10) -> None:
-        request = self.messages.RegisterRequest(version=version, endpoint=self.endpoint, resource_name=resource)
-        with grpc.insecure_channel(
-            f"unix:{self.directory / 'kubelet.sock'}", (("grpc.use_local_subchannel_pool", 1),)
-        ) as channel:
-            channel.unary_unary(
-                f"/{self.package}.Registration/Register",
-                type(request).SerializeToString,
-                self.messages.Empty.FromString,
-            )(request, timeout=timeout)
+    def register(self, version: str = "v1beta1", resource: str = RESOURCE) -> None:
+        request = v1beta1_pb2.RegisterRequest(version=version, endpoint=self.endpoint, resource_name=resource)
+        alone = (("grpc.use_local_subchannel_pool", 1),)
+        with grpc.insecure_channel(f"unix:{self.directory / 'kubelet.sock'}", alone) as channel:
+            method = "/v1beta1.Registration/Register"
+            channel.unary_unary(method, serialized, v1beta1_pb2.Empty.FromString)(request, timeout=10)
 
     def show(self, shown: dict[str, str]) -> None:
         self.shown = shown
@@ -95,20 +73,10 @@ class Plugin:
         self.streams.append(stream)
         context.add_callback(lambda: stream.put(None))
         for shown in iter(stream.get, None):
-            yield self.messages.ListAndWatchResponse(devices=[{"ID": i, "health": h} for i, h in shown.items()])
+            yield v1beta1_pb2.ListAndWatchResponse(devices=[{"ID": i, "health": h} for i, h in shown.items()])
 
     def options(self, request: Message, context: grpc.ServicerContext) -> Message:
         return v1beta1_pb2.DevicePluginOptions(pre_start_required=True)
-
-    def allocate(self, request: v1beta1_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
-        if any("unknown" in container.devices_ids for container in request.container_requests):
-            context.abort(grpc.StatusCode.NOT_FOUND, "unknown device")
-        return v1beta1_pb2.AllocateResponse(
-            container_responses=[{"envs": {"IDS": ",".join(each.devices_ids)}} for each in request.container_requests]
-        )
-
-    def allocate_v1alpha(self, request: v1alpha_pb2.AllocateRequest, context: grpc.ServicerContext) -> Message:
-        return v1alpha_pb2.AllocateResponse(envs={"IDS": ",".join(request.devicesIDs)})
 
 
 @pytest.fixture
@@ -127,14 +95,6 @@ def kubelet(directory: Path) -> Iterator[FakeKubelet]:
 def plugin(kubelet: FakeKubelet) -> Iterator[Plugin]:
     with Plugin(kubelet.directory) as plugin:
         yield plugin
-
-
-def register_error(
-    plugin: Plugin, version: str = "v1beta1", resource: str = RESOURCE, timeout: float = 10
-) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        plugin.register(version, resource, timeout)
-    return caught.value.code(), caught.value.details()
 
 
 def test_registering_asks_for_options_and_lists_the_devices(kubelet: FakeKubelet, plugin: Plugin) -> None:
@@ -236,23 +196,17 @@ def test_up_to_1_24_an_old_stream_that_ends_does_no_harm(directory: Path) -> Non
 @pytest.mark.parametrize(
     ("version", "resource", "details"),
     [
-        pytest.param(
-            "v1",
-            RESOURCE,
-            'requested API version "v1" is not supported by kubelet. Supported version is ["v1beta1"]',
-            id="version",
-        ),
-        *(
-            pytest.param("v1beta1", name, f'the ResourceName "{name}" is invalid', id=name)
-            for name in ("gpu", "kubernetes.io/gpu", "requests.example.com/gpu", "Example.com/gpu", "a/b/c")
-        ),
+        ("v1", RESOURCE, 'requested API version "v1" is not supported by kubelet. Supported version is ["v1beta1"]'),
+        ("v1beta1", "gpu", 'the ResourceName "gpu" is invalid'),
     ],
 )
 def test_a_bad_request_is_refused(
     kubelet: FakeKubelet, plugin: Plugin, version: str, resource: str, details: str
 ) -> None:
     """Refuse it in the kubelet's own words."""
-    assert register_error(plugin, version, resource) == (grpc.StatusCode.UNKNOWN, details)
+    with pytest.raises(grpc.RpcError) as caught:
+        plugin.register(version, resource)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNKNOWN, details)
     assert not kubelet.registrations
 
 
@@ -264,28 +218,11 @@ def test_a_list_over_4_mib_ends_the_stream(kubelet: FakeKubelet, plugin: Plugin)
     assert kubelet.connections[0].code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-@pytest.mark.parametrize("version", ["v1alpha1", "v1alpha2"], ids=["1.8", "1.9"])
-def test_v1alpha(directory: Path, version: str) -> None:
-    """Serve the old API alone, in the version asked for."""
-    with (
-        FakeKubelet(directory, api="v1alpha", versions=[version]) as kubelet,
-        Plugin(directory, package="deviceplugin") as plugin,
-    ):
-        assert register_error(plugin, version="v1beta1")[0] is grpc.StatusCode.UNKNOWN
-        plugin.register(version)
-        kubelet.wait_devices(2)
-        assert kubelet.allocate_v1alpha(["a", "b"]).envs["IDS"] == "a,b"
-        with Plugin(directory, "new.sock") as new:
-            assert register_error(new) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-
-
-@pytest.mark.parametrize("api", ["v1beta1", "v1alpha"])
-def test_nothing_is_left_behind(directory: Path, api: Literal["v1beta1", "v1alpha"]) -> None:
+def test_nothing_is_left_behind(directory: Path) -> None:
     """Leave no thread, and no file but the checkpoint."""
     before = set(threading.enumerate())
-    package = "v1beta1" if api == "v1beta1" else "deviceplugin"
-    with FakeKubelet(directory, api=api) as kubelet, Plugin(directory, package=package) as plugin:
-        plugin.register(kubelet.versions[0])
+    with FakeKubelet(directory) as kubelet, Plugin(directory) as plugin:
+        plugin.register()
         kubelet.wait_devices(2)
         kubelet.restart()
     assert [path.name for path in directory.iterdir()] == ["kubelet_internal_checkpoint"]
@@ -297,26 +234,20 @@ def test_nothing_is_left_behind(directory: Path, api: Literal["v1beta1", "v1alph
 
 
 SCRIPT = """
-import os, signal, subprocess, sys, time
+import signal, sys, time
 from sgpu.parent import run_in_child
 def daemon(_):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["STATUS"])))
-    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    print("ready", sorted(name for name in os.environ if name.startswith("SGPU_")), sys.argv[1:], file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    print("ready", file=sys.stderr)
     while True:
         time.sleep(60)
 sys.exit(run_in_child(daemon))
 """
 
 
-def script(directory: Path, status: int) -> DaemonProcess:
-    env = {"STATUS": str(status), "SGPU_B": "1"}
-    return DaemonProcess(directory, directory, ["-flag"], env=env, command=(sys.executable, "-c", SCRIPT))
-
-
 def test_a_daemon_process_that_misbehaves_is_shown_with_its_log(directory: Path) -> None:
     """Put the log into each AssertionError."""
-    with script(directory, 3) as process:
+    with DaemonProcess(directory, directory, [], command=(sys.executable, "-c", SCRIPT)) as process:
         process.wait_log("ready")
         with pytest.raises(AssertionError, match=r"no line with 'nonsense' within 0.01 s(?s:.*)ready"):
             process.wait_log("nonsense", timeout=0.01)
