@@ -19,7 +19,6 @@ from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 # grpcio would log each connection that a test cuts; it reads this when it is first imported.
@@ -230,9 +229,7 @@ class FakeKubelet:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Knobs

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Final, TypeVar
 
 # grpcio would log each connection that a test cuts; it reads this when it is first imported.
@@ -50,9 +49,7 @@ class FakePluginManager:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         for path in list(self._plugins):

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent import futures
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 # grpcio would log each connection that a test cuts; it reads this when it is first imported.
@@ -64,9 +63,7 @@ class FakePodResources:
         self._server.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._running = False
             self._changed.notify_all()
