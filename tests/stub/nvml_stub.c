@@ -251,6 +251,10 @@ static void leave(const int *unused)
         return refused
 #define ENTER() BEGIN(enter(__func__, NULL))
 #define ENTER_GPU(device) BEGIN(enter_gpu(__func__, device))
+/* A function whose second variant takes and does the same as the first. */
+#define BOTH(function, parameters, body)             \
+    nvmlReturn_t function##_v2 parameters { ENTER(); body } \
+    nvmlReturn_t function parameters { ENTER(); body }
 
 static nvmlReturn_t text(char *target, unsigned int length, const char *value)
 {
@@ -266,34 +270,14 @@ const char *nvmlErrorString(nvmlReturn_t result)
 {
     /* The words of driver 535, which knows the codes up to 27. */
     static const char *const words[] = {
-        "Success",
-        "Uninitialized",
-        "Invalid Argument",
-        "Not Supported",
-        "Insufficient Permissions",
-        "Already Initialized",
-        "Not Found",
-        "Insufficient Size",
-        "Insufficient External Power",
-        "Driver Not Loaded",
-        "Timeout",
-        "Interrupt Request Issue",
-        "NVML Shared Library Not Found",
-        "Function Not Found",
-        "Corrupted infoROM",
-        "GPU is lost",
-        "GPU requires reset",
-        "GPU access blocked by the operating system",
-        "Driver/library version mismatch",
-        "In use by another client",
-        "Insufficient Memory",
-        "No data",
-        "vGPU ECC not supported",
-        "Insufficient Resources",
-        "Invalid Frequency",
-        "Argument version mismatch",
-        "Requested functionality has been deprecated",
-        "System is not in ready state",
+        "Success", "Uninitialized", "Invalid Argument", "Not Supported", "Insufficient Permissions",
+        "Already Initialized", "Not Found", "Insufficient Size", "Insufficient External Power",
+        "Driver Not Loaded", "Timeout", "Interrupt Request Issue", "NVML Shared Library Not Found",
+        "Function Not Found", "Corrupted infoROM", "GPU is lost", "GPU requires reset",
+        "GPU access blocked by the operating system", "Driver/library version mismatch",
+        "In use by another client", "Insufficient Memory", "No data", "vGPU ECC not supported",
+        "Insufficient Resources", "Invalid Frequency", "Argument version mismatch",
+        "Requested functionality has been deprecated", "System is not in ready state",
     };
     const int known = sizeof words / sizeof *words;
     return result >= 0 && result < known ? words[result] : "Unknown Error";
@@ -321,17 +305,7 @@ static nvmlReturn_t init(unsigned int flags)
     return SUCCESS;
 }
 
-nvmlReturn_t nvmlInit_v2(void)
-{
-    ENTER();
-    return init(0);
-}
-
-nvmlReturn_t nvmlInit(void)
-{
-    ENTER();
-    return init(0);
-}
+BOTH(nvmlInit, (void), return init(0);)
 
 nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
 {
@@ -360,19 +334,7 @@ nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
     return text(version, length, value);
 }
 
-nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *count)
-{
-    ENTER();
-    *count = number("gpus"); /* lost ones too */
-    return SUCCESS;
-}
-
-nvmlReturn_t nvmlDeviceGetCount(unsigned int *count)
-{
-    ENTER();
-    *count = number("gpus");
-    return SUCCESS;
-}
+BOTH(nvmlDeviceGetCount, (unsigned int *count), *count = number("gpus"); /* lost ones too */ return SUCCESS;)
 
 static nvmlReturn_t handle(const char *function, nvmlDevice_t found, nvmlDevice_t *device)
 {
@@ -396,17 +358,7 @@ static nvmlReturn_t by_index(const char *function, unsigned int index, nvmlDevic
     return handle(function, slot(uuid), device);
 }
 
-nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *device)
-{
-    ENTER();
-    return by_index(__func__, index, device);
-}
-
-nvmlReturn_t nvmlDeviceGetHandleByIndex(unsigned int index, nvmlDevice_t *device)
-{
-    ENTER();
-    return by_index(__func__, index, device);
-}
+BOTH(nvmlDeviceGetHandleByIndex, (unsigned int index, nvmlDevice_t *device), return by_index(__func__, index, device);)
 
 nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *address, nvmlDevice_t *device)
 {
@@ -435,13 +387,6 @@ nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned int len
     return text(name, length, fact(value, device, "name"));
 }
 
-nvmlReturn_t nvmlDeviceGetMinorNumber(nvmlDevice_t device, unsigned int *minor)
-{
-    ENTER_GPU(device);
-    *minor = fact_number(device, "minor");
-    return SUCCESS;
-}
-
 /* What all variants fill in. The structure of the first two has no busId, so they leave it as it is. */
 static nvmlReturn_t pci_info(nvmlDevice_t device, nvmlPciInfo_t *pci)
 {
@@ -462,17 +407,10 @@ nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
     return code == SUCCESS ? pci_info(device, pci) : code;
 }
 
-nvmlReturn_t nvmlDeviceGetPciInfo_v2(nvmlDevice_t device, nvmlPciInfo_t *pci)
-{
-    ENTER_GPU(device);
-    return pci_info(device, pci);
-}
-
-nvmlReturn_t nvmlDeviceGetPciInfo(nvmlDevice_t device, nvmlPciInfo_t *pci)
-{
-    ENTER_GPU(device);
-    return pci_info(device, pci);
-}
+#define OLD_PCI_INFO(function) \
+    nvmlReturn_t function(nvmlDevice_t device, nvmlPciInfo_t *pci) { ENTER_GPU(device); return pci_info(device, pci); }
+OLD_PCI_INFO(nvmlDeviceGetPciInfo_v2)
+OLD_PCI_INFO(nvmlDeviceGetPciInfo)
 
 nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
 {
@@ -601,13 +539,18 @@ nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correc
     return SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetRetiredPagesPendingStatus(nvmlDevice_t device, nvmlEnableState_t *pending)
-{
-    ENTER_GPU(device);
-    SUPPORTED(device, "pages_pending");
-    *pending = fact_number(device, "pages_pending");
-    return SUCCESS;
-}
+/* A function that answers one number, once `first` has let it. */
+#define NUMBER(function, type, key, first)                    \
+    nvmlReturn_t function(nvmlDevice_t device, type *answer) \
+    {                                                         \
+        ENTER_GPU(device);                                    \
+        first;                                                \
+        *answer = fact_number(device, key);                   \
+        return SUCCESS;                                       \
+    }
+
+NUMBER(nvmlDeviceGetMinorNumber, unsigned int, "minor", )
+NUMBER(nvmlDeviceGetRetiredPagesPendingStatus, nvmlEnableState_t, "pages_pending", SUPPORTED(device, "pages_pending"))
 
 nvmlReturn_t nvmlDeviceGetGpuFabricInfoV(nvmlDevice_t device, nvmlGpuFabricInfo_v2_t *info)
 {
@@ -740,21 +683,8 @@ nvmlReturn_t nvmlDeviceGetMigDeviceHandleByIndex(nvmlDevice_t device, unsigned i
             return otherwise; \
     } while (0)
 
-nvmlReturn_t nvmlDeviceGetGpuInstanceId(nvmlDevice_t device, unsigned int *id)
-{
-    ENTER_GPU(device);
-    INSTANCE(device, INVALID_ARGUMENT);
-    *id = fact_number(device, "gpu_instance");
-    return SUCCESS;
-}
-
-nvmlReturn_t nvmlDeviceGetComputeInstanceId(nvmlDevice_t device, unsigned int *id)
-{
-    ENTER_GPU(device);
-    INSTANCE(device, INVALID_ARGUMENT);
-    *id = fact_number(device, "compute_instance");
-    return SUCCESS;
-}
+NUMBER(nvmlDeviceGetGpuInstanceId, unsigned int, "gpu_instance", INSTANCE(device, INVALID_ARGUMENT))
+NUMBER(nvmlDeviceGetComputeInstanceId, unsigned int, "compute_instance", INSTANCE(device, INVALID_ARGUMENT))
 
 nvmlReturn_t nvmlDeviceGetAttributes_v2(nvmlDevice_t device, nvmlDeviceAttributes_t *attributes)
 {
@@ -766,12 +696,7 @@ nvmlReturn_t nvmlDeviceGetAttributes_v2(nvmlDevice_t device, nvmlDeviceAttribute
     return SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
-{
-    ENTER_GPU(device);
-    *types = fact_number(device, "event_types");
-    return SUCCESS;
-}
+NUMBER(nvmlDeviceGetSupportedEventTypes, unsigned long long, "event_types", )
 
 nvmlReturn_t nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long types, nvmlEventSet_t set)
 {
@@ -852,17 +777,8 @@ static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEve
     return code;
 }
 
-nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
-{
-    ENTER();
-    return wait_event(__func__, set, data, milliseconds);
-}
-
-nvmlReturn_t nvmlEventSetWait(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
-{
-    ENTER();
-    return wait_event(__func__, set, data, milliseconds);
-}
+BOTH(nvmlEventSetWait, (nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds),
+     return wait_event(__func__, set, data, milliseconds);)
 
 nvmlReturn_t nvmlEventSetFree(nvmlEventSet_t set)
 {
