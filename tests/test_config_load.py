@@ -143,15 +143,6 @@ class TestSources:
         assert Path(loaded.origins["v"]).name == origin
         assert loaded.file == str(config)
 
-    def test_a_wrong_value_that_is_beaten(self) -> None:
-        """It is refused even where a higher source sets the same."""
-        assert_refused(lambda: load({"v": "1"}, {"SGPU_V": "x"}), "-v", "'x'", "SGPU_V")
-
-    def test_variables_that_are_no_settings(self) -> None:
-        """They do not matter: a Service named `sgpu` makes some. Nor can they ask for an action, or give rules."""
-        names = "SGPU_SERVICE_HOST SGPU_PORT SGPU_ SGPU_HOST-PATH sgpu_v V SGPU_VERSION SGPU_GPUS"
-        assert attrs.evolve(load({}, dict.fromkeys(names.split(), "x")), warnings=()) == load({}, {})
-
     @pytest.mark.parametrize(
         ("name", "meant"),
         [
@@ -159,19 +150,18 @@ class TestSources:
             ("SGPU_PLACMENT", "SGPU_PLACEMENT"),
             ("SGPU_CONFG", "SGPU_CONFIG"),
             ("SGPU_PORT_80_TCP_ADDR", ""),
-            ("SGPU_SERVICE_PORT", ""),
+            *((name, "") for name in ("SGPU_SERVICE_HOST", "SGPU_PORT", "sgpu_v", "V", "SGPU_VERSION", "SGPU_GPUS")),
         ],
     )
-    def test_misspelt_variables(self, name: str, meant: str) -> None:
-        """A variable that is nearly a setting is a warning that names both; Kubernetes' own for a Service are none."""
-        warnings = load({}, {name: "x"}).warnings
-        assert [(name in warning, meant in warning) for warning in warnings] == ([(True, True)] if meant else [])
+    def test_other_variables(self, name: str, meant: str) -> None:
+        """They do not matter: a Service named `sgpu` makes some. Nor can they ask for an action, or give rules.
 
-    def test_names_of_nvidia_s_plugin(self, config: Path) -> None:
-        """Its resource in a rule is a warning."""
-        config.write_text("gpus:\n- name: '*'\n  resource: nvidia.com/gpu\n")
-        (warning,) = load({"config": str(config)}, {}).warnings
-        assert "nvidia.com/gpu" in warning
+        One that is nearly a setting is a warning that names both.
+        """
+        loaded = load({}, {name: "x"})
+        assert attrs.evolve(loaded, warnings=()) == load({}, {})
+        warned = [(name in warning, meant in warning) for warning in loaded.warnings]
+        assert warned == ([(True, True)] if meant else [])
 
     def test_the_file_s_own_place(self, config: Path) -> None:
         """A variable can name the file, and the flag beats it: of two, one is read. An empty variable names none."""
@@ -181,35 +171,26 @@ class TestSources:
         assert load({}, {"SGPU_CONFIG": ""}) == load({}, {})
 
 
-class TestIntervals:
-    """-sample-interval and -health-interval are two names of one setting."""
+@pytest.mark.parametrize(
+    ("flags", "environment", "value", "origin", "warned"),
+    [
+        *(({name: "30"}, {}, 30, "command line", False) for name in INTERVALS),
+        ({"sample-interval": "2", "health-interval": "7"}, {}, 2, "command line", True),
+        ({"sample-interval": "7", "health-interval": "2"}, {}, 2, "command line", True),
+        ({"sample-interval": "7"}, {"SGPU_HEALTH_INTERVAL": "2"}, 2, "SGPU_HEALTH_INTERVAL", True),
+        ({"sample-interval": "2"}, {"SGPU_HEALTH_INTERVAL": "2.0"}, 2, "command line", False),
+    ],
+)
+def test_intervals(flags: dict[str, str], environment: dict[str, str], value: int, origin: str, warned: bool) -> None:
+    """-sample-interval and -health-interval are two names of one setting: one that is set counts for both.
 
-    @pytest.mark.parametrize("name", INTERVALS)
-    def test_one_is_set(self, name: str) -> None:
-        """It counts for both, also where it is larger than the default, and nobody is warned."""
-        loaded = load({name: "30"}, {})
-        assert (loaded.settings.sample_interval, loaded.settings.health_interval) == (30, 30)
-        assert loaded.warnings == ()
-
-    @pytest.mark.parametrize(
-        ("flags", "environment", "origin"),
-        [
-            ({"sample-interval": "2", "health-interval": "7"}, {}, "command line"),
-            ({"sample-interval": "7", "health-interval": "2"}, {}, "command line"),
-            ({"sample-interval": "7"}, {"SGPU_HEALTH_INTERVAL": "2"}, "SGPU_HEALTH_INTERVAL"),
-        ],
-    )
-    def test_both_are_set(self, flags: dict[str, str], environment: dict[str, str], origin: str) -> None:
-        """The smaller counts, wherever it comes from, and a warning names both and what counts."""
-        loaded = load(flags, environment)
-        assert (loaded.settings.sample_interval, loaded.settings.health_interval) == (2, 2)
-        assert {loaded.origins[name] for name in INTERVALS} == {origin}
-        (warning,) = loaded.warnings
-        assert all(fact in warning for fact in ("-sample-interval", "-health-interval", "2", "7"))
-
-    def test_both_are_the_same(self) -> None:
-        """Then there is nothing to warn of."""
-        assert load({"sample-interval": "2"}, {"SGPU_HEALTH_INTERVAL": "2.0"}).warnings == ()
+    Of two, the smaller counts, wherever it comes from, and a warning names both and what counts, unless they are equal.
+    """
+    loaded = load(flags, environment)
+    assert (loaded.settings.sample_interval, loaded.settings.health_interval) == (value, value)
+    assert {loaded.origins[name] for name in INTERVALS} == {origin}
+    warnings = [fact in warning for warning in loaded.warnings for fact in ("-sample-interval", "-health-interval")]
+    assert warnings == ([True, True] if warned else [])
 
 
 class TestRefused:
@@ -218,12 +199,11 @@ class TestRefused:
         takes = SETTINGS["simulate"].metadata["kind"].takes
         assert_refused(lambda: load({"simulate": "65"}, {}), "-simulate", "'65'", "command line", takes)
         assert_refused(lambda: load({}, {"SGPU_SIMULATE": "a\nb"}), "-simulate", r"'a\nb'", "SGPU_SIMULATE", takes)
+        # Also where a higher source sets the same.
+        assert_refused(lambda: load({"v": "1"}, {"SGPU_V": "x"}), "-v", "'x'", "SGPU_V")
 
     @pytest.mark.parametrize(
-        ("content", "value"),
-        [
-            *(("v: '1'", "'1'"), ("v: 11", "11"), ("v:", "None"), ("v: [1, 2]", "[1, 2]")),
-        ],
+        ("content", "value"), [("v: '1'", "'1'"), ("v: 11", "11"), ("v:", "None"), ("v: [1, 2]", "[1, 2]")]
     )
     def test_value_in_the_file(self, config: Path, content: str, value: str) -> None:
         """It is refused with its line."""
@@ -237,16 +217,17 @@ class TestRefused:
             lambda: load_file(config, f"v: 1\n\n{key}: 1"), key.strip('"'), f"{config}:3", ", ".join(SETTINGS), "gpus"
         )
 
-    @pytest.mark.parametrize(
-        ("flags", "environment", "origin"),
-        [
-            pytest.param({"config": "/missing/a\nb"}, {}, "command line", id="flag"),
-            pytest.param({}, {"SGPU_CONFIG": "/missing/a\nb"}, "SGPU_CONFIG", id="environment"),
-        ],
-    )
-    def test_file(self, flags: dict[str, str], environment: dict[str, str], origin: str) -> None:
+    def test_file(self) -> None:
         """A file that can't be used is named with who named it. What is wrong with it is test_config_file's."""
-        assert_refused(lambda: load(flags, environment), "-config", r"/missing/a\nb", origin, "Errno 2")
+        path, facts = "/missing/a\nb", ("-config", r"/missing/a\nb", "Errno 2")
+        assert_refused(lambda: load({"config": path}, {}), "command line", *facts)
+        assert_refused(lambda: load({}, {"SGPU_CONFIG": path}), "SGPU_CONFIG", *facts)
+
+    def test_quoted_values_are_cut(self, config: Path) -> None:
+        """A message stays a line, whatever the file has."""
+        with pytest.raises(UsageError) as refused:
+            load_file(config, f"placement: {'x' * 100_000}\n")
+        assert len(str(refused.value)) < 500
 
 
 class TestRules:
@@ -284,15 +265,10 @@ gpus:
     @pytest.mark.parametrize(
         ("content", "mig", "resource"),
         [
-            pytest.param("mig: off", Mig.OFF, "", id="which is false to YAML"),
-            pytest.param("mig: profile", Mig.PROFILE, "deepomatic.com/mig-{profile}", id="domain of the resource"),
-            pytest.param("mig: profile\nresource-name: a.b/c", Mig.PROFILE, "a.b/mig-{profile}", id="of another"),
-            pytest.param(
-                "mig: profile\nmig-resource-name: nvidia.com/mig-{profile}",
-                Mig.PROFILE,
-                "nvidia.com/mig-{profile}",
-                id="its own domain",
-            ),
+            ("mig: off", Mig.OFF, ""),  # which is false to YAML
+            ("mig: profile", Mig.PROFILE, "deepomatic.com/mig-{profile}"),
+            ("mig: profile\nresource-name: a.b/c", Mig.PROFILE, "a.b/mig-{profile}"),
+            ("mig: profile\nmig-resource-name: x.y/mig-{profile}", Mig.PROFILE, "x.y/mig-{profile}"),
         ],
     )
     def test_mig(self, config: Path, content: str, mig: Mig, resource: str) -> None:
@@ -303,18 +279,22 @@ gpus:
     @pytest.mark.parametrize(
         ("entry", "rule"),
         [
-            pytest.param("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1), id="uuid in small letters"),
-            pytest.param("{uuid: mig-A, exclude: true}", Rule("", uuid="mig-A", exclude=True), id="instance"),
-            pytest.param(
-                "{mig-profile: 1g.5gb+me, shares: 3}", Rule("", mig_profile="1g.5gb+me", shares=3), id="profile"
-            ),
-            pytest.param("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1), id="bus id"),
-            pytest.param("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2), id="in any order"),
+            ("{uuid: gpu-A, shares: 1}", Rule("", uuid="gpu-A", shares=1)),
+            ("{uuid: mig-A, exclude: true}", Rule("", uuid="mig-A", exclude=True)),
+            ("{mig-profile: 1g.5gb+me, shares: 3}", Rule("", mig_profile="1g.5gb+me", shares=3)),
+            ("{pci-bus-id: '3B:00.0', shares: 1}", Rule("", pci_bus_id="3B:00.0", shares=1)),
+            ("{exclude: false, shares: 2, name: T4}", Rule("", name="T4", shares=2)),
         ],
+        ids=str,
     )
     def test_taken(self, config: Path, entry: str, rule: Rule) -> None:
         """All that an entry can say."""
         assert load_file(config, f"gpus: [{entry}]").policy.rules == (rule,)
+
+    def test_of_another_plugin(self, config: Path) -> None:
+        """NVIDIA's resource in a rule is a warning."""
+        (warning,) = load_file(config, "gpus:\n- name: '*'\n  resource: nvidia.com/gpu\n").warnings
+        assert "nvidia.com/gpu" in warning
 
     @pytest.mark.parametrize("value", ["", "GPU-a", "{uuid: GPU-a, shares: 1}"], ids=["nothing", "word", "mapping"])
     def test_not_a_list(self, config: Path, value: str) -> None:
@@ -324,27 +304,28 @@ gpus:
     @pytest.mark.parametrize(
         ("entry", "facts"),
         [
-            pytest.param("", (), id="nothing"),
-            pytest.param("GPU-a", (), id="word"),
-            pytest.param("{shares: 1}", ("uuid", "pci-bus-id", "name"), id="no selector"),
-            pytest.param("{uuid: GPU-a, name: T4, shares: 1}", ("uuid", "pci-bus-id", "name"), id="two selectors"),
-            pytest.param("{uuuid: GPU-a, shares: 1}", ("'uuuid'", *RULE_KINDS), id="unknown key"),
-            pytest.param("{name: T4, 1: 1}", ("1", *RULE_KINDS), id="key that is no text"),
-            pytest.param("{name: T4}", ("shares", "resource", "exclude"), id="says nothing"),
-            pytest.param("{name: T4, exclude: true, shares: 1}", ("exclude", "shares"), id="excluded, with shares"),
-            pytest.param("{name: T4, exclude: true, resource: a.b/c}", ("resource",), id="excluded, with a resource"),
-            pytest.param("{uuid: T4, shares: 1}", ("uuid", "'T4'"), id="no UUID"),
-            pytest.param("{uuid: MIG-GPU-a/1/0, shares: 1}", ("uuid", "R470"), id="a MIG instance by its place"),
-            pytest.param("{mig-profile: 1g, shares: 1}", ("mig-profile", "'1g'"), id="no profile"),
-            pytest.param("{mig-profile: 1g.5gb, name: T4, shares: 1}", ("exactly one",), id="profile and name"),
-            pytest.param("{uuid: 17, shares: 1}", ("uuid", "17"), id="number for a UUID"),
-            pytest.param("{pci-bus-id: '3b:00', shares: 1}", ("pci-bus-id", "'3b:00'"), id="no bus id"),
-            pytest.param("{name: '', shares: 1}", ("name", "''"), id="empty name"),
-            pytest.param("{name: T4, shares: 0}", ("shares", " 0 "), id="no shares"),
-            pytest.param("{name: T4, resource: gpu}", ("resource", "'gpu'"), id="bad resource name"),
-            pytest.param("{name: T4, memory-limits: some}", ("memory-limits", "some"), id="no limits"),
-            pytest.param("{name: T4, exclude: 1}", ("exclude", " 1 "), id="number for a boolean"),
+            ("", ()),
+            ("GPU-a", ()),
+            ("{shares: 1}", ("uuid", "pci-bus-id", "name")),
+            ("{uuid: GPU-a, name: T4, shares: 1}", ("uuid", "pci-bus-id", "name")),
+            ("{uuuid: GPU-a, shares: 1}", ("'uuuid'", *RULE_KINDS)),
+            ("{name: T4, 1: 1}", ("1", *RULE_KINDS)),
+            ("{name: T4}", ("shares", "resource", "exclude")),
+            ("{name: T4, exclude: true, shares: 1}", ("exclude", "shares")),
+            ("{name: T4, exclude: true, resource: a.b/c}", ("resource",)),
+            ("{uuid: T4, shares: 1}", ("uuid", "'T4'")),
+            ("{uuid: MIG-GPU-a/1/0, shares: 1}", ("uuid", "R470")),
+            ("{mig-profile: 1g, shares: 1}", ("mig-profile", "'1g'")),
+            ("{mig-profile: 1g.5gb, name: T4, shares: 1}", ("exactly one",)),
+            ("{uuid: 17, shares: 1}", ("uuid", "17")),
+            ("{pci-bus-id: '3b:00', shares: 1}", ("pci-bus-id", "'3b:00'")),
+            ("{name: '', shares: 1}", ("name", "''")),
+            ("{name: T4, shares: 0}", ("shares", " 0 ")),
+            ("{name: T4, resource: gpu}", ("resource", "'gpu'")),
+            ("{name: T4, memory-limits: some}", ("memory-limits", "some")),
+            ("{name: T4, exclude: 1}", ("exclude", " 1 ")),
         ],
+        ids=str,
     )
     def test_refused(self, config: Path, entry: str, facts: tuple[str, ...]) -> None:
         """An error in an entry is one line with its place."""
@@ -390,21 +371,12 @@ class TestSocketPath:
         """A plugin directory that makes the socket's path this many bytes longer than it may be."""
         return "/" + "d" * (MAX_SOCKET_PATH_BYTES + surplus - len(endpoint(Settings().resource_name)) - len("//"))
 
-    @pytest.mark.parametrize(
-        "directory",
-        [
-            pytest.param(directory(0), id="longest"),
-            pytest.param(directory(0) + "///", id="slashes that make no difference"),
-            pytest.param("/a\udcff", id="not UTF-8, as Python gets it from argv"),
-        ],
-    )
+    @pytest.mark.parametrize("directory", [directory(0), directory(0) + "///", "/a\udcff"])
     def test_taken(self, directory: str) -> None:
-        """Every path that a socket can have is taken."""
+        """Every path that a socket can have is taken; slashes make no difference, and argv need not be UTF-8."""
         assert load({"plugin-directory": directory}, {}).settings == Settings(plugin_directory=directory)
 
-    @pytest.mark.parametrize(
-        "directory", [pytest.param(directory(1), id="longer"), pytest.param(directory(0)[:-1] + "é", id="more bytes")]
-    )
+    @pytest.mark.parametrize("directory", [directory(1), directory(0)[:-1] + "é"], ids=["longer", "more bytes"])
     def test_too_long(self, directory: str) -> None:
         """A byte more is refused, with both settings that make the path, where they came from, and the limit."""
         assert_refused(
@@ -445,13 +417,4 @@ class TestSocketPath:
 )
 def test_lists(config: Path, name: str, written: str, value: str) -> None:
     """YAML's own list is taken where a flag has commas."""
-    config.write_text(f"{name}: {written}\n")
-    assert getattr(load({"config": str(config)}, {}).settings, name.replace("-", "_")) == value
-
-
-def test_quoted_values_are_cut(config: Path) -> None:
-    """A message stays a line, whatever the file has."""
-    config.write_text(f"placement: {'x' * 100_000}\n")
-    with pytest.raises(UsageError) as refused:
-        load({"config": str(config)}, {})
-    assert len(str(refused.value)) < 500
+    assert getattr(load_file(config, f"{name}: {written}\n").settings, name.replace("-", "_")) == value
