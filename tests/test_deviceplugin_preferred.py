@@ -34,6 +34,9 @@ def with_instances(loads: dict[str, UnitLoad], letters: str) -> dict[str, UnitLo
     return {uuid: attrs.evolve(load, alone=uuid[-1] in letters) for uuid, load in loads.items()}
 
 
+FIGURES = {**gpus(a=1), "GPU-b": UnitLoad(1, 12, 8, 5), "GPU-c": UnitLoad(1, 12, 9, 5)}
+GIVEN_OUT = {**gpus(b=11), "GPU-a": UnitLoad(0, 12, others=12)}
+INSTANCES = with_instances(gpus(a=1, b=1), "ab")
 MIXED = with_instances(gpus(a=1, b=2, c=0, d=0), "ab")
 
 
@@ -71,47 +74,19 @@ def case(
         case("spread distinct", "a0 b0", 1, "b0", "the unit that ranks first", loads=gpus(a=2, b=1)),
         case("spread distinct", "b0 a0", 1, "a0", "ties by UUID", loads=gpus(b=1, a=1)),
         case("spread distinct", "a10 a9 a2", 1, "a2", "the lowest number, not the first by text"),
-        case(
-            "spread distinct",
-            "b0 c0",
-            1,
-            "c0",
-            "figures unknown only for one that is not available",
-            loads={**gpus(a=1), "GPU-b": UnitLoad(1, 12, 8, 5), "GPU-c": UnitLoad(1, 12, 9, 5)},
-        ),
+        case("spread distinct", "b0 c0", 1, "c0", "figures unknown only for one that is not available", loads=FIGURES),
         case("spread distinct", "a9 b8 b9", 1, "b8", "unknown: what is not available", loads=gpus(a=None, b=None)),
         case("spread distinct", "a9 b8 b9", 1, "a9", "unknown for one", loads=gpus(a=3, b=None)),
         case("pack distinct", "a9 b8 b9", 1, "a9", "unknown: what is not available", loads=gpus(a=None, b=None)),
-        case(
-            "spread distinct",
-            "a0 b0",
-            1,
-            "b0",
-            "not the one that another plugin gave out",
-            loads={**gpus(b=11), "GPU-a": UnitLoad(0, 12, others=12)},
-        ),
-        # Distinct shares come from as many GPUs as possible, and evenly when there are too few.
-        case("spread distinct", "a0 b0 c0", 2, "b0 c0", "the best of them", loads=gpus(a=9, b=0, c=1)),
-        case("spread distinct", "a0 a1 b0 b1", 3, "a0 a1 b0", "more than there are GPUs"),
-        case("spread distinct", "a0 a1 a2 b0 b1 b2", 4, "a0 a1 b0 b1", "reused evenly", loads=gpus(a=0, b=9)),
-        case("spread distinct", "a0 a1 b0 b1", 2, "a1 b0", "one to include counts as used", must="a1"),
+        case("spread distinct", "a0 b0", 1, "b0", "not the one that another plugin gave out", loads=GIVEN_OUT),
+        # Distinct shares come from as many GPUs as possible, the same from as few: `test_best` has the rest.
         case("spread distinct", "a0 b0 c0", 3, "a5 a6 b0", "two to include count as used twice", must="a5 a6"),
-        case("pack distinct", "a1 a2 b2 c3 c4", 2, "c3 b2", "the fullest GPUs", loads=gpus(a=1, b=2, c=3)),
-        # The same: from one GPU where one has room, else from as few as possible, first from those it has.
-        case("spread same", "a0 b0 b1 c0 c1", 2, "c0 c1", "the best with room", loads=gpus(a=0, b=9, c=8)),
-        case("spread same", "a0 b0 b1 c0 c1 c2", 3, "a4 a0 b0", "the one it has, as far as it goes", must="a4"),
-        case("spread same", "a0 b0 c0 c1", 3, "b7 c7 c0", "one of two it has", must="b7 c7", loads=gpus(a=0, b=9, c=8)),
         case("spread same", "b0 c0 c1", 4, "b7 c7 c0 c1", "the one of those it has with room", must="b7 c7"),
-        case("spread same", "a0 b0", 5, "a0 b0", "all where there are too few"),
-        case("pack same", "a11 b10 b11", 2, "b10 b11", "not the fullest, without room", loads=gpus(a=11, b=10, c=0)),
-        case("pack same", "a0 a1 b11 c10 c11", 3, "b11 c10 c11", "the fullest two", loads=gpus(a=0, b=11, c=10)),
         # Of MIG instances a container can use one, or else GPUs.
-        case("any", "a0 a1 b0 b1", 2, "a0 a1", "one instance", loads=with_instances(gpus(a=1, b=1), "ab")),
-        case("any", "a0 b0 b1", 2, "b0 b1", "the instance with room", loads=with_instances(gpus(a=1, b=1), "ab")),
-        case(
-            "any", "a0 a1 b0", 2, "b5 b0", "the instance it has", must="b5", loads=with_instances(gpus(a=1, b=1), "ab")
-        ),
-        case("any", "a0 b0", 2, "a0 b0", "two where none has room", loads=with_instances(gpus(a=1, b=1), "ab")),
+        case("any", "a0 a1 b0 b1", 2, "a0 a1", "one instance", loads=INSTANCES),
+        case("any", "a0 b0 b1", 2, "b0 b1", "the instance with room", loads=INSTANCES),
+        case("any", "a0 a1 b0", 2, "b5 b0", "the instance it has", must="b5", loads=INSTANCES),
+        case("any", "a0 b0", 2, "a0 b0", "two where none has room", loads=INSTANCES),
         case("spread distinct", "a0 a1 c0 d0", 2, "c0 d0", "GPUs, of which one is the best", loads=MIXED),
         case("pack distinct", "b0 b1 c0 d0", 2, "b0 b1", "the instance that is the best", loads=MIXED),
         case("spread distinct", "a0 a1 c0", 2, "a0 a1", "an instance, as too few of the GPUs are free", loads=MIXED),
