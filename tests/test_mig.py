@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import pytest
-from daemon_process import DaemonProcess
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
@@ -155,29 +154,6 @@ def test_profiles(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstan
         assert counts(kubelet, one) == healthy(small, 1)
 
 
-def test_off(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
-    """With -mig off instances are left out, which the log says, and other GPUs are offered."""
-    whole = StubGpu(1)
-    node.driver.set(gpus=(*node.driver.state.gpus, whole))
-    with node.daemon(*FLAGS, "-mig", "off") as daemon:
-        wait_counts(kubelet, {(whole.uuid, "Healthy"): SHARES})
-        assert gpu.uuid in daemon.wait_log("-mig off").text
-
-
-def test_mode_changes(node: Node, gpu: StubGpu, kubelet: FakeKubelet) -> None:
-    """A GPU whose MIG mode is turned on is offered whole no more, and one that waits for a reset still is."""
-    gpu = node.driver.change(gpu, mig_mode=0, mig_pending=0)
-    with FakePodResources(node.pods), node.daemon(*FLAGS) as daemon:
-        wait_counts(kubelet, {(gpu.uuid, "Healthy"): SHARES})
-        gpu = node.driver.change(gpu, mig_pending=1)
-        daemon.wait_log("will be on after its next reset")
-        assert counts(kubelet) == {(gpu.uuid, "Healthy"): SHARES}
-        gpu = node.driver.change(gpu, mig_mode=1)
-        kubelet.wait_for(lambda: not kubelet.devices(RESOURCE))
-        instance = node.driver.create(gpu, "7g.40gb")
-        wait_counts(kubelet, healthy(instance, 19))
-
-
 def test_restart(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
     """A fault of an instance outlives a restart of the daemon."""
     small, large = pair
@@ -228,19 +204,6 @@ def test_missing_node(node: Node, gpu: StubGpu, kubelet: FakeKubelet) -> None:
         assert "nvidia-modprobe -f" in daemon.wait_log("nvidia-cap148 is not there").text
         node.make_nodes("nvidia-caps/nvidia-cap148")
         wait_counts(kubelet, healthy(instance, 2))
-
-
-def test_simulated(node: Node, kubelet: FakeKubelet) -> None:
-    """Simulated GPUs have the instances that -simulate-mig names."""
-
-    def started() -> DaemonProcess:
-        return node.daemon(*FLAGS, "-simulate-mig", "1g.10gb,2g.20gb,3g.40gb", simulate=2)
-
-    with started():
-        kubelet.wait_devices(2 * (2 + 5 + 10))
-        assert len({share.partition("::")[0] for share in kubelet.devices(RESOURCE)}) == 6
-        (answer,) = kubelet.allocate([next(iter(kubelet.devices(RESOURCE)))]).container_responses
-        assert answer.envs["CUDA_VISIBLE_DEVICES"].startswith("MIG-")
 
 
 def test_doctor(node: Node, kubelet: FakeKubelet) -> None:

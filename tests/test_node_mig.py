@@ -49,20 +49,15 @@ class TestUnits:
         assert units(CARD)[0] == Unit(CARD, "MIG-a", "NVIDIA A100 MIG 1g.5gb", nodes, 4864 * MIB, SMALL)
         assert [unit.uuid for unit in units(CARD)] == ["MIG-a", "MIG-b"]
         assert units(card()) == ()
-        assert (
-            units(card(simulated=True, device_nodes=(), instances=(attrs.evolve(SMALL, capability_nodes=()),)))[
-                0
-            ].device_nodes
-            == ()
-        )
+        bare = attrs.evolve(SMALL, capability_nodes=())
+        (simulated,) = units(card(bare, simulated=True, device_nodes=()))
+        assert simulated.device_nodes == ()
 
     @pytest.mark.parametrize(
         ("of_card", "of_instance", "reason", "since"),
         [
-            pytest.param("", "", "", 5.0, id="healthy"),
-            pytest.param("lost", "", "lost", 3.0, id="the card"),
-            pytest.param("", "XID 94", "XID 94", 5.0, id="the instance"),
-            pytest.param("lost", "XID 94", "lost; XID 94", 3.0, id="both"),
+            *(("", "", "", 5.0), ("lost", "", "lost", 3.0), ("", "XID 94", "XID 94", 5.0)),
+            ("lost", "XID 94", "lost; XID 94", 3.0),
         ],
     )
     def test_health(self, of_card: str, of_instance: str, reason: str, since: float) -> None:
@@ -196,11 +191,19 @@ class TestGone:
     """Shares of instances that were destroyed, and of GPUs whose MIG mode was turned on."""
 
     def test_in_use(self) -> None:
-        """Only the shares that containers have stay listed, as unhealthy, until they are given back."""
+        """Only the shares that containers have stay listed, as unhealthy, until they are given back.
+
+        All, as long as it is unknown who has what.
+        """
         made = Made()
-        made.hold("MIG-a::1", "MIG-b::0")
         made.node.set_gpus((card(LARGE),))
-        assert made.listed() == {**{f"MIG-b::{number}": "Healthy" for number in range(9)}, "MIG-a::1": "Unhealthy"}
+        assert [made.listed()[f"MIG-a::{number}"] for number in range(2)] == ["Unhealthy", "Unhealthy"]
+        made.node.set_gpus((CARD,))  # one that is there again is as any other
+        made.hold("MIG-a::1", "MIG-b::0")
+        assert set(made.listed().values()) == {"Healthy"}
+        made.node.set_gpus((card(LARGE),))
+        large = {f"MIG-b::{number}": "Healthy" for number in range(9)}
+        assert made.listed() == {**large, "MIG-a::1": "Unhealthy"}
         with pytest.raises(UnhealthyShareError, match=r"MIG instance MIG-a is unhealthy .*destroyed"):
             made.node.allocate(SHARED, [["MIG-a::1"]], OPTIONS)
         with pytest.raises(UnknownShareError):
@@ -219,14 +222,6 @@ class TestGone:
         made.hold()
         assert "MIG-a::0" not in made.listed()
 
-    def test_unknown_holders(self) -> None:
-        """As long as it is unknown who has what, all shares of an instance that is gone stay listed."""
-        made = Made()
-        made.node.set_gpus((card(LARGE),))
-        assert [made.listed()[f"MIG-a::{number}"] for number in range(2)] == ["Unhealthy", "Unhealthy"]
-        made.hold()
-        assert "MIG-a::0" not in made.listed()
-
     def test_mode(self) -> None:
         """A GPU whose MIG mode is turned on is no unit any more, nor its instances when it is turned off again."""
         made = Made(attrs.evolve(CARD, mig_mode=False, instances=()))
@@ -236,9 +231,7 @@ class TestGone:
         assert "GPU-p::0" not in made.listed()
         made.hold("MIG-a::0", "GPU-p::3")
         made.node.set_gpus((attrs.evolve(CARD, mig_mode=False, instances=()),))
-        assert {share: health for share, health in made.listed().items() if health == "Unhealthy"} == {
-            "MIG-a::0": "Unhealthy"
-        }
+        assert [share for share, health in made.listed().items() if health == "Unhealthy"] == ["MIG-a::0"]
         assert made.listed()["GPU-p::3"] == "Healthy"
 
     def test_profile(self) -> None:
@@ -251,14 +244,6 @@ class TestGone:
         assert made.listed(small) == {"MIG-a::0": "Unhealthy"}
         made.hold()
         assert made.node.resources() == (SHARED, large)
-
-    def test_back(self) -> None:
-        """An instance that is there again is as any other."""
-        made = Made()
-        made.hold("MIG-a::1")
-        for gpu in (card(LARGE), CARD):
-            made.node.set_gpus((gpu,))
-        assert set(made.listed().values()) == {"Healthy"}
 
     def test_refused(self) -> None:
         """Where the rules refuse what is there now, what is gone is not offered as healthy all the same."""
@@ -282,14 +267,13 @@ class TestGone:
         ]
 
 
-class TestPressure:
-    def test_instance(self) -> None:
-        """The watermark is each instance's own."""
-        made = Made()
-        made.hold("MIG-a::1")
-        made.node.usage.set_figures({"MIG-a": Figures(100, 1), "MIG-b": Figures(100, 50)}, 0.0)
-        assert made.node.update_pressure(0.9) == (frozenset(), {"MIG-a"})
-        assert [share for share, health in made.listed().items() if health == "Unhealthy"] == ["MIG-a::0"]
+def test_pressure() -> None:
+    """The watermark is each instance's own."""
+    made = Made()
+    made.hold("MIG-a::1")
+    made.node.usage.set_figures({"MIG-a": Figures(100, 1), "MIG-b": Figures(100, 50)}, 0.0)
+    assert made.node.update_pressure(0.9) == (frozenset(), {"MIG-a"})
+    assert [share for share, health in made.listed().items() if health == "Unhealthy"] == ["MIG-a::0"]
 
 
 class TestAllocate:
