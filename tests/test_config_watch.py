@@ -52,6 +52,11 @@ class World:
         self.policies: list[Policy] = []  # the applied ones
         self._caplog = caplog
 
+    def move_to_directory(self) -> None:
+        self.file = self.file.parent / "etc" / "config.yaml"
+        self.file.parent.mkdir()
+        self.file.write_text(factor(1))
+
     def load(self) -> Loaded:
         return load({"config": str(self.file)} if self.file.name else {}, {})
 
@@ -172,9 +177,7 @@ class TestNoticed:
     @virtual
     async def test_the_directory_made_anew(self, world: World) -> None:
         """It is waited for, and watched again when it is back."""
-        world.file = world.file.parent / "etc" / "config.yaml"
-        world.file.parent.mkdir()
-        world.file.write_text(factor(1))
+        world.move_to_directory()
         async with world.watching():
             for shares in (2, 3):
                 world.file.unlink()
@@ -187,9 +190,7 @@ class TestNoticed:
     @virtual
     async def test_the_directory_replaced(self, world: World) -> None:
         """Another one in its place is another file."""
-        world.file = world.file.parent / "etc" / "config.yaml"
-        world.file.parent.mkdir()
-        world.file.write_text(factor(1))
+        world.move_to_directory()
         async with world.watching():
             world.file.parent.rename(world.file.parent.with_name("old"))
             await trio.testing.wait_all_tasks_blocked(0.01)
@@ -247,10 +248,8 @@ class TestApplied:
                 world.file.write_text(content)
                 await until(lambda count=count: len(world.reloaded) == count)  # type: ignore[misc]
                 await trio.testing.wait_all_tasks_blocked()
-        assert [policy.rules[0].place for policy in world.policies if policy.rules] == [
-            f"{world.file}:2",
-            f"{world.file}:3",
-        ]
+        places = [policy.rules[0].place for policy in world.policies if policy.rules]
+        assert places == [f"{world.file}:2", f"{world.file}:3"]
         (first, second) = world.logged(logging.INFO)
         assert "offers of 100" in first
         assert "offers of 2" in second
@@ -291,13 +290,18 @@ class TestRefused:
         [
             pytest.param("v: 1\nnope: 1\n", ["'nope'", "{}:2"], id="settings"),
             pytest.param(factor(TOO_MANY), [str(TOO_MANY)], id="offers"),
+            pytest.param(None, ["{}"], id="hang-up without the file"),
         ],
     )
     @virtual
-    async def test_the_old_ones_stay(self, world: World, content: str, facts: list[str]) -> None:
+    async def test_the_old_ones_stay(self, world: World, content: str | None, facts: list[str]) -> None:
         """A bad file changes nothing and is logged with the place; once corrected, it applies."""
         async with world.watching():
-            world.file.write_text(content)
+            if content is None:
+                world.file.unlink()
+                hang_up()
+            else:
+                world.file.write_text(content)
             await until(lambda: world.reloaded)
             assert [policy.shares for policy in world.policies] == [1]
             world.file.write_text(factor(3))
@@ -305,18 +309,6 @@ class TestRefused:
         assert world.reloaded == [False, True]
         (error,) = world.logged(logging.ERROR)
         assert [fact for fact in facts if fact.format(world.file) not in error] == []
-
-    @virtual
-    async def test_a_hang_up_without_the_file(self, world: World) -> None:
-        """SIGHUP without the file is answered, and the file applies when it is back."""
-        async with world.watching():
-            world.file.unlink()
-            hang_up()
-            await until(lambda: world.reloaded == [False])
-            world.file.write_text(factor(3))
-            await world.applied(3)
-        (error,) = world.logged(logging.ERROR)
-        assert str(world.file) in error
 
 
 class TestCancellation:
