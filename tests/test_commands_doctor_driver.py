@@ -153,6 +153,7 @@ REFUSALS: dict[str, tuple[Callable[[Node], object], str, str]] = {
     "no nodes": (lambda node: (node.dev / "nvidiactl").unlink(), "nvidiactl", "device nodes"),
     "no node of the GPU": (lambda node: (node.dev / "nvidia0").unlink(), "nvidia-modprobe -c 0", "device node"),
     "no GPU": (lambda node: node.driver.gpus(0), "", "GPU"),
+    "crash": (lambda node: node.driver.crash("nvmlInit"), "SIGABRT", "install"),
     "loader": (_make_executable, "libnvidia-ml.so.1", "install"),
 }
 
@@ -161,7 +162,9 @@ REFUSALS: dict[str, tuple[Callable[[Node], object], str, str]] = {
 def test_refusal(node: Node, have: Callable[[Node], object], fact: str, advice: str) -> None:
     """Each answer with which the driver refuses has its own advice, for what its process really says."""
     have(node)
-    expect(nvml(node), "FAIL", fact, advice=advice)
+    finding = nvml(node)
+    expect(finding, "FAIL", fact, advice=advice)
+    assert "nvidia-persistenced" not in finding.advice  # which is for one that hangs
 
 
 @pytest.mark.soak
@@ -170,14 +173,6 @@ def test_nvidias_library_without_a_driver(node: Node) -> None:
     """NVIDIA's own library refuses with the words that have advice here."""
     answer = asked(attrs.evolve(settings(node), host_path=str(real_driver.real_driver())))
     expect(check_nvml(Host(), LIBRARY, answer), "FAIL", "nvmlInit_v2", "9", advice="modprobe nvidia")
-
-
-def test_crash(node: Node) -> None:
-    """A library that takes its process down is named with the signal, and is none that hangs."""
-    node.driver.crash("nvmlInit")
-    finding = nvml(node)
-    expect(finding, "FAIL", "SIGABRT", advice="install")
-    assert "nvidia-persistenced" not in finding.advice
 
 
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetMemoryInfo"])
@@ -264,13 +259,9 @@ def test_watermark(host: Host, watermark: float, level: str) -> None:
     answer = Answer(attrs.evolve(REPORT, gpus=(half,)))
     (finding,) = check_gpus(Settings(memory_watermark=watermark), host, answer)
     expect(finding, level, "8.0 of 16.0 GiB", "-memory-watermark 0.49" if level == "warn" else "")
-
-
-def test_no_watermark(host: Host) -> None:
-    """Without a watermark, memory need not be known."""
-    answer = Answer(attrs.evolve(REPORT, gpus=(attrs.evolve(GPU, figures=Figures()),)))
-    (finding,) = check_gpus(Settings(memory_watermark=0.0), host, answer)
-    expect(finding, "ok", "unknown")
+    if not watermark:  # then memory need not be known
+        unknown = attrs.evolve(REPORT, gpus=(attrs.evolve(GPU, figures=Figures()),))
+        expect(next(iter(check_gpus(Settings(memory_watermark=0.0), host, Answer(unknown)))), "ok", "unknown")
 
 
 def test_missing_gpus(host: Host) -> None:
