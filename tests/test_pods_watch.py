@@ -144,11 +144,17 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
 Messages = Callable[[], list[str]]
 
 
-class TestLoop:
-    @pytest.fixture
-    def world(self) -> World:
-        return World()
+@pytest.fixture
+def world() -> World:
+    return World()
 
+
+async def run_sync(function: Callable[..., object], *args: object, abandon_on_cancel: bool) -> object:
+    """In place of a thread, which a virtual clock outruns."""
+    return function(*args)
+
+
+class TestLoop:
     @watched
     async def test_interval(self, world: World, kubelet: FakeKubelet) -> None:
         """List holders at once, and from then on once an interval."""
@@ -266,7 +272,7 @@ def test_users(
 
 
 class TestCheckpoint:
-    """Holders and answers that only the kubelet's checkpoint has. No threads, which a clock outruns."""
+    """Holders and answers that only the kubelet's checkpoint has."""
 
     @pytest.fixture
     def world(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
@@ -278,10 +284,6 @@ class TestCheckpoint:
         (world.places.container_logs / "x").symlink_to(f"/var/log/pods/team_one_{uid}/init/0.log")
         entry = {"PodUID": uid, "ContainerName": "init", "ResourceName": RESOURCE, "DeviceIDs": {"-1": ["GPU-b::3"]}}
         (tmp_path / FILE).write_text(json.dumps({"Data": {"PodDeviceEntries": [entry]}}))
-
-        async def run_sync(function: Callable[..., object], *args: object, abandon_on_cancel: bool) -> object:
-            return function(*args)
-
         monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
         return world
 
@@ -376,26 +378,18 @@ def _refuse(number: int, *_: object, **__: object) -> None:
 class TestOtherPlugins:
     UUID = "GPU-bf428e1d-f221-55de-a77f-a61755a4d727"
 
-    @pytest.fixture
-    def world(self) -> World:
-        return World()
-
     @watched
     async def test_counted(self, world: World, kubelet: FakeKubelet, messages: Messages) -> None:
         """Placement counts a GPU that another plugin gave out, as long as it is; the log names each resource once."""
         world.node.set_gpus((attrs.evolve(world.node.gpus[0], uuid=self.UUID), world.node.gpus[1]))
-        whole, replicas = (
-            OtherDevice("nvidia.com/gpu", self.UUID),
-            OtherDevice("nvidia.com/gpu.shared", f"{self.UUID}::1"),
-        )
+        whole = OtherDevice("nvidia.com/gpu", self.UUID)
+        replicas = OtherDevice("nvidia.com/gpu.shared", f"{self.UUID}::1")
         pod, other = Container("team", "whole", "main"), Container("team", "part", "main")
         for others, count in (({replicas: other}, 1), ({whole: pod, replicas: other}, 5), ({}, 0), ({whole: pod}, 4)):
             kubelet.others = others
             await world.round()
-            assert {uuid: load.others for uuid, load in world.node.loads(RESOURCE).items()} == {
-                self.UUID: count,
-                "GPU-b": 0,
-            }
+            given = {uuid: load.others for uuid, load in world.node.loads(RESOURCE).items()}
+            assert given == {self.UUID: count, "GPU-b": 0}
         part, first, again = messages()
         assert all(fact in part for fact in (self.UUID, "nvidia.com/gpu.shared", "team/part"))
         assert first == again
@@ -409,7 +403,7 @@ class TestOtherPlugins:
 class TestAttribution:
     @pytest.fixture
     def world(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-        """One process of a pod (7), one of the host (8), and an MPS server (9). No threads, which a clock outruns."""
+        """One process of a pod (7), one of the host (8), and an MPS server (9)."""
         places = Places(tmp_path / "proc", tmp_path / "containers")
         (places.proc / "self/ns").mkdir(parents=True)
         (places.proc / "self/ns/pid").symlink_to(HOST_NAMESPACE)
@@ -420,10 +414,6 @@ class TestAttribution:
             (places.proc / str(pid) / "stat").write_text(f"{pid} ({name}) S {'1 ' * 18} 1 0\n")
         places.container_logs.mkdir()
         (places.container_logs / f"one_team_main-{CONTAINER_ID}.log").touch()
-
-        async def run_sync(function: Callable[..., object], *args: object, abandon_on_cancel: bool) -> object:
-            return function(*args)
-
         monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
         return World(places)
 
@@ -506,12 +496,8 @@ class TestAttribution:
             kubelet.answer = {}
             await world.round(100 * INTERVAL, a=using(7))
             nursery.cancel_scope.cancel()
-        assert [sample and (sample.time, list(sample.owners.processes)) for sample in samples] == [
-            None,
-            (INTERVAL / 2, [7]),
-            None,
-            None,
-        ]
+        seen = [sample and (sample.time, list(sample.owners.processes)) for sample in samples]
+        assert seen == [None, (INTERVAL / 2, [7]), None, None]
 
     @watched
     async def test_mps(self, world: World, messages: Messages) -> None:
