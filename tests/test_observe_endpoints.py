@@ -137,9 +137,10 @@ async def wait_until(condition: Callable[[], object]) -> None:
 @asynccontextmanager
 async def connected(observer: Observer, urls: Log, *, page: bool = True) -> AsyncIterator[trio.SocketStream]:
     """Metrics are served, and there is a connection to them."""
+    before = len(urls())
     async with running(observer, "127.0.0.1:0", "", page=page):
-        await wait_until(urls)
-        async with await trio.open_tcp_stream("127.0.0.1", int(urls()[0].rpartition(":")[2])) as stream:
+        await wait_until(lambda: len(urls()) > before)
+        async with await trio.open_tcp_stream("127.0.0.1", int(urls()[-1].rpartition(":")[2])) as stream:
             yield stream
 
 
@@ -170,16 +171,15 @@ class TestMetrics:
 
     @real
     async def test_page(self, observer: Observer, urls: Log) -> None:
-        """Say in the query whether the page loads itself again; let it load nothing; list the paths without it."""
+        """Say in the query whether the page loads itself again; let it load nothing.
+
+        List the paths in its place where -metrics-page is false.
+        """
         async with connected(observer, urls) as stream:
             answer, still = await get(stream, "/"), await get(stream, "/?refresh=off")
         assert b'http-equiv="refresh"' in answer.body
         assert b'http-equiv="refresh"' not in still.body
         assert answer.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
-
-    @real
-    async def test_without_page(self, observer: Observer, urls: Log) -> None:
-        """List the paths where -metrics-page is false."""
         async with connected(observer, urls, page=False) as stream:
             answer = await get(stream, "/")
         assert answer.headers["content-type"].startswith("text/plain")
