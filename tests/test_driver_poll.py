@@ -52,43 +52,28 @@ def test_facts(node: Node) -> None:
     )
     node.driver.set(gpus=(first, second), driver_version="535.1")
     node.set_numa_node(first.bus_id, 1)
-    shared = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
-    assert read(node) == Report(
-        gpus=(
-            GpuReport(
-                uuid=first.uuid,
-                name="NVIDIA L4",
-                pci_bus_id=first.bus_id,
-                device_nodes=("nvidia5", *shared),
-                numa_node=1,
-                figures=Figures(
-                    1024 * MIB, 900 * MIB, 37, (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30)), 24 * MIB
-                ),
-                recovery_action=2,
-                rows_pending=True,
-                rows_failed=False,
-                pages_pending=False,
-                fabric_state=3,
-                fabric_status=7,
-            ),
-            GpuReport(
-                uuid=second.uuid,
-                name="Tesla T4",
-                pci_bus_id=second.bus_id,
-                device_nodes=("nvidia1", *shared),
-                figures=Figures(second.total, second.total - second.reserved, 100, (), second.reserved),
-                recovery_action=0,
-                rows_pending=False,
-                rows_failed=True,
-                pages_pending=True,
-            ),
-        ),
-        problems=(),
-        skipped=(),
-        driver_version="535.1",
-        library=str(node.host / "lib64" / "libnvidia-ml.so.1"),
-        order=(first.uuid, second.uuid),
+    report = read(node)
+    used = (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30))
+    assert report.gpus[0] == GpuReport(
+        uuid=first.uuid,
+        name="NVIDIA L4",
+        pci_bus_id=first.bus_id,
+        device_nodes=("nvidia5", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"),
+        numa_node=1,
+        figures=Figures(1024 * MIB, 900 * MIB, 37, used, 24 * MIB),
+        recovery_action=2,
+        rows_pending=True,
+        rows_failed=False,
+        pages_pending=False,
+        fabric_state=3,
+        fabric_status=7,
     )
+    other = report.gpus[1]
+    assert (other.uuid, other.name, other.device_nodes[0]) == (second.uuid, "Tesla T4", "nvidia1")
+    assert (other.recovery_action, other.rows_pending, other.rows_failed, other.pages_pending) == (0, False, True, True)
+    assert other.figures == Figures(second.total, second.total - second.reserved, 100, (), second.reserved)
+    library = str(node.host / "lib64" / "libnvidia-ml.so.1")
+    assert attrs.evolve(report, gpus=()) == Report((), (), (), "535.1", library, order=(first.uuid, second.uuid))
 
 
 class TestQuestions:
@@ -138,16 +123,9 @@ class TestQuestions:
     @pytest.mark.parametrize(
         ("code", "is_fault"),
         [
-            pytest.param(Code.INVALID_ARGUMENT, False, id="invalid argument"),
-            pytest.param(Code.NOT_SUPPORTED, False, id="not supported"),
-            pytest.param(Code.NO_PERMISSION, False, id="no permission"),
-            pytest.param(Code.FUNCTION_NOT_FOUND, False, id="function not found"),
-            pytest.param(Code.NO_DATA, False, id="no data"),
-            pytest.param(Code.ARGUMENT_VERSION_MISMATCH, False, id="argument version mismatch"),
-            pytest.param(Code.GPU_IS_LOST, True, id="lost"),
-            pytest.param(16, True, id="reset required"),
-            pytest.param(Code.NOT_FOUND, True, id="not found"),
-            pytest.param(999, True, id="unknown"),
+            *((code, False) for code in (Code.INVALID_ARGUMENT, Code.NOT_SUPPORTED, Code.NO_PERMISSION)),
+            *((code, False) for code in (Code.FUNCTION_NOT_FOUND, Code.NO_DATA, Code.ARGUMENT_VERSION_MISMATCH)),
+            *((code, True) for code in (Code.GPU_IS_LOST, 16, Code.NOT_FOUND, 999)),  # 16: reset required
         ],
     )
     def test_codes(self, node: Node, code: int, is_fault: bool) -> None:
