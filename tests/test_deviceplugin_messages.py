@@ -181,27 +181,18 @@ class TestContent:
 
 
 @pytest.mark.parametrize(
-    ("api", "response_type"),
-    [
-        pytest.param(v1beta1_pb2, v1beta1_pb2.ContainerAllocateResponse, id="v1beta1"),
-        pytest.param(v1alpha_pb2, v1alpha_pb2.AllocateResponse, id="v1alpha"),
-    ],
+    ("api", "name"), [(v1beta1_pb2, "ContainerAllocateResponse"), (v1alpha_pb2, "AllocateResponse")]
 )
-def test_allocate_fields(
-    api: ModuleType,
-    response_type: Callable[..., v1beta1_pb2.ContainerAllocateResponse | v1alpha_pb2.AllocateResponse],
-) -> None:
+def test_allocate_fields(api: ModuleType, name: str) -> None:
     """Render environment, read-only mounts, and device nodes that may be read, written and made."""
     edits = ContainerEdits(
         environment={"A": "1"},
         device_nodes=(DeviceNode("/host-dev/nvidia0", "/dev/nvidia0"),),
         mounts=(Mount("/host/lib", "/usr/local/nvidia"),),
     )
-    response = response_type(**allocate_fields(api, edits))
+    response = getattr(api, name)(**allocate_fields(api, edits))
     assert dict(response.envs) == {"A": "1"}
-    assert [(each.host_path, each.container_path, each.read_only) for each in response.mounts] == [
-        ("/host/lib", "/usr/local/nvidia", True)
-    ]
-    assert [(each.host_path, each.container_path, each.permissions) for each in response.devices] == [
-        ("/host-dev/nvidia0", "/dev/nvidia0", "mrw")
-    ]
+    (mount,), (device,) = response.mounts, response.devices
+    assert (mount.host_path, mount.container_path, mount.read_only) == ("/host/lib", "/usr/local/nvidia", True)
+    assert (device.host_path, device.container_path) == ("/host-dev/nvidia0", "/dev/nvidia0")
+    assert device.permissions == "mrw"

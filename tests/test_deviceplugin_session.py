@@ -146,23 +146,15 @@ async def test_a_socket_that_is_removed_as_soon_as_it_is_there(monkeypatch: pyte
 
 
 def test_a_directory_that_is_removed_below_its_mount(tmp_path: Path) -> None:
-    """End: a new directory on the host is never seen from here, so that only a restart helps."""
-    (tmp_path / "d").mkdir()
-    descriptor = os.open(tmp_path / "d", os.O_RDONLY)
-    (tmp_path / "d").rmdir()
+    """End: a new directory on the host is never seen from here, so that only a restart helps.
 
-    async def check() -> None:
+    It is told from one that is there, and from one that is not.
+    """
+
+    async def check(path: Path) -> None:
         with trio.fail_after(TIMEOUT), pytest.raises(DirectoryRemovedError):
-            await Plugin().run(Path(f"/proc/self/fd/{descriptor}"))
+            await Plugin().run(path)
 
-    try:
-        trio.run(check)
-    finally:
-        os.close(descriptor)
-
-
-def test_is_removed(tmp_path: Path) -> None:
-    """A directory that was removed while it is open, as below a mount, is told from one that is there, or is not."""
     directory = tmp_path / "d"
     directory.mkdir()
     descriptor = os.open(directory, os.O_RDONLY)
@@ -171,5 +163,6 @@ def test_is_removed(tmp_path: Path) -> None:
         directory.rmdir()
         assert not is_removed(directory)
         assert is_removed(Path(f"/proc/self/fd/{descriptor}"))
+        trio.run(check, Path(f"/proc/self/fd/{descriptor}"))
     finally:
         os.close(descriptor)
