@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import attrs
@@ -113,12 +113,7 @@ class TestDevice:
         instance = MigInstance("MIG-a1", "A100 MIG 1g.5gb", "1g.5gb", 4 * GIB)
         made = only(offer(attrs.evolve(T4, mig_mode=True, instances=(instance,)), 10))
         found = {name: made["attributes"][name]["string"] for name in ("uuid", "gpuUUID", "productName", "migProfile")}
-        assert found == {
-            "uuid": "MIG-a1",
-            "gpuUUID": T4.uuid,
-            "productName": "A100 MIG 1g.5gb",
-            "migProfile": "1g.5gb",
-        }
+        assert list(found.values()) == ["MIG-a1", T4.uuid, "A100 MIG 1g.5gb", "1g.5gb"]
         assert (made["name"], made["capacity"]["memory"]["value"]) == ("mig-a1", "4096Mi")
 
     def test_what_is_unknown_is_left_out(self) -> None:
@@ -130,21 +125,14 @@ class TestDevice:
     @pytest.mark.parametrize(("shares", "default"), [(100, "153Mi"), (1, "15360Mi"), (10**6, "1Mi")])
     def test_the_fair_part_is_the_default(self, shares: int, default: str) -> None:
         """As many as there are shares fit; and nobody takes none."""
-        policy = only(offer(shares=shares), attrs.evolve(OPTIONS, memory_default=MemoryDefault.FAIR))["capacity"][
-            "memory"
-        ]["requestPolicy"]
-        assert policy == {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
+        made = only(offer(shares=shares), attrs.evolve(OPTIONS, memory_default=MemoryDefault.FAIR))
+        assert made["capacity"]["memory"]["requestPolicy"] == {
+            "default": default,
+            "validRange": {"min": "1Mi", "step": "1Mi"},
+        }
 
-    @pytest.mark.parametrize(
-        ("needs_reset", "evict", "effect"),
-        [
-            (False, False, "NoSchedule"),
-            (False, True, "NoSchedule"),
-            (True, False, "NoSchedule"),
-            (True, True, "NoExecute"),
-        ],
-    )
-    def test_a_fault(self, needs_reset: bool, evict: bool, effect: str) -> None:
+    @pytest.mark.parametrize(("needs_reset", "evict"), [*product([False, True], repeat=2)])
+    def test_a_fault(self, needs_reset: bool, evict: bool) -> None:
         """It keeps pods away, and ends those that are there only where that was asked for and a reset is needed."""
         gpu = attrs.evolve(
             T4, health=Health.UNHEALTHY, reason="XID 79: off the bus", needs_reset=needs_reset, since=1700000000.5

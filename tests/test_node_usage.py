@@ -137,11 +137,8 @@ class TestUses:
         """Each container with a share of this GPU is there once, in order, also where no more is known."""
         other = Container("other", "z", "side")
         usage.set_holders({A0: ONE, A1: TWO, Share("GPU-a", 2): ONE, Share("GPU-b", 0): TWO, Share("GPU-a", 3): other})
-        assert usage.uses("GPU-a") == (
-            use("other/z/side", 1, None, None, 0),
-            one(2, None, None, 0),
-            two(1, None, None, 0),
-        )
+        side = use("other/z/side", 1, None, None, 0)
+        assert usage.uses("GPU-a") == (side, one(2, None, None, 0), two(1, None, None, 0))
         assert usage.uses("GPU-b") == (two(1, None, None, 0),)
         assert usage.uses("GPU-c") == ()
         assert not usage.processes_known
@@ -231,13 +228,10 @@ class TestPods:
     def test_memory(self, usage: Usage) -> None:
         """Pods come with the most memory first, all containers together, then by name; an empty name for no pod."""
         usage.set_holders({A0: Container("team", "b", "main"), A1: Container("team", "a", "main")})
-        owners = {
-            1: Container("team", "c", "x"),
-            2: Container("team", "c", "y"),
-            3: None,
-            4: Container("team", "d", "x"),
-        }
-        usage.set_owners({"GPU-a": used((1, 30, 0), (2, 30, 0), (3, 50, 0), (4, None, 0))}, owners)
+        c_x, c_y, d = (Container("team", *names) for names in (("c", "x"), ("c", "y"), ("d", "x")))
+        usage.set_owners(
+            {"GPU-a": used((1, 30, 0), (2, 30, 0), (3, 50, 0), (4, None, 0))}, {1: c_x, 2: c_y, 3: None, 4: d}
+        )
         expected = [("team/c", 60), ("", 50), ("team/a", 0), ("team/b", 0), ("team/d", None)]
         assert list(usage.pods("GPU-a").items()) == expected
 
