@@ -49,8 +49,10 @@ class World:
 
 
 @asynccontextmanager
-async def publishing(server: FakeApiServer | None = None, gpus: int = 2) -> AsyncIterator[World]:
+async def publishing(server: FakeApiServer | None = None, gpus: int = 2, drop: str = "") -> AsyncIterator[World]:
     server = server or FakeApiServer()
+    if drop:
+        server.drop = without(drop)
     server.put(f"/api/v1/nodes/{NODE}", {"metadata": {"name": NODE}})
     node, used = NodeState(Policy("deepomatic.com/shared-gpu", 100), 5.0), dict[str, float]()
     node.set_gpus(simulated_gpus(gpus))
@@ -138,15 +140,13 @@ async def test_faults_are_published_at_once_and_the_rest_in_its_time() -> None:
 @virtual
 async def test_what_makes_a_gpu_shared_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is published, one line says why, and it is tried again: the server may be upgraded."""
-    server = FakeApiServer()
-    server.drop = without("allowMultipleAllocations")
-    async with publishing(server) as world:
+    async with publishing(drop="allowMultipleAllocations") as world:
         await trio.sleep(3600)
-        assert not server.below(PATH)
+        assert not world.server.below(PATH)
         assert len(caplog.records) == 1
         assert "DRAConsumableCapacity" in world.publisher.published.problem
-        assert sum(request.startswith("POST") for request in server.requests) < 26
-        server.drop = lambda thing: None
+        assert sum(request.startswith("POST") for request in world.server.requests) < 26
+        world.server.drop = lambda thing: None
         await trio.sleep(301)
         assert len(world.devices) == 2
         assert not world.publisher.published.problem
@@ -167,9 +167,7 @@ async def test_a_gate_that_was_turned_off_meanwhile() -> None:
 @virtual
 async def test_without_taints_faulty_units_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     """Where the server drops taints, and says so once."""
-    server = FakeApiServer()
-    server.drop = without("taints")
-    async with publishing(server) as world:
+    async with publishing(drop="taints") as world:
         await trio.sleep(1)
         world.fail(0)
         await trio.sleep(60)
@@ -219,17 +217,14 @@ async def test_two_slices_are_one_generation() -> None:
         await trio.sleep(20)
         pools = [thing["spec"]["pool"] for thing in world.server.below(PATH).values()]
         assert [(pool["generation"], pool["resourceSliceCount"]) for pool in pools] == [(2, 2), (2, 2)]
-        assert world.publisher.published == attrs.evolve(
-            world.publisher.published, slices=2, devices=65, generation=2, problem=""
-        )
+        published = world.publisher.published
+        assert published == attrs.evolve(published, slices=2, devices=65, generation=2, problem="")
 
 
 @virtual
 async def test_another_change_of_a_slice() -> None:
     """What nothing of ours explains is named, and not fought over."""
-    server = FakeApiServer()
-    server.drop = without("attributes")
-    async with publishing(server) as world:
+    async with publishing(drop="attributes") as world:
         await trio.sleep(3600)
         assert "admission webhook" in world.publisher.published.problem
         assert world.writes < 30

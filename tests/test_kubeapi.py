@@ -9,7 +9,7 @@ import attrs
 import pytest
 import trio
 from fake_api_server import Answer, FakeApiServer, connected, serving
-from virtual_clock import virtual
+from virtual_clock import real, virtual
 
 from sgpu.kubeapi import Access, ApiServer, ApiServerError, Mirror, in_cluster, open_api_server
 from sgpu.kubeapi import client as client_module
@@ -43,123 +43,102 @@ class TestAccess:
         with pytest.raises(ApiServerError, match="-x needs sgpu to run in a pod"):
             in_cluster({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "-x", "k8s/x")
 
-    def test_the_token_is_read_again(self, tmp_path: Path) -> None:
+    @real
+    async def test_the_token_is_read_again(self, tmp_path: Path) -> None:
         """After a minute, or when it was refused."""
-
-        async def check() -> None:
-            now = [0.0]
-            with serving(FakeApiServer(), tmp_path) as access:
-                credentials = Credentials(access, lambda: now[0])
-                assert await credentials.token() == "a-token"
-                (tmp_path / "token").write_text("b")
-                assert await credentials.token() == "a-token"
-                now[0] = FRESH
-                assert await credentials.token() == "b"
-                (tmp_path / "token").write_text("c")
-                credentials.expire()
-                assert await credentials.token() == "c"
-
-        trio.run(check)
+        now = [0.0]
+        with serving(FakeApiServer(), tmp_path) as access:
+            credentials = Credentials(access, lambda: now[0])
+            assert await credentials.token() == "a-token"
+            (tmp_path / "token").write_text("b")
+            assert await credentials.token() == "a-token"
+            now[0] = FRESH
+            assert await credentials.token() == "b"
+            (tmp_path / "token").write_text("c")
+            credentials.expire()
+            assert await credentials.token() == "c"
 
     @pytest.mark.parametrize(("name", "content"), [("token", None), ("ca.crt", None), ("ca.crt", ""), ("ca.crt", "x")])
-    def test_files_that_are_no_use(
+    @real
+    async def test_files_that_are_no_use(
         self, tmp_path: Path, name: str, content: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Missing, empty, or something else; and not only for a moment."""
         monkeypatch.setattr(client_module, "REQUEST_TIMEOUT", 0.5)
-
-        async def check() -> None:
-            with serving(FakeApiServer(), tmp_path) as access:
-                (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
-                async with open_api_server(access) as api:
-                    assert "automountServiceAccountToken" in str(await failure(api))
-
-        trio.run(check)
+        with serving(FakeApiServer(), tmp_path) as access:
+            (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+            async with open_api_server(access) as api:
+                assert "automountServiceAccountToken" in str(await failure(api))
 
 
 class TestOverTls:
-    def test_all_requests(self, tmp_path: Path) -> None:
+    @real
+    async def test_all_requests(self, tmp_path: Path) -> None:
         """Create, get, replace, a conflict, patch, delete, delete again, get what is not there."""
+        server = FakeApiServer()
+        with serving(server, tmp_path) as access:
+            async with open_api_server(access) as api:
+                created = await api.create(THINGS, thing("a"))
+                assert await api.get(f"{THINGS}/a") == created
+                await api.create(THINGS, thing("b"), dry_run=True)
+                assert list(server.objects) == [f"{THINGS}/a"]
+                replaced = await api.replace(f"{THINGS}/a", {**created, "color": "blue"})
+                assert replaced["color"] == "blue"
+                with pytest.raises(ApiServerError) as caught:
+                    await api.replace(f"{THINGS}/a", created)
+                assert caught.value.conflict
+                patched = await api.patch(f"{THINGS}/a", {"color": None, "size": {"x": 1}})
+                assert (patched.get("color"), patched["size"]) == (None, {"x": 1})
+                await api.delete(f"{THINGS}/a")
+                await api.delete(f"{THINGS}/a")
+                assert (await failure(api)).not_found
 
-        async def check() -> None:
-            server = FakeApiServer()
-            with serving(server, tmp_path) as access:
-                async with open_api_server(access) as api:
-                    created = await api.create(THINGS, thing("a"))
-                    assert await api.get(f"{THINGS}/a") == created
-                    await api.create(THINGS, thing("b"), dry_run=True)
-                    assert list(server.objects) == [f"{THINGS}/a"]
-                    replaced = await api.replace(f"{THINGS}/a", {**created, "color": "blue"})
-                    assert replaced["color"] == "blue"
-                    with pytest.raises(ApiServerError) as caught:
-                        await api.replace(f"{THINGS}/a", created)
-                    assert caught.value.conflict
-                    patched = await api.patch(f"{THINGS}/a", {"color": None, "size": {"x": 1}})
-                    assert (patched.get("color"), patched["size"]) == (None, {"x": 1})
-                    await api.delete(f"{THINGS}/a")
-                    await api.delete(f"{THINGS}/a")
-                    assert (await failure(api)).not_found
-
-        trio.run(check)
-
-    def test_a_watch(self, tmp_path: Path) -> None:
+    @real
+    async def test_a_watch(self, tmp_path: Path) -> None:
         """Events come as they happen, and the end of the connection in the middle of a line is an error."""
+        server = FakeApiServer()
+        with serving(server, tmp_path) as access:
+            async with open_api_server(access) as api, api.watch(THINGS, "0") as events:
+                server.put(f"{THINGS}/a", thing("a"))
+                assert (await anext(events)).kind == "ADDED"
+                server.remove(f"{THINGS}/a")
+                assert (await anext(events)).kind == "DELETED"
+                server.hang_up()
+                with pytest.raises(ApiServerError, match="no usable answer"):
+                    await anext(events)
 
-        async def check() -> None:
-            server = FakeApiServer()
-            with serving(server, tmp_path) as access:
-                async with open_api_server(access) as api, api.watch(THINGS, "0") as events:
-                    server.put(f"{THINGS}/a", thing("a"))
-                    assert (await anext(events)).kind == "ADDED"
-                    server.remove(f"{THINGS}/a")
-                    assert (await anext(events)).kind == "DELETED"
-                    server.hang_up()
-                    with pytest.raises(ApiServerError, match="no usable answer"):
-                        await anext(events)
-
-        trio.run(check)
-
-    def test_another_authority(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @real
+    async def test_another_authority(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A server that the service account's authority does not know is not talked to."""
         monkeypatch.setattr(client_module, "REQUEST_TIMEOUT", 0.5)
+        server, other = FakeApiServer(), tmp_path / "other"
+        other.mkdir()
+        with serving(server, tmp_path) as access, serving(FakeApiServer(), other) as foreign:
+            async with open_api_server(attrs.evolve(access, ca_file=foreign.ca_file)) as api:
+                assert "did not sign its certificate" in str(await failure(api))
+        assert not server.requests
 
-        async def check() -> None:
-            server, other = FakeApiServer(), tmp_path / "other"
-            other.mkdir()
-            with serving(server, tmp_path) as access, serving(FakeApiServer(), other) as foreign:
-                async with open_api_server(attrs.evolve(access, ca_file=foreign.ca_file)) as api:
-                    assert "did not sign its certificate" in str(await failure(api))
-            assert not server.requests
-
-        trio.run(check)
-
-    def test_nobody_listens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @real
+    async def test_nobody_listens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is tried again for a while, and the message names the address."""
         monkeypatch.setattr(client_module, "REQUEST_TIMEOUT", 0.5)
+        with serving(FakeApiServer(), tmp_path) as access:
+            pass
+        async with open_api_server(access) as api:
+            assert access.url in str(await failure(api))
 
-        async def check() -> None:
-            with serving(FakeApiServer(), tmp_path) as access:
-                pass
-            async with open_api_server(access) as api:
-                assert access.url in str(await failure(api))
-
-        trio.run(check)
-
-    def test_a_token_that_is_refused(self, tmp_path: Path) -> None:
+    @real
+    async def test_a_token_that_is_refused(self, tmp_path: Path) -> None:
         """The next request has what the file has then."""
-
-        async def check() -> None:
-            server = FakeApiServer()
-            server.put(f"{THINGS}/a", thing("a"))
-            with serving(server, tmp_path) as access:
-                async with open_api_server(access) as api:
-                    await api.get(f"{THINGS}/a")
-                    server.tokens = {"new"}
-                    (tmp_path / "token").write_text("new")
-                    assert (await failure(api)).status == 401
-                    await api.get(f"{THINGS}/a")
-
-        trio.run(check)
+        server = FakeApiServer()
+        server.put(f"{THINGS}/a", thing("a"))
+        with serving(server, tmp_path) as access:
+            async with open_api_server(access) as api:
+                await api.get(f"{THINGS}/a")
+                server.tokens = {"new"}
+                (tmp_path / "token").write_text("new")
+                assert (await failure(api)).status == 401
+                await api.get(f"{THINGS}/a")
 
 
 class TestRequests:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from virtual_clock import virtual
+from virtual_clock import real, virtual
 
 from sgpu.observe import http
 from sgpu.observe.http import MAX_CONNECTIONS, REQUEST_TIMEOUT, RESPONSE_TIMEOUT, Request, Response, Server, serve, text
@@ -285,22 +285,18 @@ async def test_cancellation(sent: bytes, caplog: pytest.LogCaptureFixture) -> No
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_on_a_socket() -> None:
+@real
+async def test_on_a_socket() -> None:
     """Serve the next connection after a peer reset one."""
-
-    async def main() -> bytes:
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        address = listener.socket.getsockname()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, [listener], ROUTES)
-            rude = await trio.open_tcp_stream(*address)
-            await rude.send_all(LONG)
-            await rude.receive_some(1)
-            await trio.aclose_forcefully(rude)
-            async with await trio.open_tcp_stream(*address) as stream:
-                await stream.send_all(HELLO)
-                received = await stream.receive_some()
-            nursery.cancel_scope.cancel()
-        return bytes(received)
-
-    assert trio.run(main).endswith(b"hello you\n")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = listener.socket.getsockname()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, [listener], ROUTES)
+        rude = await trio.open_tcp_stream(*address)
+        await rude.send_all(LONG)
+        await rude.receive_some(1)
+        await trio.aclose_forcefully(rude)
+        async with await trio.open_tcp_stream(*address) as stream:
+            await stream.send_all(HELLO)
+            assert bytes(await stream.receive_some()).endswith(b"hello you\n")
+        nursery.cancel_scope.cancel()
