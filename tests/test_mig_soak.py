@@ -6,7 +6,6 @@ SGPU_SOAK_STEPS another number of steps.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -21,12 +20,12 @@ from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import CARDS, StubGpu, StubInstance, mig_gpu
-from test_soak import footprint, seeded
+from test_soak import footprint, seeded, take_steps
 from watching import wait_until
 
-STEPS: Final = 400
+STEPS: Final = 250
 #: Steps after which everything that is made once has been made.
-WARM_UP: Final = 200
+WARM_UP: Final = 125
 #: Bytes that the daemon's memory may grow by from then on.
 MOST_GROWTH: Final = 6_000_000
 #: Shares of a whole card.
@@ -245,14 +244,7 @@ def test_random_steps(node: Node) -> None:
     ):
         kubelet.wait_registrations(1)
         soak = Soak(node, kubelet, pods, daemon, chance)
-        total, steps = int(os.environ.get("SGPU_SOAK_STEPS") or STEPS), 0
-        while steps < total:
-            (step,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
-            if step(soak):
-                steps += 1
-                soak.settle()
-            if steps == WARM_UP:
-                before, memory = footprint(daemon), daemon.rss_bytes()
+        before, memory = take_steps(soak, WEIGHTS, STEPS, WARM_UP)
         for gpu in node.driver.state.gpus:
             node.driver.change(gpu, lost=False)
         soak.faulty.clear()
@@ -265,6 +257,6 @@ def test_random_steps(node: Node) -> None:
         assert "Traceback" not in daemon.logs
         daemon.terminate()
     print(
-        f"{steps} steps in {time.monotonic() - began:.0f} s; {soak.given} shares given, {soak.refused} refused, "
+        f"{time.monotonic() - began:.0f} s; {soak.given} shares given, {soak.refused} refused, "
         f"{len(soak.destroyed)} instances destroyed"
     )

@@ -1,6 +1,6 @@
 """Hundreds of random faults, restarts and reloads; after each, the kubelet's view of the GPUs is compared to the stub.
 
-The seed is printed; SGPU_SOAK_SEED gives another.
+The seed is printed; SGPU_SOAK_SEED gives another, and SGPU_SOAK_STEPS another number of steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -31,7 +31,8 @@ from sgpu.driver.xids import XidPolicy
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 
-STEPS: Final = 500
+#: As many as find in seconds what nobody thought of; SGPU_SOAK_STEPS makes more of them.
+STEPS: Final = 250
 #: Steps after which everything that is made once has been made.
 WARM_UP: Final = 60
 MOST_GPUS: Final = 5
@@ -365,14 +366,7 @@ def test_random_steps(node: Node) -> None:
     with FakeKubelet(node.plugins) as kubelet, started(node, *FLAGS) as daemon:
         kubelet.wait_devices(3 * SHARES)
         soak = Soak(node, kubelet, daemon, chance)
-        steps = 0
-        while steps < STEPS:
-            (step,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
-            if step(soak):
-                steps += 1
-                soak.settle()
-            if steps == WARM_UP:
-                before, memory = footprint(daemon), daemon.rss_bytes()
+        before, memory = take_steps(soak, WEIGHTS, STEPS, WARM_UP)
         soak.mend_everything()
         soak.settle()
         wait_until(lambda: len([pid for pid in daemon.children() if is_alive(pid)]) == 1, "one child is left")
@@ -383,7 +377,20 @@ def test_random_steps(node: Node) -> None:
         check_updates(kubelet)
         assert "Traceback" not in daemon.logs
         daemon.terminate()
-    print(f"{steps} steps in {time.monotonic() - began:.0f} s; {soak.repeats} events had to be repeated")
+    print(f"{time.monotonic() - began:.0f} s; {soak.repeats} events had to be repeated")
+
+
+def take_steps(soak: Any, weights: Mapping[Any, int], steps: int, warm_up: int) -> tuple[tuple[int, int, int], int]:  # noqa: ANN401
+    """Take so many steps, unless SGPU_SOAK_STEPS says how many, and return the daemon's footprint after the first."""
+    taken, total = 0, max(warm_up, int(os.environ.get("SGPU_SOAK_STEPS") or steps))
+    while taken < total:
+        (step,) = soak.chance.choices(list(weights), list(weights.values()))
+        if step(soak):
+            taken += 1
+            soak.settle()
+        if taken == warm_up:
+            before = footprint(soak.daemon), soak.daemon.rss_bytes()
+    return before
 
 
 def footprint(daemon: DaemonProcess) -> tuple[int, int, int]:
