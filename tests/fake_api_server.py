@@ -159,9 +159,9 @@ class _Known(Credentials):
 
 
 @asynccontextmanager
-async def connected(server: FakeApiServer) -> AsyncIterator[ApiServer]:
+async def connected(server: FakeApiServer, manifest: str = "") -> AsyncIterator[ApiServer]:
     """Yield a client of this server, in this trio program."""
-    access = Access("http://fake", Path(), Path())
+    access = Access("http://fake", Path(), Path(), manifest)
     async with httpx.AsyncClient(transport=_Transport(server), base_url=access.url) as client:
         yield ApiServer(client, _Known(access))
 

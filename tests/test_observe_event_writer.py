@@ -55,8 +55,8 @@ async def run_here(function: Callable[..., T], *args: object) -> T:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(NodeState(Policy("example.com/gpu", 4), 1.0), FakeApiServer(), trio.Event())
-    monkeypatch.setattr(event_writer, "find_access", lambda *_: Access("", Path(), Path()))
-    monkeypatch.setattr(event_writer, "open_api_server", lambda _: connected(world.server))
+    monkeypatch.setattr(event_writer, "find_access", lambda *needs: Access("", Path(), Path(), needs[-1]))
+    monkeypatch.setattr(event_writer, "open_api_server", lambda access: connected(world.server, access.manifest))
     monkeypatch.setattr(event_writer, "run_in_thread", run_here)  # a virtual clock does not wait for threads
     return world
 
@@ -127,12 +127,12 @@ async def test_no_right(world: World, tmp_path: Path, caplog: pytest.LogCaptureF
     """Each is asked for once; one warning names what gives the right."""
     world.server.instead["POST"] = [Answer(403, {"message": "events is forbidden"})]
     async with writing(world, tmp_path):
-        for _ in range(3):
-            world.node.notices.add(EXCEEDED)
+        for pod in ("team/a", "other/a", "team/a"):
+            world.node.notices.add(attrs.evolve(EXCEEDED, pod=pod))
             await trio.sleep(90)
     assert len(world.server.requests) == 3
     (record,) = caplog.records
-    assert all(fact in record.message for fact in ("events is forbidden", "GPUMemoryExceeded"))
+    assert all(fact in record.message for fact in ("events is forbidden", event_writer.MANIFEST))
 
 
 @virtual

@@ -109,16 +109,6 @@ class TestOutbox:
             outbox.add(Notice(reason, "GPU-a", ""), wall=0.0)
         assert [each.notice.reason for _, each in self.written(outbox, 1.0)] == [Reason.GPU_HEALTHY]
 
-    def test_more_while_it_is_sent(self) -> None:
-        """What comes between the request and the answer is not lost."""
-        outbox = Outbox()
-        outbox.add(FULL, wall=1.0)
-        due, _ = outbox.due(0.0)
-        assert due
-        outbox.add(FULL, wall=2.0)
-        outbox.done(due, 0.0)
-        assert [each.count for _, each in self.written(outbox, 2 * REPEAT)] == [2]
-
     def test_too_many(self) -> None:
         """The oldest are given up, and it is known until no event waits any more."""
         outbox = Outbox()

@@ -18,7 +18,7 @@ from watching import wait_until
 
 from sgpu.kubeapi import Access
 from sgpu.observe import node_labels
-from sgpu.observe.node_labels import ANNOTATION, CHECK_INTERVAL, changes
+from sgpu.observe.node_labels import ANNOTATION, CHECK_INTERVAL, INTERVAL, WRITE_INTERVAL, changes
 
 PATH = "/api/v1/nodes/node-a"
 FOREIGN = {"kubernetes.io/hostname": "node-a", "deepomatic.com/shared-gpu": "true", "deepomatic.com/gpu.rack": "7"}
@@ -56,7 +56,7 @@ class World:
     server: FakeApiServer
     wanted: dict[str, str]
     in_place: trio.Event
-    succeeded: bool = False
+    has_successor: bool = False
 
     @property
     def labels(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @asynccontextmanager
 async def labeling(world: World) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        kept = ("node-a", "", lambda: dict(world.wanted), world.in_place, lambda: world.succeeded)
+        kept = ("node-a", "", lambda: dict(world.wanted), world.in_place, lambda: world.has_successor)
         nursery.start_soon(node_labels.keep_node_labels, *kept)
         await trio.sleep(1)
         yield
@@ -96,7 +96,7 @@ async def test_life(world: World) -> None:
         await trio.sleep(1)
         assert world.labels == world.wanted
         world.wanted = {COUNT: "3", PRODUCT: "T4"}
-        await trio.sleep(10)
+        await trio.sleep(WRITE_INTERVAL + INTERVAL)
         assert world.labels == world.wanted
         world.server.put(PATH, node({**FOREIGN, COUNT: "9"}, COUNT))
         await trio.sleep(2 * CHECK_INTERVAL)
@@ -105,16 +105,21 @@ async def test_life(world: World) -> None:
         await trio.sleep(3600)
         assert set(world.server.requests) == {f"GET {PATH}"}
         assert len(world.server.requests) < 65
+        for number in range(100):
+            world.wanted = {COUNT: str(number % 2)}
+            await trio.sleep(INTERVAL)
+        assert world.server.requests.count(f"PATCH {PATH}") <= 100 * INTERVAL / WRITE_INTERVAL + 1
     assert world.labels == {}
     assert world.server.objects[PATH]["metadata"]["annotations"] == {}
 
 
 @virtual
 async def test_successor(world: World) -> None:
-    """The labels of one that takes over do not go for a moment, nor those of one that was killed."""
+    """Labels stay where one takes over, and those of one that was killed until the next one knows better."""
     async with labeling(world):
-        world.succeeded = True
+        world.has_successor = True
     assert world.labels == {COUNT: "2"}
+    world.has_successor = False
     world.wanted, requests = {}, len(world.server.requests)
     async with labeling(world):
         await trio.sleep(600)

@@ -66,6 +66,7 @@ async def _write_all(
     outbox = Outbox()
     problem = OnChange(logger, logging.WARNING)
     too_many = OnChange(logger, logging.WARNING)
+    refused = 0  # the status of the last answer, where it was a refusal: its text differs for each namespace
     delays = growing_delays(*DELAYS)
     while True:
         changes = (node.changed.next, node.notices.changed.next)
@@ -84,9 +85,12 @@ async def _write_all(
                 problem.report(f"cannot write Events, trying again: {error}")
                 await trio.sleep(max(jittered(next(delays)), error.retry_after))
                 continue
-            problem.report(f"cannot write Events, leaving out {due.notice.reason.value}: {error}")
+            if error.status != refused:
+                logger.warning("cannot write Events, leaving out those that are refused: %s", error)
+            refused = error.status
         else:
-            problem.clear()
+            refused = 0
+        problem.clear()
         delays = growing_delays(*DELAYS)
         outbox.done(due, trio.current_time())
 

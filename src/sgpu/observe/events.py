@@ -117,8 +117,7 @@ class Outbox:
     def done(self, occurrences: Occurrences, now: float) -> None:
         """Record that an event was written, or never will be."""
         key = _key(occurrences.notice)
-        if self._waiting.get(key) == occurrences:
-            del self._waiting[key]
+        del self._waiting[key]
         self._written.append((now, key))
 
 

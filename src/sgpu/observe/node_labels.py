@@ -24,9 +24,11 @@ MANIFEST: Final = "k8s/components/node-labels-api"
 ANNOTATION: Final = "deepomatic.com/gpu-labels"
 #: What the names of our labels begin with. The admission policy of the component allows no others.
 OURS: Final = ("deepomatic.com/gpu.", "deepomatic.com/mig-")
-#: Seconds between looks at what the labels should be, and between looks at what the Node has. A kubelet reads its Node
-#: every 10 s.
+#: Seconds between looks at what the labels should be.
 INTERVAL: Final = 5.0
+#: Seconds between writes: whether limits are enforced can change for a moment with each container that starts.
+WRITE_INTERVAL: Final = 30.0
+#: Seconds between looks at what the Node has. A kubelet reads its Node every 10 s.
 CHECK_INTERVAL: Final = 60.0
 #: Seconds between attempts that fail, growing from the first to the last.
 DELAYS: Final = (INTERVAL, 60.0)
@@ -41,12 +43,12 @@ async def keep_node_labels(
     proxy: str,
     labels: Callable[[], Mapping[str, str]],
     in_place: trio.Event,
-    succeeded: Callable[[], bool],
+    has_successor: Callable[[], bool],
 ) -> None:
     """Keep these labels on the Node as long as this daemon serves, and remove them at the end.
 
-    Those of an earlier daemon stay until there are labels, and at the end all of them, if this one is `succeeded` by
-    another. Without access to an API server, say so and return.
+    Those of an earlier daemon stay until there are labels. At the end all stay, if this one `has_successor`.
+    Without access to an API server, say so and return.
     """
     await in_place.wait()
     try:
@@ -59,7 +61,7 @@ async def keep_node_labels(
         try:
             await node_labels.keep(labels)
         finally:
-            if not succeeded():
+            if not has_successor():
                 with trio.CancelScope(shield=True):
                     await node_labels.remove()
 
@@ -77,8 +79,8 @@ class _NodeLabels:
         while True:
             pause = INTERVAL
             wanted = labels()
-            check = trio.current_time() >= self._checked_at + CHECK_INTERVAL
-            if wanted != self._written or (wanted and check):
+            due = self._checked_at + (CHECK_INTERVAL if wanted == self._written else WRITE_INTERVAL)
+            if (wanted or self._written) and trio.current_time() >= due:
                 try:
                     await self._write(wanted)
                     problem.clear()

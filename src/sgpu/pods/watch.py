@@ -197,7 +197,7 @@ def _full(uuid: str, used: str, pods: Mapping[str, int | None]) -> Notice:
     )
     message = f"{label(uuid)}: memory is full, {used} used"
     if most:
-        message += f", {most / GIB:.1f} GiB of it by this pod, more than by any other"
+        message += f", {most / GIB:.1f} GiB of it by this pod"
     message += "; programs that need more will fail, and no new pods get shares of it"
     return Notice(Reason.MEMORY_FULL, uuid, message, pod if most else "")
 
