@@ -11,6 +11,7 @@ from fake_kubelet import FakeKubelet
 from node import Node
 
 from sgpu.observe.watchdog import GRACE, INTERVAL, STUCK_AFTER, Watchdog
+from sgpu.parent import SIGNALED
 
 #: The daemon, less patient, and with a signal that blocks its event loop.
 IMPATIENT = """
@@ -34,7 +35,7 @@ class TestEventLoop:
         with FakeKubelet(node.plugins) as kubelet, node.daemon(command=(sys.executable, "-c", IMPATIENT)) as daemon:
             kubelet.wait_devices(100)
             os.kill(daemon.pid, signal.SIGUSR1)
-            assert daemon.wait_exit() == 1
+            assert daemon.wait_exit() == SIGNALED + signal.SIGALRM
             assert "most recent call first" in daemon.logs
 
 

@@ -89,6 +89,7 @@ class _Supervisor:
         self._suspects: dict[str, None] = {}  # in the order in which they were found
         self._known: tuple[str, ...] = ()
         self._problems: frozenset[object] = frozenset()
+        self._faulty = trio.Event()  # set once there are problems
         self._answered = False
         self._running = trio.CancelScope()  # around the worker; when cancelled, another follows at once
         self._trials = trio.Semaphore(MOST_TRIALS)
@@ -137,8 +138,10 @@ class _Supervisor:
         The worker does not find out by itself: it would have to reopen the library and miss events of the others.
         """
         while True:
+            await self._faulty.wait()
             await trio.sleep(self._config.interval)
             if not self._problems:
+                self._faulty = trio.Event()
                 continue
             messages: list[Message] = []
             running, problems = self._running, self._problems
@@ -189,6 +192,8 @@ class _Supervisor:
         if isinstance(message, Report):
             self._answered = True
             self._known, self._problems = message.order, _problems(message)
+            if self._problems:
+                self._faulty.set()
             self._monitor.report(self._with_others(message))
         elif isinstance(message, NotReady):
             self._monitor.not_ready(message)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
-import logging
+import signal
 from collections.abc import Callable, Mapping
 from typing import Final, NoReturn
 
 import trio
-
-from sgpu.lib.limits import PROCESSES
-from sgpu.lib.logs import OnChange
-
-logger = logging.getLogger(__name__)
 
 #: Seconds without a turn of the event loop after which the process ends. While it is stuck, the kubelet waits in a call
 #: without a deadline, and starts no pod of the node.
@@ -26,24 +21,20 @@ GRACE: Final = 60.0
 async def exit_when_stuck(
     stuck_after: float = STUCK_AFTER, interval: float = INTERVAL, *, alive: Callable[[], object] = lambda: None
 ) -> NoReturn:
-    """Exit with code 1, and the stack of each thread on standard error, once the event loop is stuck for so long.
+    """End by SIGALRM, with the stack of each thread on standard error, once the event loop is stuck for so long.
 
-    `alive` is called now and then as long as it is not. Standard error is file descriptor 2. A thread of the
-    interpreter's own does it, which needs no lock of Python's. Where none can be started, that is a warning: the
-    liveness probe and the parent process are left.
+    `alive` is called now and then as long as it is not. Standard error is file descriptor 2. The handler is the
+    interpreter's own, which needs no lock of Python's; its `dump_traceback_later` would start a thread each time.
     """
-    problem = OnChange(logger, logging.WARNING)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, file=2, chain=True)  # and then what the signal does by default
     try:
         while True:
             alive()
-            try:
-                faulthandler.dump_traceback_later(stuck_after, exit=True, file=2)
-                problem.clear()
-            except RuntimeError:
-                problem.report(f"cannot start a thread, so that nothing ends a daemon that is stuck: {PROCESSES}")
+            signal.setitimer(signal.ITIMER_REAL, stuck_after)
             await trio.sleep(interval)
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Watchdog:

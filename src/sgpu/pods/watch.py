@@ -106,9 +106,10 @@ async def _look_again_and_again(
 
 async def _wait(changed: trio.Event, interval: float) -> None:
     """Wait for an interval, or until what containers have has changed."""
+    earliest = trio.current_time() + min(SHORTEST_PAUSE, interval)
     with trio.move_on_after(interval):
-        await trio.sleep(min(SHORTEST_PAUSE, interval))
         await changed.wait()
+        await trio.sleep_until(earliest)
 
 
 class _OtherPlugins:
