@@ -60,6 +60,7 @@ def listening(node: Node, emit: Callable[[Message], None] | None = None, *, list
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each wait for events end at once, and with it the tests."""
     monkeypatch.setattr(events, "EVENT_WAIT", 0.02)
+    monkeypatch.setattr(events, "EVENT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the wait for events did not end"))
 
 
@@ -192,8 +193,8 @@ def test_wait_hangs(node: Node) -> None:
     """Go on polling while the wait for events hangs; when the library has to be closed, end the process."""
     node.driver.hang("nvmlEventSetWait")
     config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), 0.1))
-    code = "from sgpu.driver import events, worker; events.EVENT_TIMEOUT = 0.3; worker.main()"
-    with subprocess.Popen([sys.executable, "-c", code, config], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "sgpu.driver.worker", config]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         reports = 0
         while reports < 3:

@@ -17,6 +17,7 @@ import attrs
 import pytest
 from node import Node
 from stub_driver import StubDriver, StubGpu
+from watching import wait_until
 
 from sgpu.driver import events, uvm, worker
 from sgpu.driver.messages import (
@@ -101,6 +102,12 @@ class Running:
         while not condition(self.next()):
             assert time.monotonic() < deadline, self.all[-5:]
 
+    def hang_up(self) -> None:
+        """Read no more messages: it ends with the next one, which is made to come."""
+        self.output.hung_up.set()
+        self._worker._events_reopened_at = float("-inf")
+        self._worker._wake.set()
+
     def wait_end(self) -> BaseException | None:
         """Wait until it returned or raised; returns the error."""
         self._thread.join(TIMEOUT)
@@ -116,6 +123,7 @@ def start(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts a worker on the node, and stops it at the end. Takes fields of WorkerConfig."""
     running: list[Running] = []
     monkeypatch.setattr(events, "EVENT_WAIT", 0.02)  # so that each ends at once
+    monkeypatch.setattr(events, "EVENT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the wait for events did not end"))
 
     def start(**changes: Any) -> Running:  # noqa: ANN401  # as WorkerConfig has them
@@ -124,9 +132,8 @@ def start(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         return running[-1]
 
     yield start
-    monkeypatch.setattr(os, "getppid", lambda: -1)
     for each in running:
-        each.output.hung_up.set()
+        each.hang_up()
         assert isinstance(each.wait_end(), BrokenPipeError | None)
 
 
@@ -422,24 +429,31 @@ class TestNotReady:
         assert slept == [0.02, 0.04, 0.05, 0.02, 0.04]
 
 
+def popen(node: Node, interval: float) -> subprocess.Popen[bytes]:
+    """Start it as its parent does."""
+    config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), interval))
+    command = [sys.executable, "-m", "sgpu.driver.worker", config]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 class TestEnd:
-    @pytest.mark.parametrize("with_events", [True, False], ids=["events", "no events"])
-    def test_parent_gone(self, node: Node, start: Start, monkeypatch: pytest.MonkeyPatch, with_events: bool) -> None:
-        """Notice between polls that the parent is gone, however far apart they are."""
-        if not with_events:
-            node.driver.fail("nvmlEventSetCreate", Code.NOT_SUPPORTED)
-        running = start(interval=SELDOM)
-        running.report()
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert isinstance(running.wait_end(), BrokenPipeError)
+    @pytest.mark.parametrize("hanging", ["", "nvmlDeviceGetName"], ids=["between polls", "in a call"])
+    def test_parent_gone(self, node: Node, hanging: str) -> None:
+        """End quietly when the other end of the input is closed, however far apart polls are, and in any call."""
+        if hanging:
+            node.driver.hang(hanging)
+        with popen(node, SELDOM) as process:
+            assert process.stdin
+            assert process.stderr
+            wait_until(lambda: node.driver.calls(hanging or "nvmlEventSetWait"), "it is called")
+            process.stdin.close()
+            assert (process.wait(TIMEOUT), process.stderr.read()) == (0, b"")
 
     @pytest.mark.parametrize("ready", [True, False], ids=["ready", "not ready"])
     def test_nobody_reads(self, node: Node, ready: bool) -> None:
         """Follow the configuration on the command line, and exit quietly with the next message that nobody reads."""
         node.driver.gpus(ready)
-        config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), INTERVAL))
-        command = [sys.executable, "-m", "sgpu.driver.worker", config]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with popen(node, INTERVAL) as process:
             assert process.stdout
             assert process.stderr
             while not isinstance(decode(process.stdout.readline()), Report if ready else NotReady):

@@ -82,7 +82,7 @@ from sgpu.observe.observer import Observer
 from sgpu.observe.orders import BadOrderError, decode_order
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.watchdog import Watchdog
-from sgpu.pods.holders import PodResourcesError, list_holders
+from sgpu.pods.holders import PodResourcesError, open_lister
 
 # The driver's process
 
@@ -376,7 +376,8 @@ async def test_pod_resources(sent: list[bytes]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
             try:
-                held = await list_holders(Path("socket"), ["r"])
+                async with open_lister(Path("socket")) as lister:
+                    held = await lister.list_holders(["r"])
             except PodResourcesError as error:
                 check_message(error)
             else:

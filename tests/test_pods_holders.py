@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
 from sgpu.node.container import Container
 from sgpu.node.shares import Share
 from sgpu.pods import holders
-from sgpu.pods.holders import PodResourcesError, list_holders
+from sgpu.pods.held import Held
+from sgpu.pods.holders import PodResourcesError, open_lister
 
 OTHER = "example.com/gpu"
 
@@ -32,6 +33,12 @@ def path() -> Iterator[Path]:
 def kubelet(path: Path) -> Iterator[FakePodResources]:
     with FakePodResources(path) as serving:
         yield serving
+
+
+async def list_holders(path: Path, resources: Collection[str], claims: Collection[PreparedClaim] = ()) -> Held:
+    """Ask once."""
+    async with open_lister(path) as lister:
+        return await lister.list_holders(resources, claims)
 
 
 def listed(path: Path, *resources: str) -> Mapping[str, Mapping[str, Container]]:
@@ -102,6 +109,38 @@ class TestAnswers:
             kubelet.assign("team", f"pod-{number}", "main", ids, resource=OTHER)
         kubelet.assign("team", "ours", "main", ["GPU-a::0"])
         assert listed(kubelet.path) == {RESOURCE: {"GPU-a::0": Container("team", "ours", "main")}}
+
+
+class TestConnection:
+    """Kept as long as it serves."""
+
+    def test_kept(self, kubelet: FakePodResources, monkeypatch: pytest.MonkeyPatch) -> None:
+        """List over one connection, over another one after an error, and at once where the kubelet has restarted."""
+        connected: list[str] = []
+        connect = trio.open_unix_socket
+
+        async def open_unix_socket(path: str) -> trio.SocketStream:
+            connected.append(path)
+            return await connect(path)
+
+        async def main() -> None:
+            async with open_lister(kubelet.path) as lister:
+                for _ in range(3):
+                    assert await lister.list_holders([RESOURCE])
+                assert len(connected) == 1
+                kubelet.__exit__(None, None, None)
+                kubelet.__enter__()
+                assert await lister.list_holders([RESOURCE])
+                assert len(connected) == 2
+                kubelet.refuse(grpc.StatusCode.UNAVAILABLE)
+                with pytest.raises(PodResourcesError):
+                    await lister.list_holders([RESOURCE])
+                kubelet.accept()
+                assert await lister.list_holders([RESOURCE])
+                assert len(connected) == 3
+
+        monkeypatch.setattr(trio, "open_unix_socket", open_unix_socket)
+        trio.run(main)
 
 
 class TestErrors:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -77,7 +78,7 @@ class FakeKubelet:
     delay: float = 0.0
     calls: list[tuple[float, list[str]]] = attrs.field(factory=list)
 
-    async def list_holders(self, _: Path, resources: Collection[str], claims: Collection[PreparedClaim]) -> Held:
+    async def list_holders(self, resources: Collection[str], claims: Collection[PreparedClaim]) -> Held:
         await trio.sleep(self.delay)
         self.calls.append((trio.current_time(), sorted(resources)))
         if isinstance(self.answer, str):
@@ -130,7 +131,7 @@ def watched(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def kubelet(monkeypatch: pytest.MonkeyPatch) -> FakeKubelet:
     fake = FakeKubelet()
-    monkeypatch.setattr(watch, "list_holders", fake.list_holders)
+    monkeypatch.setattr(watch, "open_lister", lambda socket: nullcontext(fake))
     return fake
 
 

@@ -22,7 +22,7 @@ from sgpu.lib.logs import OnChange
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.policy import Policy
 from sgpu.pods.held import OtherDevice
-from sgpu.pods.holders import PodResourcesError, list_holders
+from sgpu.pods.holders import PodResourcesError, open_lister
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def _read_claims(directory: Path) -> Facts:
 
 async def _find_holders(settings: Settings, policy: Policy) -> Sequence[str]:
     """Return the containers with shares by a device plugin. The kubelet's checkpoint also names pods that are gone."""
-    held = await list_holders(Path(settings.pod_resources_socket), policy.resources())
+    async with open_lister(Path(settings.pod_resources_socket)) as lister:
+        held = await lister.list_holders(policy.resources())
     devices = [(resource, container) for resource, each in held.shares.items() for container in each.values()]
     devices += [(OtherDevice(*device).resource, container) for device, container in held.others.items()]
     return sorted({str(container) for resource, container in devices if policy.may_offer(resource)})

@@ -42,9 +42,9 @@ EXIT_TIMEOUT: Final = 1.0
 Feed = Callable[[trio.abc.SendStream], Awaitable[None]]
 
 
-async def no_input(stream: trio.abc.SendStream) -> None:
-    """Write nothing to a worker."""
-    await stream.aclose()
+async def no_input(_: trio.abc.SendStream) -> None:
+    """Write nothing to a worker. The end of its input would be the end of its parent."""
+    await trio.sleep_forever()
 
 
 @attrs.frozen

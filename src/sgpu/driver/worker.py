@@ -45,8 +45,6 @@ from sgpu.node.cgroup_limit import WantedLimit
 #: Seconds between attempts to reach a driver that is not there, growing.
 FIRST_RETRY: Final = 0.02
 LAST_RETRY: Final = 5.0
-#: Seconds at a time to wait for the next poll: it takes up to that long to notice that the parent was killed.
-LONGEST_WAIT: Final = 1.0
 #: Bytes of input that are read at a time.
 INPUT_BYTES: Final = 64 * 1024
 #: What `nvmlInit` answers while the kernel's driver is being unloaded or loaded.
@@ -75,18 +73,18 @@ class Worker:
         self._output = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
         self._emitting = threading.Lock()
-        self._parent = os.getppid()
         self._wake = threading.Event()
         self._events_reopened_at = float("-inf")
         self._limits: tuple[WantedLimit, ...] = ()
         self._setter: LimitSetter | None = None
 
     def read_limits(self, lines: Iterable[bytes]) -> None:
-        """Take the limits that the parent writes, a table a line, until it hangs up."""
+        """Take the limits that the parent writes, a table a line. When it hangs up, it is gone: end the process."""
         for line in lines:
             self._limits = decode_limits(line)
             if setter := self._setter:
                 setter.want(self._limits)
+        os._exit(0)  # whatever call of the driver does not return
 
     def run(self) -> None:
         """Poll and emit until the library was replaced: then the parent starts another process.
@@ -170,7 +168,8 @@ class Worker:
                 report = self._released.checked(report)
                 if not (report.gpus or report.skipped or report.released):
                     raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
-                listener.listen()
+                if not self._config.once:
+                    listener.listen()
                 silent = tuple(gpu.uuid for gpu in report.gpus if not listener.supports(gpu.uuid))
                 problems = (*report.problems, *filter(None, (listener.problem,)))
                 self._emit(attrs.evolve(report, eventless=silent, problems=problems))
@@ -193,10 +192,8 @@ class Worker:
         """Wait until the next poll is due. Returns False where listening needs a new event set."""
         end = time.monotonic() + self._config.interval
         while (left := end - time.monotonic()) > 0:
-            if os.getppid() != self._parent:
-                raise BrokenPipeError("the parent is gone")
-            if not self._wake.wait(min(left, LONGEST_WAIT)):
-                continue
+            if not self._wake.wait(left):
+                break
             self._wake.clear()
             if not listener.failed:
                 return True  # an event asks for a poll
@@ -236,8 +233,10 @@ def _names(directory: Path) -> list[str]:
 def main() -> None:
     """Run with the configuration on the command line until the parent is gone."""
     try:
-        worker = Worker(decode_config(sys.argv[1]))
-        threading.Thread(target=worker.read_limits, args=(_lines(0),), name="input", daemon=True).start()
+        config = decode_config(sys.argv[1])
+        worker = Worker(config)
+        if not config.once:  # else it sets no limits, and ends by itself
+            threading.Thread(target=worker.read_limits, args=(_lines(0),), name="input", daemon=True).start()
         worker.run()
     except BrokenPipeError:
         os._exit(0)  # the parent is gone; nobody is left to flush for

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -33,29 +34,62 @@ class PodResourcesError(Exception):
     """The kubelet does not list which container has which share. The message says why and, if known, what to do."""
 
 
-async def list_holders(socket: Path, resources: Collection[str], claims: Collection[PreparedClaim] = ()) -> Held:
-    """Return what containers have: shares of these resources, and other devices.
+@asynccontextmanager
+async def open_lister(socket: Path) -> AsyncIterator[Lister]:
+    """Open what lists holders again and again, over one connection that is made when it is first needed."""
+    async with AsyncExitStack() as stack:
+        yield Lister(socket, stack)
 
-    `claims` are those that are prepared: the kubelet lists which containers have them. Raises PodResourcesError.
-    """
-    try:
-        with trio.fail_after(TIMEOUT):
-            answer = await rpc.unary_call(
-                socket,
-                "/v1.PodResourcesLister/List",
-                podresources_pb2.ListPodResourcesRequest(),
-                podresources_pb2.ListPodResourcesResponse,
-                MAX_ANSWER_BYTES,
-            )
-    except rpc.RpcError as error:
-        hint = f"; it needs Kubernetes 1.20; {_WHICH_SOCKET}" if error.code is StatusCode.UNIMPLEMENTED else ""
-        raise PodResourcesError(f"the kubelet's List call on {socket} failed: {error}{hint}") from error
-    except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
-        raise PodResourcesError(f"the kubelet does not answer on {socket}: {explain(error, _WHICH_SOCKET)}") from error
-    except trio.TooSlowError as error:
-        raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
-    resources = {*resources, *(unit.resource for claim in claims for unit in claim.units)}
-    return collect(chain(_claimed(claims), _devices(answer, claims)), resources)
+
+class Lister:
+    """Lists what containers have, from one task. A new connection for each list took most of the daemon's time."""
+
+    def __init__(self, socket: Path, connection: AsyncExitStack) -> None:
+        self._socket = socket
+        self._connection = connection
+        self._channel: rpc.Channel | None = None
+
+    async def list_holders(self, resources: Collection[str], claims: Collection[PreparedClaim] = ()) -> Held:
+        """Return what containers have: shares of these resources, and other devices.
+
+        `claims` are those that are prepared: the kubelet lists which containers have them. Raises PodResourcesError.
+        """
+        socket = self._socket
+        try:
+            with trio.fail_after(TIMEOUT):
+                answer = await self._list()
+        except rpc.RpcError as error:
+            hint = f"; it needs Kubernetes 1.20; {_WHICH_SOCKET}" if error.code is StatusCode.UNIMPLEMENTED else ""
+            raise PodResourcesError(f"the kubelet's List call on {socket} failed: {error}{hint}") from error
+        except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError) as error:
+            message = f"the kubelet does not answer on {socket}: {explain(error, _WHICH_SOCKET)}"
+            raise PodResourcesError(message) from error
+        except trio.TooSlowError as error:
+            raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
+        resources = {*resources, *(unit.resource for claim in claims for unit in claim.units)}
+        return collect(chain(_claimed(claims), _devices(answer, claims)), resources)
+
+    async def _list(self) -> podresources_pb2.ListPodResourcesResponse:
+        if self._channel is not None:
+            try:
+                return await self._call(self._channel)
+            except (OSError, trio.BrokenResourceError, rpc.BrokenPeerError):
+                pass  # that kubelet has ended, and there may be another one
+        return await self._call(
+            await self._connection.enter_async_context(rpc.open_channel(self._socket, MAX_ANSWER_BYTES))
+        )
+
+    async def _call(self, channel: rpc.Channel) -> podresources_pb2.ListPodResourcesResponse:
+        """Make the call, and keep the connection if that goes well."""
+        self._channel = None
+        method, request = "/v1.PodResourcesLister/List", podresources_pb2.ListPodResourcesRequest()
+        try:
+            answer = await channel.unary(method, request, podresources_pb2.ListPodResourcesResponse)
+            self._channel = channel
+        finally:
+            if self._channel is None:
+                await self._connection.aclose()
+        return answer
 
 
 def _claimed(claims: Iterable[PreparedClaim]) -> Iterator[_Devices]:

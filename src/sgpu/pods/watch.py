@@ -16,7 +16,7 @@ import trio
 from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
 from sgpu.lib.threads import run_in_thread
-from sgpu.node.container import NO_POD, OtherUse, StaleAnswer
+from sgpu.node.container import NO_POD, OtherUse, Owners, StaleAnswer
 from sgpu.node.figures import Figures
 from sgpu.node.gpu import label
 from sgpu.node.guard import Sample
@@ -25,13 +25,15 @@ from sgpu.node.state import NodeState
 from sgpu.node.usage import Usage
 from sgpu.pods import processes
 from sgpu.pods.held import other_uses
-from sgpu.pods.holders import TIMEOUT, PodResourcesError, list_holders
+from sgpu.pods.holders import TIMEOUT, Lister, PodResourcesError, open_lister
 from sgpu.pods.recorded import Recorded
 
 logger = logging.getLogger(__name__)
 
 #: Failures in a row after which the kubelet's last list no longer counts.
 TOLERATED: Final = 3
+#: Of no processes.
+NO_OWNERS: Final = Owners({}, frozenset(), frozenset(), {})
 #: Seconds between two looks, however often the kubelet gives out devices meanwhile.
 SHORTEST_PAUSE: Final = 1.0
 
@@ -59,14 +61,15 @@ async def watch_pods(
     processes; None where they or the holders are unknown.
     """
     recorded = Recorded(options.plugin_directory, options.places)
-    async with trio.open_nursery() as nursery:
+    async with open_lister(options.socket) as lister, trio.open_nursery() as nursery:
         nursery.start_soon(recorded.watch)
-        await _look_again_and_again(options, node, recorded, expect, look)
+        await _look_again_and_again(options, node, lister, recorded, expect, look)
 
 
 async def _look_again_and_again(
     options: WatchOptions,
     node: NodeState,
+    lister: Lister,
     recorded: Recorded,
     expect: Callable[[float], None],
     look: Callable[[Sample | None], None],
@@ -82,7 +85,7 @@ async def _look_again_and_again(
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.resources(), *resources)))
-            held = await recorded.add(await list_holders(options.socket, resources, node.claims.values()))
+            held = await recorded.add(await lister.list_holders(resources, node.claims.values()))
             node.set_holders(held.shares)
             stale, node.usage.stale_answers = node.usage.stale_answers, recorded.stale(held, node.gpus)
             for answer in sorted(set(node.usage.stale_answers or ()).difference(stale or ())):
@@ -139,6 +142,7 @@ class _Attribution:
         self._problem = OnChange(logger, logging.WARNING)
         self._unknown = OnChange(logger, logging.WARNING)
         self._mps: frozenset[str] = frozenset()  # GPUs with an MPS server
+        self._works = False  # the last look found where to look
 
     async def update(self) -> Sample | None:
         """Attribute them once. What is read is the kernel's and a directory of the node: it does not take long.
@@ -153,11 +157,15 @@ class _Attribution:
             return None
         pids = {process.pid for each in listed.values() for process in each}
         try:
-            # A disk that hangs must not keep the daemon from stopping.
-            owners = await run_in_thread(
-                processes.find_owners, self._places, pids, now - sampled_at, abandon_on_cancel=True
-            )
+            # A disk that hangs must not keep the daemon from stopping. No thread for no processes.
+            owners = NO_OWNERS
+            if pids or not self._works:
+                owners = await run_in_thread(
+                    processes.find_owners, self._places, pids, now - sampled_at, abandon_on_cancel=True
+                )
+            self._works = True
         except processes.UnattributableError as error:
+            self._works = False
             self._usage.set_owners({}, None, str(error))
             self._problem.report(f"cannot attribute GPU memory to pods: {error}")
             return None

@@ -174,7 +174,8 @@ async def check_pod_resources(settings: Settings, resources: Sequence[str]) -> t
     off = "until then the memory watermark and per-pod figures are off, and shares in use are not kept by a reload"
     try:
         with trio.fail_after(TIMEOUT):
-            held = await holders.list_holders(path, resources)
+            async with holders.open_lister(path) as lister:
+                held = await lister.list_holders(resources)
     except (PodResourcesError, trio.TooSlowError) as error:
         message = str(error) or f"the kubelet did not answer on {path} within {TIMEOUT:g} s"
         advice = "it takes Kubernetes 1.20; mount its directory, /var/lib/kubelet/pod-resources, or set"
