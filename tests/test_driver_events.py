@@ -193,7 +193,7 @@ def test_wait_hangs(node: Node) -> None:
     """Go on polling while the wait for events hangs; when the library has to be closed, end the process."""
     node.driver.hang("nvmlEventSetWait")
     config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), 0.1))
-    command = [sys.executable, "-m", "sgpu.driver.worker", config]
+    command = [sys.executable, "-m", "sgpu.driver", config]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         reports = 0

@@ -167,7 +167,7 @@ class TestMessages:
     def test_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Start the worker module with this Python, its configuration, pipes, and a session of its own."""
         worker = run(monkeypatch, exits(0)).worker
-        assert worker.command[:-1] == [sys.executable, "-P", "-m", "sgpu.driver.worker"]
+        assert worker.command[:-1] == [sys.executable, "-P", "-m", "sgpu.driver"]
         assert decode_config(worker.command[-1]) == CONFIG
         assert worker.options == {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
 

@@ -432,7 +432,7 @@ class TestNotReady:
 def popen(node: Node, interval: float) -> subprocess.Popen[bytes]:
     """Start it as its parent does."""
     config = encode_config(WorkerConfig(str(node.host), str(node.dev), str(node.sys), interval))
-    command = [sys.executable, "-m", "sgpu.driver.worker", config]
+    command = [sys.executable, "-m", "sgpu.driver", config]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -18,9 +18,14 @@ def main() -> None:
         signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
     from sgpu.lib.limits import MEMORY
+    from sgpu.lib.postpone import postpone
 
     def start(alive: int | None) -> int:
         try:
+            postpone("ssl", "SSLContext")  # trio and anyio import TLS, 4.7 MB, and only `-api dra` needs it
+            postpone("hmac")
+            postpone("inspect")  # attrs imports these, and trio needs them, but not every command needs trio
+            postpone("attr.validators")
             from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of memory
 
             return run(sys.argv[1:], os.environ, alive)

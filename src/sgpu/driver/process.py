@@ -161,7 +161,7 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
 async def _start(config: WorkerConfig) -> trio.Process:
     """Start a worker. Raises OSError."""
     # -P: `-m` alone would import from the working directory, which may be anybody's.
-    command = [sys.executable, "-P", "-m", "sgpu.driver.worker", encode_config(config)]
+    command = [sys.executable, "-P", "-m", "sgpu.driver", encode_config(config)]
     # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
     with refusals():  # trio starts it in a thread
         return await trio.lowlevel.open_process(

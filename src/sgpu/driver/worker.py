@@ -240,7 +240,3 @@ def main() -> None:
         worker.run()
     except BrokenPipeError:
         os._exit(0)  # the parent is gone; nobody is left to flush for
-
-
-if __name__ == "__main__":
-    main()

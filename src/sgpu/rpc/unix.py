@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import stat
 import struct
@@ -85,7 +84,7 @@ def listen(path: Path) -> Iterator[trio.SocketListener]:
 
 def _unused_name(path: Path) -> Path:
     """Return a name beside `path` that nobody else uses, no longer than the names of our sockets."""
-    return path.with_name(f".sgpu-{secrets.token_hex(4)}")
+    return path.with_name(f".sgpu-{os.urandom(4).hex()}")
 
 
 def _link(new: Path, path: Path) -> None:
