@@ -17,7 +17,8 @@ import yaml
 
 from sgpu import __version__, rpc
 from sgpu.cli import COMMANDS, FAILED, OK, USAGE, main
-from sgpu.config.load import Loaded, load, parse_flags
+from sgpu.config.flags import parse_flags
+from sgpu.config.load import Loaded, load
 from sgpu.config.settings import SETTINGS, Settings
 from sgpu.deviceplugin.session import DirectoryRemovedError
 from sgpu.kubeapi import ApiServerError

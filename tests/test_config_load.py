@@ -11,7 +11,8 @@ import attrs
 import pytest
 from test_config_settings import EXPECTED
 
-from sgpu.config.load import INTERVALS, RULE_KINDS, Flags, Loaded, UsageError, load, parse_flags
+from sgpu.config.flags import Flags, UsageError, parse_flags
+from sgpu.config.load import INTERVALS, RULE_KINDS, Loaded, load
 from sgpu.config.settings import SETTINGS, Settings, endpoint
 from sgpu.config.values import BOOLEAN, seconds
 from sgpu.driver.xids import XidPolicy

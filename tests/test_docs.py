@@ -12,7 +12,7 @@ import yaml
 from site_hook import TOP_LEVEL
 
 from sgpu.cli import COMMANDS
-from sgpu.config.load import ACTIONS
+from sgpu.config.flags import ACTIONS
 from sgpu.config.settings import SETTINGS
 
 pytestmark = pytest.mark.static

@@ -23,7 +23,8 @@ from test_lib_elf import made
 
 from sgpu.cli import main
 from sgpu.commands.stage.host import Host
-from sgpu.config.load import UsageError, load
+from sgpu.config.flags import UsageError
+from sgpu.config.load import load
 from sgpu.config.settings import SETTINGS
 from sgpu.driver import cordon_file, fault_file
 from sgpu.driver.health import Clearance, Fault, FaultRecord

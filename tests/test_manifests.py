@@ -19,7 +19,8 @@ import yaml
 
 from sgpu import __version__
 from sgpu.cli import COMMANDS
-from sgpu.config.load import load, parse_flags
+from sgpu.config.flags import parse_flags
+from sgpu.config.load import load
 from sgpu.config.settings import Settings
 from sgpu.config.values import split_address
 from sgpu.dra.slices import DEVICE_TYPE, DRIVER

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from sgpu import __version__
-from sgpu.config.load import ENVIRONMENT_PREFIX, Loaded, UsageError, load, parse_flags
-from sgpu.config.settings import SETTINGS, Settings
+from sgpu.config.flags import ENVIRONMENT_PREFIX, UsageError, parse_flags
+from sgpu.config.settings import SETTINGS
 from sgpu.config.values import BOOLEAN, PATH, Kind, choice, seconds
 from sgpu.lib.limits import MEMORY
-from sgpu.lib.logs import printable
 from sgpu.lib.output import OutputError, checked_output
+
+if TYPE_CHECKING:
+    from sgpu.config.load import Loaded
+    from sgpu.config.settings import Settings
 
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
@@ -262,6 +264,8 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
         if command and not command.takes_settings and (flags.values or flags.actions):
             given = next(iter((*flags.values, *flags.actions)))
             raise UsageError(f"{name} does not take the daemon's flags, as -{given}")
+        from sgpu.config.load import load  # here, because `-help` and `-version` should not pay for it
+
         loaded = load(flags.values, environment if not command or command.takes_settings else {})
     except UsageError as error:
         return _fail(error, USAGE)
@@ -351,6 +355,8 @@ def _flag_help(name: str, kind: Kind, value: object, meaning: str) -> str:
 
 def _effective(loaded: Loaded) -> str:
     """Return the settings as a -config file has them, each with its origin."""
+    from sgpu.lib.logs import printable
+
     lines = []
     for name in SETTINGS:
         value = getattr(loaded.settings, name.replace("-", "_"))
@@ -368,5 +374,7 @@ def _as_yaml(value: object) -> str:
     """JSON, which is YAML too. Characters that YAML would not read back from JSON's escapes are left as they are."""
     if isinstance(value, float):
         return f"{value:.9f}".rstrip("0").rstrip(".")  # no exponent, which YAML takes for text
+    import json
+
     text = json.dumps(value, ensure_ascii=False)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

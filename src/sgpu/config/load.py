@@ -1,14 +1,15 @@
-"""argv, environment and file → Settings, and where each value came from."""
+"""Flags, environment and file → Settings, and where each value came from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from sgpu.config.flags import ENVIRONMENT_PREFIX, UsageError, check, kind_of, quote
 from sgpu.config.settings import SETTINGS, Settings, endpoint
 from sgpu.config.values import (
     BOOLEAN,
@@ -24,17 +25,11 @@ from sgpu.config.values import (
 )
 from sgpu.driver.xids import XidPolicy, parse_numbers
 from sgpu.lib.files import MAX_SOCKET_PATH_BYTES
-from sgpu.lib.logs import cut, printable
 from sgpu.node.policy import BUS_ID, Mig, Policy, Rule, profile_resource
 
 if TYPE_CHECKING:
     from sgpu.config.file import Entry
 
-ENVIRONMENT_PREFIX: Final = "SGPU_"
-#: Characters of a value that are quoted in a message.
-MOST_QUOTED: Final = 100
-#: Characters of a message: what is quoted of a file can be as long as the file.
-MOST_MESSAGE: Final = 1500
 #: What an entry of `gpus` in the file names GPUs by, and all that it takes.
 SELECTORS: Final = ("uuid", "pci-bus-id", "name", "mig-profile")
 RULE_KINDS: Final = {
@@ -62,28 +57,6 @@ INTERVALS: Final = ("sample-interval", "health-interval")
 #: Where a kubelet with its default root directory connects to plugins.
 KUBELET_DIRECTORY: Final = PurePosixPath("/var/lib/kubelet/device-plugins")
 NVIDIA_RESOURCES: Final = frozenset({"nvidia.com/gpu", "nvidia.com/gpu.shared"})
-CONFIG: Final = Kind("the path of a YAML file", str, bool)
-#: Flags that do something instead of setting something.
-ACTIONS: Final = ("help", "h", "version", "print-config")
-
-
-class UsageError(Exception):
-    """A setting has an invalid value. One line: the setting, where it came from, what it takes."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(cut(printable(message), MOST_MESSAGE))
-
-
-@attrs.frozen
-class Flags:
-    """A command line taken apart. `values` has the text of each setting that was given, the last one winning;
-    `options` the value of each option of a command.
-    """
-
-    values: Mapping[str, str]
-    actions: frozenset[str]
-    positional: tuple[str, ...]
-    options: Mapping[str, Any] = attrs.Factory(dict)
 
 
 @attrs.frozen
@@ -96,44 +69,6 @@ class Loaded:
     file: str = ""  # the -config file, if there is one
     xids: XidPolicy = attrs.Factory(XidPolicy)
     warnings: tuple[str, ...] = ()  # what was set and is not used as it was
-
-
-def parse_flags(arguments: Sequence[str], options: Mapping[str, Kind] | None = None) -> Flags:
-    """Take a command line apart as Go's `flag` package does: `-flag value`, `-flag=value`, one dash or two.
-
-    A boolean takes its value only behind `=`. `options` are flags that a command takes beside the settings. Raises
-    UsageError for a flag that is unknown or lacks its value.
-    """
-    options = options or {}
-    kinds = {**{name: _kind(name) for name in SETTINGS}, "config": CONFIG, **options}
-    values: dict[str, str] = {}
-    actions: set[str] = set()
-    positional: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--":
-            positional.extend(rest)
-        elif not argument.startswith("-") or argument == "-":
-            positional.append(argument)
-        else:
-            name, equals, value = argument[2 if argument.startswith("--") else 1 :].partition("=")
-            if name in ACTIONS:
-                if _check(name, value if equals else "true", "command line", BOOLEAN, BOOLEAN.from_text):
-                    actions.add(name)
-                continue
-            if name not in kinds:
-                raise UsageError(f"unknown flag {argument.split('=')[0]} (see -help)")
-            if not equals:
-                value = "true" if kinds[name].type is bool else next(rest, "")
-            if not value and (name == "config" or not equals):
-                raise UsageError(f"-{name} (command line) needs a value: {kinds[name].takes}")
-            values[name] = value
-    chosen = {
-        name: _check(name, values.pop(name), "command line", kind, kind.from_text)
-        for name, kind in options.items()
-        if name in values
-    }
-    return Flags(values, frozenset(actions), tuple(positional), chosen)
 
 
 def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
@@ -153,11 +88,11 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Loaded:
         if name == "gpus":
             rules = _rules(entry, config)
         elif name in SETTINGS:
-            kind = _kind(name)
-            take(name, _check(name, _plain(kind, entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
+            kind = kind_of(name)
+            take(name, check(name, _plain(kind, entry.value), f"{config}:{entry.line}", kind, kind.from_file), config)
         else:
             raise UsageError(
-                f"unknown key {_quote(name)} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
+                f"unknown key {quote(name)} ({config}:{entry.line}); the file takes: {', '.join(SETTINGS)}, gpus"
             )
     for name in SETTINGS:
         variable = _variable(name)
@@ -257,12 +192,12 @@ def _rule(fields: object, place: str) -> Rule:
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if not isinstance(name, str) or name not in RULE_KINDS:
-            raise UsageError(f"gpus: unknown key {_quote(name)} ({place}); an entry takes {', '.join(RULE_KINDS)}")
+            raise UsageError(f"gpus: unknown key {quote(name)} ({place}); an entry takes {', '.join(RULE_KINDS)}")
         kind = RULE_KINDS[name]
         try:
             values[name] = kind.from_file(value)
         except ValueError:
-            raise UsageError(f"gpus: {name}: {_quote(value)} ({place}) is not {kind.takes}") from None
+            raise UsageError(f"gpus: {name}: {quote(value)} ({place}) is not {kind.takes}") from None
     if sum(name in fields for name in SELECTORS) != 1:
         raise UsageError(f"gpus: an entry ({place}) takes exactly one of {', '.join(SELECTORS)}")
     if not values.keys() & set(TERMS) and not values.get("exclude"):
@@ -275,20 +210,8 @@ def _rule(fields: object, place: str) -> Rule:
 
 
 def _from_text(name: str, text: str, origin: str) -> object:
-    kind = _kind(name)
-    return _check(name, text, origin, kind, kind.from_text)
-
-
-def _check(name: str, value: object, origin: str, kind: Kind, convert: Any) -> object:  # noqa: ANN401
-    try:
-        return convert(value)
-    except ValueError:
-        raise UsageError(f"-{name}: {_quote(value)} ({origin}) is not {kind.takes}") from None
-
-
-def _quote(value: object) -> str:
-    """Return what the user gave, cut to what fits into a message."""
-    return cut(repr(value), MOST_QUOTED)
+    kind = kind_of(name)
+    return check(name, text, origin, kind, kind.from_text)
 
 
 def _plain(kind: Kind, value: object) -> object:
@@ -326,8 +249,3 @@ def _foreign_resources(policy: Policy) -> Iterator[str]:
 
 def _variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.replace("-", "_").upper()
-
-
-def _kind(name: str) -> Kind:
-    kind: Kind = SETTINGS[name].metadata["kind"]
-    return kind

@@ -15,7 +15,8 @@ from typing import Final, NoReturn
 
 import trio
 
-from sgpu.config.load import Loaded, UsageError
+from sgpu.config.flags import UsageError
+from sgpu.config.load import Loaded
 from sgpu.config.settings import SETTINGS, Settings
 from sgpu.lib.concurrency import Broadcast, race
 from sgpu.lib.files import content_identity

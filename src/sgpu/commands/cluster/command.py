@@ -24,7 +24,7 @@ from sgpu.commands.cluster.proxy import Connect, ProxyError, connector, is_addre
 from sgpu.commands.cluster.view import VIEWS, Options
 from sgpu.commands.status.view import BAD, DIM
 from sgpu.commands.terminal import Cropped, open_console, print_page
-from sgpu.config.load import UsageError
+from sgpu.config.flags import UsageError
 from sgpu.lib.concurrency import find_error
 from sgpu.lib.output import checked_output
 

@@ -8,7 +8,8 @@ from typing import Final
 
 from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.host import Host, why_not_writable
-from sgpu.config.load import Loaded, UsageError, load, parse_flags
+from sgpu.config.flags import UsageError, parse_flags
+from sgpu.config.load import Loaded, load
 from sgpu.config.settings import SETTINGS
 from sgpu.deviceplugin.messages import TooManySharesError, check_size
 from sgpu.driver.messages import GpuReport
