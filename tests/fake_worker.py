@@ -7,11 +7,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+import attrs
 import pytest
 import trio
 import trio.testing
 
-from sgpu.driver.messages import CallStarted, GpuReport, Message, Report, WorkerConfig, decode_config, encode
+from sgpu.driver import calls
+from sgpu.driver.calls import Calls, Part
+from sgpu.driver.messages import (
+    GpuReport,
+    LimitReport,
+    Message,
+    NotReady,
+    Report,
+    WorkerConfig,
+    decode_config,
+    encode,
+)
 
 #: Seconds between polls, and that a call may take.
 INTERVAL: Final = 5.0
@@ -19,6 +31,18 @@ DEADLINE: Final = 20.0
 CONFIG: Final = WorkerConfig("/host", "/dev", "/sys", INTERVAL)
 #: More starts than any test needs.
 TOO_MANY: Final = 100
+
+
+@attrs.frozen
+class CallStarted:
+    """What it writes down before it calls: about which GPU (empty: the driver)."""
+
+    uuid: str
+    part: Part = Part.POLL
+
+
+#: What a worker says and does: messages, text that is none, and calls.
+Said = Message | bytes | CallStarted
 
 
 def report(*uuids: str, skipped: Sequence[str] = (), problems: Sequence[str] = (), error: str = "") -> Report:
@@ -33,7 +57,8 @@ class FakeWorker:
     def __init__(self, command: list[str], options: dict[str, Any]) -> None:
         self.command = command
         self.options = options
-        self.config = decode_config(command[-1])
+        self.config = decode_config(command[-2])
+        self._calls = Calls(int(command[-1]))
         self.started_at = trio.current_time()
         self.returncode: int | None = None
         self.killed = False
@@ -43,10 +68,15 @@ class FakeWorker:
         self.stdin, self.input = trio.testing.memory_stream_one_way_pair()
         self._died = trio.Event()
 
-    async def emit(self, *messages: Message | bytes) -> None:
-        """Write messages to standard output, each in a piece of its own."""
-        for message in messages:
-            await self._output.send_all(message if isinstance(message, bytes) else encode(message))
+    async def emit(self, *said: Said) -> None:
+        """Write down calls, and messages to standard output, each in a piece of its own."""
+        for each in said:
+            if isinstance(each, CallStarted):
+                self._calls.begin(each.part, each.uuid)
+                continue
+            if isinstance(each, (Report, NotReady, LimitReport)):
+                self._calls.end(Part.LIMITS if isinstance(each, LimitReport) else Part.POLL)
+            await self._output.send_all(each if isinstance(each, bytes) else encode(each))
 
     async def close(self) -> None:
         """Close standard output."""
@@ -94,6 +124,7 @@ class FakeWorkers:
     def install(self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
         """Start these from now on; they run in the nursery."""
         monkeypatch.setattr(trio.lowlevel, "open_process", partial(self._open, nursery))
+        monkeypatch.setattr(calls, "now", lambda: int(1e9 * trio.current_time()))
 
     async def _open(self, nursery: trio.Nursery, command: list[str], **options: Any) -> FakeWorker:  # noqa: ANN401
         await trio.lowlevel.checkpoint()
@@ -128,7 +159,7 @@ async def silent(worker: FakeWorker) -> None:
     """Starts and says nothing."""
 
 
-def emits(*messages: Message | bytes, every: float = 0.0) -> Behavior:
+def emits(*messages: Said, every: float = 0.0) -> Behavior:
     """Emits that and nothing more, or the last again and again."""
 
     async def behavior(worker: FakeWorker) -> None:
@@ -140,7 +171,7 @@ def emits(*messages: Message | bytes, every: float = 0.0) -> Behavior:
     return behavior
 
 
-def exits(code: int, *messages: Message | bytes) -> Behavior:
+def exits(code: int, *messages: Said) -> Behavior:
     """Emits that and exits."""
 
     async def behavior(worker: FakeWorker) -> None:
@@ -151,7 +182,7 @@ def exits(code: int, *messages: Message | bytes) -> Behavior:
     return behavior
 
 
-def closes(*messages: Message, code: int | None = None, after: float = 0.0) -> Behavior:
+def closes(*messages: Said, code: int | None = None, after: float = 0.0) -> Behavior:
     """Emits that, closes its pipe, and exits later or never."""
 
     async def behavior(worker: FakeWorker) -> None:
@@ -164,7 +195,7 @@ def closes(*messages: Message, code: int | None = None, after: float = 0.0) -> B
     return behavior
 
 
-def gets_stuck(*messages: Message) -> Behavior:
+def gets_stuck(*messages: Said) -> Behavior:
     """Emits that and is then stuck in the kernel for good."""
 
     async def behavior(worker: FakeWorker) -> None:

@@ -52,7 +52,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
             if error:
                 raise error
 
-        monkeypatch.setattr("sgpu.daemon.run", run)
+        monkeypatch.setattr("sgpu.start.start", run)
         return seen
 
     return install

@@ -6,14 +6,17 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from stub_driver import GIB, StubDriver
+from watching import wait_until
 
 from sgpu.driver import limits
+from sgpu.driver.calls import Calls, Part, create
 from sgpu.driver.limits import LimitSetter, limit_setter
-from sgpu.driver.messages import LimitReport, LimitStarted, Message
+from sgpu.driver.messages import LimitReport, Message
 from sgpu.driver.nvml import Code, open_library
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, WantedLimit
 
@@ -24,7 +27,10 @@ TIMEOUT = 30.0
 class World:
     """A driver with one GPU, a cgroup, and a setter that was told of the GPU."""
 
-    def __init__(self, root: Path, driver: StubDriver, setter: LimitSetter, messages: queue.Queue[Message]) -> None:
+    def __init__(
+        self, root: Path, driver: StubDriver, setter: LimitSetter, messages: queue.Queue[Message], calls: Calls
+    ) -> None:
+        self.calls = calls
         self.cgroup = root / "pod1"
         self.driver = driver
         self.setter = setter
@@ -52,9 +58,10 @@ def world(tmp_path: Path) -> Iterator[World]:
     driver.set(limits="dmem", limit_used={"pod1": 7})
     (tmp_path / "pod1").mkdir()
     messages = queue.Queue[Message]()
-    with open_library(tmp_path) as library, limit_setter(library, messages.put) as setter:
-        setter.register(driver.state.gpus[0].uuid, library.handle(0))
-        yield World(tmp_path, driver, setter, messages)
+    with closing(create()) as calls, open_library(tmp_path) as library:
+        with limit_setter(library, messages.put, calls) as setter:
+            setter.register(driver.state.gpus[0].uuid, library.handle(0))
+            yield World(tmp_path, driver, setter, messages, calls)
 
 
 def test_enforced(world: World) -> None:
@@ -132,11 +139,12 @@ def test_older_driver(tmp_path: Path) -> None:
     driver = StubDriver(tmp_path, without=["nvmlDeviceSetMemoryLimits_v1", "nvmlDeviceGetMemoryLimits_v1"])
     (gpu,) = driver.gpus(1)
     messages = queue.Queue[Message]()
-    with open_library(tmp_path) as library, limit_setter(library, messages.put) as setter:
-        setter.register(gpu.uuid, library.handle(0))
-        setter.want((WantedLimit(gpu.uuid, str(tmp_path), GIB),))
-        assert messages.get(timeout=TIMEOUT) == LimitStarted(gpu.uuid)
-        report = messages.get(timeout=TIMEOUT)
+    with closing(create()) as calls, open_library(tmp_path) as library:
+        with limit_setter(library, messages.put, calls) as setter:
+            setter.register(gpu.uuid, library.handle(0))
+            setter.want((WantedLimit(gpu.uuid, str(tmp_path), GIB),))
+            report = messages.get(timeout=TIMEOUT)
+            assert calls.current(Part.LIMITS) is None
     assert isinstance(report, LimitReport)
     assert "R615" in report.answers[0].reason
 
@@ -160,13 +168,16 @@ def test_nothing_to_do(world: World) -> None:
 
 
 def test_hang(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that does not return is announced, and ends the process when the library is to be closed."""
+    """A call that does not return is written down, and ends the process when the library is to be closed."""
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
     monkeypatch.setattr(limits, "END_TIMEOUT", 0.05)
     world.driver.hang("nvmlDeviceGetMemoryLimits")
     world.setter.want((world.wanted(),))
-    assert world.messages.get(timeout=TIMEOUT) == LimitStarted(world.gpu.uuid)
+    wait_until(lambda: world.calls.current(Part.LIMITS), "it is written down")
+    call = world.calls.current(Part.LIMITS)
+    assert call
+    assert call.uuid == world.gpu.uuid
     world.setter.end()
     assert ended.is_set()
     world.driver.works("nvmlDeviceGetMemoryLimits")

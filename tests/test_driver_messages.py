@@ -8,9 +8,9 @@ import re
 import pytest
 
 from sgpu.driver.messages import (
-    CallStarted,
     DriverEvent,
     EventKind,
+    NotReady,
     Report,
     decode,
     decode_limits,
@@ -27,8 +27,8 @@ NOTHING = encode(Report((), (), (), "", ""))
 @pytest.mark.parametrize(
     "line",
     [
-        *(b"Segmentation fault\n", encode(CallStarted("GPU-a"))[:-5], b'["message"]', b"{}"),
-        *(b'{"message": "CallStarted", "uuid": "", "more": 1}', b'{"message": ["CallStarted"], "uuid": ""}'),
+        *(b"Segmentation fault\n", encode(NotReady("no"))[:-5], b'["message"]', b"{}"),
+        *(b'{"message": "NotReady", "reason": "", "more": 1}', b'{"message": ["NotReady"], "reason": ""}'),
         *(b'{"message": "DriverEvent", "uuid": "", "kind": "flood", "xid": 0}', NOTHING.replace(b"[]", b"null")),
         *(NOTHING.replace(b"[]", b"[{}]", 1), b"[" * 100_000),
     ],

@@ -17,8 +17,10 @@ from fake_worker import (
     DEADLINE,
     INTERVAL,
     Behavior,
+    CallStarted,
     FakeWorker,
     FakeWorkers,
+    Said,
     closes,
     emits,
     exits,
@@ -29,13 +31,12 @@ from fake_worker import (
 )
 from virtual_clock import real
 
+from sgpu.driver.calls import Part
 from sgpu.driver.messages import (
-    CallStarted,
     DriverEvent,
     EventKind,
     Failure,
     LimitReport,
-    LimitStarted,
     Message,
     NotReady,
     WorkerConfig,
@@ -44,7 +45,7 @@ from sgpu.driver.messages import (
 )
 from sgpu.driver.process import EXIT_TIMEOUT, LONGEST_LINE, START_TIMEOUT, Feed, Outcome, no_input, run_worker
 
-GPU_CALL = CallStarted("GPU-a")
+GPU_CALL, LIMIT_CALL = CallStarted("GPU-a"), CallStarted("GPU-b", Part.LIMITS)
 EVENT = DriverEvent("GPU-b", EventKind.XID, 79)
 #: Seconds after which a real process that should have said something is taken to hang.
 TIMEOUT = 30.0
@@ -114,13 +115,13 @@ class TestInput:
     @pytest.mark.parametrize(
         ("messages", "in_call", "seconds"),
         [
-            pytest.param([LimitStarted("GPU-b")], "GPU-b", DEADLINE, id="hangs"),
-            pytest.param([LimitStarted("GPU-b"), report("GPU-a")], "GPU-b", DEADLINE, id="hangs beside a poll"),
-            pytest.param([LimitStarted("GPU-b"), LimitReport(())], None, INTERVAL + DEADLINE, id="returned"),
+            pytest.param([LIMIT_CALL], "GPU-b", DEADLINE, id="hangs"),
+            pytest.param([LIMIT_CALL, report("GPU-a")], "GPU-b", DEADLINE, id="hangs beside a poll"),
+            pytest.param([LIMIT_CALL, LimitReport(())], None, INTERVAL + DEADLINE, id="returned"),
         ],
     )
     def test_limits_hang(
-        self, monkeypatch: pytest.MonkeyPatch, messages: list[Message], in_call: str | None, seconds: float
+        self, monkeypatch: pytest.MonkeyPatch, messages: list[Said], in_call: str | None, seconds: float
     ) -> None:
         """A call about limits has a deadline of its own, whatever else the process says."""
         ran = run(monkeypatch, emits(report("GPU-a"), *messages))
@@ -130,9 +131,7 @@ class TestInput:
 
 class TestMessages:
     ALL: tuple[Message, ...] = (
-        CallStarted(""),
         NotReady("no driver"),
-        GPU_CALL,
         report("GPU-a", "GPU-b", skipped=["GPU-c"]),
         EVENT,
         Failure("nvmlInit_v2", 9),
@@ -167,9 +166,11 @@ class TestMessages:
     def test_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Start the worker module with this Python, its configuration, pipes, and a session of its own."""
         worker = run(monkeypatch, exits(0)).worker
-        assert worker.command[:-1] == [sys.executable, "-P", "-m", "sgpu.driver"]
-        assert decode_config(worker.command[-1]) == CONFIG
-        assert worker.options == {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+        assert worker.command[:-2] == [sys.executable, "-P", "-m", "sgpu.driver"]
+        assert decode_config(worker.command[-2]) == CONFIG
+        inherited = [int(worker.command[-1])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        assert worker.options == {**pipes, "start_new_session": True, "pass_fds": inherited}
 
 
 class TestHang:
@@ -189,7 +190,7 @@ class TestHang:
     def test_silence(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        messages: list[Message],
+        messages: list[Said],
         deadline: float,
         seconds: float,
         in_call: str | None,
@@ -240,7 +241,7 @@ class TestExit:
         ],
     )
     def test_crash(
-        self, monkeypatch: pytest.MonkeyPatch, code: int, messages: list[Message], status: str, in_call: str | None
+        self, monkeypatch: pytest.MonkeyPatch, code: int, messages: list[Said], status: str, in_call: str | None
     ) -> None:
         """Report how a process crashed and in which call, at once."""
         ran = run(monkeypatch, exits(code, *messages))

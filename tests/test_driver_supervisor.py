@@ -14,6 +14,7 @@ from fake_worker import (
     DEADLINE,
     INTERVAL,
     Behavior,
+    CallStarted,
     FakeWorker,
     FakeWorkers,
     emits,
@@ -23,7 +24,7 @@ from fake_worker import (
     report,
 )
 
-from sgpu.driver.messages import CallStarted, DriverEvent, EventKind, Failure, Message, NotReady, ReleasedGpu, Report
+from sgpu.driver.messages import DriverEvent, EventKind, Failure, Message, NotReady, ReleasedGpu, Report
 from sgpu.driver.monitor import Monitor
 from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, no_input
 from sgpu.driver.supervisor import FIRST_RESTART, LAST_RESTART, MOST_LEFT_BEHIND, MOST_TRIALS, supervise

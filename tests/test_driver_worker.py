@@ -20,8 +20,8 @@ from stub_driver import StubDriver, StubGpu
 from watching import wait_until
 
 from sgpu.driver import events, uvm, worker
+from sgpu.driver.calls import Calls, Part, create
 from sgpu.driver.messages import (
-    CallStarted,
     DriverEvent,
     EventKind,
     Failure,
@@ -62,6 +62,21 @@ class Output:
         self.messages.put(decode(line))
 
 
+@attrs.frozen
+class Recorded(Calls):
+    """Keeps what is written down of polls: the UUID, None for the end."""
+
+    all: list[str | None] = attrs.field(factory=list)
+
+    def begin(self, part: Part, uuid: str) -> None:
+        super().begin(part, uuid)
+        self.all.append(uuid)
+
+    def end(self, part: Part) -> None:
+        super().end(part)
+        self.all.append(None)
+
+
 class Running:
     """A worker in a thread. `all` are the messages so far."""
 
@@ -73,7 +88,8 @@ class Running:
             patched.setattr(os, "dup", lambda descriptor: descriptor)
             patched.setattr(os, "dup2", lambda source, target: target)
             patched.setattr(os, "fdopen", lambda descriptor, mode: self.output)
-            self._worker = Worker(config)
+            self.calls = Recorded(create().descriptor)
+            self._worker = Worker(config, self.calls)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -156,10 +172,11 @@ class TestPolls:
         first, second = node.driver.gpus(2)
         running = start()
         running.report()
-        assert running.all[0] == CallStarted("")
-        running.all.clear()
-        *calls, _ = (running.report(), *running.all)[1:]
-        assert calls == [CallStarted(""), CallStarted(first.uuid), CallStarted(second.uuid), CallStarted("")]
+        running.report()
+        calls = running.calls.all
+        second_poll = calls.index(None) + 1
+        assert calls[0] == ""
+        assert calls[second_poll : calls.index(None, second_poll)] == ["", first.uuid, second.uuid, ""]
 
     def test_failures(self, node: Node, start: Start) -> None:
         """Emit each call that fails, each time."""
@@ -197,7 +214,9 @@ class TestEvents:
                 running.next(timeout=10 * INTERVAL)
             except queue.Empty:
                 break
-        assert running.all[-1] == CallStarted(stuck.uuid)
+        call = running.calls.current(Part.POLL)
+        assert call
+        assert call.uuid == stuck.uuid
         node.driver.xid(other, 79)
         assert running.next() == DriverEvent(other.uuid, EventKind.XID, 79)
         node.driver.works("nvmlDeviceGetMemoryInfo", stuck)

@@ -48,14 +48,12 @@ from sgpu.api import podresources_pb2
 from sgpu.deviceplugin.messages import check_size
 from sgpu.driver.health import FaultRecord
 from sgpu.driver.messages import (
-    CallStarted,
     DriverEvent,
     EventKind,
     Failure,
     GpuReport,
     InstanceReport,
     LimitReport,
-    LimitStarted,
     Message,
     NotReady,
     ReleasedGpu,
@@ -86,7 +84,7 @@ from sgpu.pods.holders import PodResourcesError, open_lister
 
 # The driver's process
 
-MESSAGES: Final = (Report, NotReady, DriverEvent, CallStarted, Failure, LimitStarted, LimitReport)
+MESSAGES: Final = (Report, NotReady, DriverEvent, Failure, LimitReport)
 
 
 def built(kind: type) -> st.SearchStrategy[Any]:
@@ -152,7 +150,6 @@ LINES: Final = [
         NotReady("not yet"),
         DriverEvent("GPU-a", EventKind.XID, 79),
         DriverEvent("GPU-b", EventKind.XID, 79, 1, 0),
-        CallStarted("GPU-a"),
         Failure("nvmlInit_v2", 9),
     )
 ]
@@ -187,7 +184,6 @@ def handle(message: Message) -> None:
             Report: monitor.report,
             NotReady: monitor.not_ready,
             DriverEvent: monitor.event,
-            CallStarted: lambda call: monitor.unanswered(call.uuid, "it hangs"),
             Failure: monitor.call_failed,
         }
         handlers[type(message)](message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -284,28 +283,28 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], alive: int |
 def _run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None) -> int:
     import trio
 
-    from sgpu import daemon, rpc
-    from sgpu.deviceplugin.place import PlaceTakenError
-    from sgpu.deviceplugin.session import DirectoryRemovedError
     from sgpu.lib import logs
-    from sgpu.lib.concurrency import find_error
-    from sgpu.node.policy import OffersRefusedError
+    from sgpu.start import start
 
     if (needed_by := _uses_api_server(loaded.settings)) and not loaded.settings.node_name:
         hint = "set SGPU_NODE_NAME from the pod's spec.nodeName"
         return _fail(UsageError(f"{needed_by} needs -node-name: {hint}"), USAGE)
     logs.configure(loaded.settings.log_format, loaded.settings.v)
-    gc.freeze()  # modules are no garbage: to look through them takes 5 ms each time, in which the kubelet would wait
     try:
-        trio.run(daemon.run, loaded, reload, alive)
+        trio.run(start, loaded, reload, alive)
     except Exception as error:
         # These end the daemon from deep inside: they are for the operator to put right, not for us to wait out.
+        from sgpu import rpc
+        from sgpu.deviceplugin.place import PlaceTakenError
+        from sgpu.deviceplugin.session import DirectoryRemovedError
+        from sgpu.kubeapi import ApiServerError
+        from sgpu.lib.concurrency import find_error
+        from sgpu.node.policy import OffersRefusedError
+
         if refused := find_error(error, OffersRefusedError):
             return _fail(refused, USAGE)
         if find_error(error, MemoryError):
             return _fail(MEMORY, FAILED)
-        from sgpu.kubeapi import ApiServerError  # here, because only -api dra should pay for it
-
         for kind in (PlaceTakenError, rpc.AddressInUseError, DirectoryRemovedError, ApiServerError):
             if found := find_error(error, kind):
                 return _fail(found, FAILED)

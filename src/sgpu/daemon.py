@@ -22,15 +22,15 @@ from sgpu.config.load import Loaded
 from sgpu.config.settings import Settings
 from sgpu.config.values import parse_tolerance, split_names
 from sgpu.config.watch import watch_settings
+from sgpu.config.worker import worker_config
 from sgpu.deviceplugin import registrar
 from sgpu.deviceplugin.messages import check_size
 from sgpu.deviceplugin.place import Place
 from sgpu.deviceplugin.succession import Succession, confirm, hand_over
 from sgpu.driver import fault_file, limit_file
 from sgpu.driver.health import FaultRecord
-from sgpu.driver.messages import WorkerConfig
 from sgpu.driver.monitor import Monitor
-from sgpu.driver.process import Feed
+from sgpu.driver.process import Feed, Worker
 from sgpu.driver.simulated import simulate
 from sgpu.driver.supervisor import supervise
 from sgpu.lib.concurrency import Broadcast
@@ -56,10 +56,13 @@ from sgpu.pods.watch import WatchOptions, watch_pods
 logger = logging.getLogger(__name__)
 
 
-async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = None) -> None:
+async def run(
+    loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = None, first_worker: Worker | None = None
+) -> None:
     """Run until SIGTERM or SIGINT. `reload` reads the settings again and raises UsageError; it may block.
 
-    `alive`: a pipe for signs of life, as long as someone reads it (`parent`).
+    `alive`: a pipe for signs of life, as long as someone reads it (`parent`). `first_worker`: the driver's process, if
+    it runs already.
 
     Raises, in exception groups, OffersRefusedError, PlaceTakenError, rpc.AddressInUseError and DirectoryRemovedError,
     which the operator has to put right. All else is waited out.
@@ -91,7 +94,8 @@ async def run(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None = 
                 record = FaultRecord() if place.waiting else await _load_faults(settings)
                 monitor = Monitor(node, loaded.xids, record, counters.nvml_errors)
                 # Beside the front-ends: a container that is about to start may wait for a memory limit.
-                front_ends.start_soon(_watch_driver, settings, monitor, watchdog, sender.feed, node.changed)
+                driver = (settings, monitor, watchdog, sender.feed, node.changed, first_worker)
+                front_ends.start_soon(_watch_driver, *driver)
             in_place = trio.Event()
             guard = _guard(settings, node, counters, nursery, in_place)
             nursery.start_soon(watch_pods, _watch_options(settings), node, partial(watchdog.arm, "pods"), guard)
@@ -233,17 +237,15 @@ async def _offer(
 
 
 async def _watch_driver(
-    settings: Settings, monitor: Monitor, watchdog: Watchdog, feed: Feed, changed: Broadcast
+    settings: Settings,
+    monitor: Monitor,
+    watchdog: Watchdog,
+    feed: Feed,
+    changed: Broadcast,
+    first: Worker | None,
 ) -> None:
-    config = WorkerConfig(
-        host_path=settings.host_path,
-        dev_directory=settings.dev_directory,
-        sysfs_directory=settings.sysfs_directory,
-        interval=settings.sample_interval,
-        proc_directory=settings.proc_directory,
-    )
-    expect = partial(watchdog.arm, "driver")
-    await supervise(config, monitor, settings.driver_timeout, expect, feed, monitor.to_release, changed)
+    config, expect = worker_config(settings), partial(watchdog.arm, "driver")
+    await supervise(config, monitor, settings.driver_timeout, expect, feed, monitor.to_release, changed, first)
 
 
 async def _load_faults(settings: Settings) -> FaultRecord:

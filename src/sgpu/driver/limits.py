@@ -13,7 +13,8 @@ from typing import Final
 
 import attrs
 
-from sgpu.driver.messages import LimitReport, LimitStarted, Message
+from sgpu.driver.calls import Calls, Part
+from sgpu.driver.messages import LimitReport, Message
 from sgpu.driver.nvml import Code, Handle, Library, MemoryLimit, NvmlError
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
 
@@ -32,8 +33,9 @@ UNSUPPORTED: Final = {
 class LimitSetter(threading.Thread):
     """Works on the table that it was given last: on what is new in it at once, on all of it when `check` is called."""
 
-    def __init__(self, library: Library, emit: Callable[[Message], None]) -> None:
+    def __init__(self, library: Library, emit: Callable[[Message], None], calls: Calls) -> None:
         super().__init__(name="limits", daemon=True)
+        self._calls = calls
         self._library = library
         self._emit = emit
         self._handles: dict[str, Handle] = {}
@@ -82,7 +84,9 @@ class LimitSetter(threading.Thread):
             if self._ending:
                 return
             try:
-                if answers := tuple(self._work(self._take())):
+                answers = tuple(self._work(self._take()))
+                self._calls.end(Part.LIMITS)
+                if answers:
                     self._emit(LimitReport(answers))
             except OSError:  # the parent is gone; the main thread finds out, too
                 return
@@ -101,7 +105,7 @@ class LimitSetter(threading.Thread):
         for wanted in sorted(table, key=lambda wanted: wanted.uuid):
             if wanted.uuid != last:
                 last = wanted.uuid
-                self._emit(LimitStarted(wanted.uuid))
+                self._calls.begin(Part.LIMITS, wanted.uuid)
             yield self._answer(wanted)
 
     def _answer(self, wanted: WantedLimit) -> LimitAnswer:
@@ -168,9 +172,9 @@ def _missing_controller(cgroup: str) -> str:
 
 
 @contextmanager
-def limit_setter(library: Library, emit: Callable[[Message], None]) -> Iterator[LimitSetter]:
+def limit_setter(library: Library, emit: Callable[[Message], None], calls: Calls) -> Iterator[LimitSetter]:
     """Open a setter for this library; it is stopped at the end."""
-    setter = LimitSetter(library, emit)
+    setter = LimitSetter(library, emit, calls)
     try:
         yield setter
     finally:

@@ -160,25 +160,11 @@ class DriverEvent:
 
 
 @attrs.frozen
-class CallStarted:
-    """A call of libnvidia-ml begins that may never return: about this GPU, or about the driver if empty."""
-
-    uuid: str
-
-
-@attrs.frozen
 class Failure:
     """A function of libnvidia-ml answered an error that it should not. Whatever was being asked about, still is."""
 
     function: str
     code: int
-
-
-@attrs.frozen
-class LimitStarted:
-    """A call about a memory limit of this GPU begins that may never return. It runs beside the polls."""
-
-    uuid: str
 
 
 @attrs.frozen
@@ -188,11 +174,9 @@ class LimitReport:
     answers: tuple[LimitAnswer, ...]
 
 
-Message = Report | NotReady | DriverEvent | CallStarted | Failure | LimitStarted | LimitReport
+Message = Report | NotReady | DriverEvent | Failure | LimitReport
 
-_KINDS = {
-    kind.__name__: kind for kind in (Report, NotReady, DriverEvent, CallStarted, Failure, LimitStarted, LimitReport)
-}
+_KINDS = {kind.__name__: kind for kind in (Report, NotReady, DriverEvent, Failure, LimitReport)}
 
 
 def encode_config(config: WorkerConfig) -> str:

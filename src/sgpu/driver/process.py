@@ -10,22 +10,15 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Final
 
 import attrs
 import trio
 
-from sgpu.driver.messages import (
-    CallStarted,
-    DriverEvent,
-    Failure,
-    LimitReport,
-    LimitStarted,
-    Message,
-    WorkerConfig,
-    decode,
-    encode_config,
-)
+from sgpu.driver.calls import Calls, Part, create
+from sgpu.driver.messages import Message, NotReady, Report, WorkerConfig, decode, encode_config
+from sgpu.lib.concurrency import race
 from sgpu.lib.limits import explain
 from sgpu.lib.threads import refusals
 
@@ -58,27 +51,40 @@ class Outcome:
     in_call: str | None = None
 
 
+@attrs.frozen
+class Worker:
+    """A process that was started, and what it writes down of its calls."""
+
+    process: trio.Process
+    calls: Calls
+
+
 async def run_worker(
     config: WorkerConfig,
     deadline: float,
     left_behind: list[trio.Process],
     handle: Callable[[Message], None],
     feed: Feed = no_input,
+    going_on: Callable[[], None] = lambda: None,
+    started: Worker | None = None,
 ) -> Outcome:
     """Run a worker and handle its messages, until it ends or a call does not return.
 
     `deadline`: seconds after which a call of the driver counts as one that does not return. `feed` writes to its
-    standard input until it is cancelled. In the end the process is killed; it is appended to `left_behind`, because one
-    that is stuck in the kernel does not even die then. Raises, in a group, what `handle` and `feed` raise.
+    standard input until it is cancelled. `going_on` is called each time that it turns out that it still may. `started`:
+    a worker with this configuration that runs already. In the end the process is killed; it is appended to
+    `left_behind`, because one that is stuck in the kernel does not even die then. Raises, in a group, what `handle` and
+    `feed` raise.
     """
     try:
-        process = await _start(config)
+        worker = started or await open_worker(config)
     except OSError as error:  # for want of processes or memory
         return Outcome(f"the driver's process can't be started: {explain(error)}", "")
-    async with _killed_at_the_end(process, left_behind), trio.open_nursery() as nursery:
-        assert process.stdin is not None
-        nursery.start_soon(_feed, feed, process.stdin)
-        outcome = await _Reader(config.interval, deadline, handle).read(process)
+    async with _killed_at_the_end(worker, left_behind), trio.open_nursery() as nursery:
+        assert worker.process.stdin is not None
+        nursery.start_soon(_feed, feed, worker.process.stdin)
+        listener = _Listener(worker, config.interval, deadline)
+        outcome = await race(partial(listener.read, handle), partial(listener.wait_for_hang, going_on))
         nursery.cancel_scope.cancel()
     return outcome
 
@@ -88,61 +94,69 @@ async def _feed(feed: Feed, stream: trio.abc.SendStream) -> None:
         await feed(stream)
 
 
-class _Reader:
-    """Reads the messages of one process."""
+class _Listener:
+    """Reads the messages of one process, and notices when they do not come."""
 
-    def __init__(self, interval: float, deadline: float, handle: Callable[[Message], None]) -> None:
+    def __init__(self, worker: Worker, interval: float, deadline: float) -> None:
+        self._process = worker.process
+        self._calls = worker.calls
         self._interval = interval
         self._deadline = deadline
-        self._handle = handle
         self._started = False
-        self._in_call: str | None = None
-        self._limits_of: str | None = None  # the GPU that a call about limits is about
-        self._limits_due = float("inf")
+        self._answered_at = trio.current_time()
 
-    async def read(self, process: trio.Process) -> Outcome:
-        """Read until the process ends or is silent for too long."""
-        assert process.stdout is not None
-        due = trio.current_time() + max(self._patience, START_TIMEOUT)
-        async with aclosing(_lines(process.stdout)) as lines:
-            while True:
-                with trio.move_on_at(min(due, self._limits_due)):
-                    line = await anext(lines, None)
-                    if line is None:
-                        return await self._ended(process)
-                    try:
-                        message = decode(line)
-                    except ValueError as error:
-                        return Outcome(str(error), self._in_call)
-                    self._started = True
-                    if isinstance(message, (LimitStarted, LimitReport)):
-                        self._take_limits(message)
-                    elif not isinstance(message, (DriverEvent, Failure)):  # those come while a call goes on
-                        self._in_call = message.uuid if isinstance(message, CallStarted) else None
-                        due = trio.current_time() + self._patience
-                    self._handle(message)
-                    continue
-                in_call = self._in_call if self._limits_due > due else self._limits_of
-                return Outcome(f"the driver has not answered for {self._deadline:g} s", in_call)
+    async def read(self, handle: Callable[[Message], None]) -> Outcome:
+        """Read until the process ends."""
+        assert self._process.stdout is not None
+        async with aclosing(_lines(self._process.stdout)) as lines:
+            async for line in lines:
+                try:
+                    message = decode(line)
+                except ValueError as error:
+                    return Outcome(str(error), self._in_call)
+                self._started = True
+                if isinstance(message, (Report, NotReady)):  # others come while a call goes on
+                    self._answered_at = trio.current_time()
+                handle(message)
+        return await self._ended()
 
-    def _take_limits(self, message: LimitStarted | LimitReport) -> None:
-        """Note whether a call about limits goes on: it is made beside the others, and has a deadline of its own."""
-        begins = isinstance(message, LimitStarted)
-        self._limits_of = message.uuid if isinstance(message, LimitStarted) else None
-        self._limits_due = trio.current_time() + self._deadline if begins else float("inf")
+    async def wait_for_hang(self, going_on: Callable[[], None]) -> Outcome:
+        """Look as often as a call may begin and not return in time, until one has not, or nothing is heard."""
+        while (pause := self._pause()) > 0:
+            going_on()
+            await trio.sleep(pause)
+        calls = filter(None, map(self._calls.current, Part))
+        hanging = next((call.uuid for call in calls if call.seconds >= self._deadline), None)
+        return Outcome(f"the driver has not answered for {self._deadline:g} s", hanging)
+
+    def _pause(self) -> float:
+        """Return the seconds after which it may have been silent for too long; not positive: it has."""
+        pause = self._deadline
+        for call in filter(None, map(self._calls.current, Part)):
+            pause = min(pause, self._deadline - call.seconds)
+        if self._in_call is None:
+            silent = trio.current_time() - self._answered_at
+            patience = self._interval + self._deadline
+            pause = min(pause, (patience if self._has_begun else max(patience, START_TIMEOUT)) - silent)
+        return pause
 
     @property
-    def _patience(self) -> float:
-        """Return how many seconds the process may be silent: the deadline; between polls, the interval as well."""
-        return self._deadline if self._in_call is not None else self._interval + self._deadline
+    def _in_call(self) -> str | None:
+        call = self._calls.current(Part.POLL)
+        return call.uuid if call else None
 
-    async def _ended(self, process: trio.Process) -> Outcome:
+    @property
+    def _has_begun(self) -> bool:
+        return self._started or self._calls.any
+
+    async def _ended(self) -> Outcome:
+        process = self._process
         with trio.move_on_after(EXIT_TIMEOUT):
             await process.wait()
-        if process.returncode == 0 and self._started and self._in_call is None:
+        if process.returncode == 0 and self._has_begun and self._in_call is None:
             return Outcome()  # it ends by itself only between polls; a library that exits does so in a call
         status = _exit_status(process.returncode)
-        if not self._started:
+        if not self._has_begun:
             return Outcome(f"the driver's process ended before it asked the driver anything ({status})")
         return Outcome(f"the driver's library took its process down ({status})", self._in_call)
 
@@ -158,25 +172,36 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
             return
 
 
-async def _start(config: WorkerConfig) -> trio.Process:
+async def open_worker(config: WorkerConfig) -> Worker:
     """Start a worker. Raises OSError."""
+    calls = create()
     # -P: `-m` alone would import from the working directory, which may be anybody's.
-    command = [sys.executable, "-P", "-m", "sgpu.driver", encode_config(config)]
-    # A session of its own, so that a terminal's Ctrl-C is ours alone to answer.
-    with refusals():  # trio starts it in a thread
-        return await trio.lowlevel.open_process(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
+    command = [sys.executable, "-P", "-m", "sgpu.driver", encode_config(config), str(calls.descriptor)]
+    try:
+        with refusals():  # trio starts it in a thread
+            process = await trio.lowlevel.open_process(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[calls.descriptor],
+                start_new_session=True,  # so that a terminal's Ctrl-C is ours alone to answer
+            )
+    except BaseException:
+        calls.close()
+        raise
+    return Worker(process, calls)
 
 
 @asynccontextmanager
-async def _killed_at_the_end(process: trio.Process, left_behind: list[trio.Process]) -> AsyncIterator[None]:
+async def _killed_at_the_end(worker: Worker, left_behind: list[trio.Process]) -> AsyncIterator[None]:
     """Kill the process at the end; nobody waits for it."""
+    process = worker.process
     try:
         yield
     finally:
         process.kill()
         left_behind.append(process)
+        worker.calls.close()
         with trio.move_on_after(EXIT_TIMEOUT) as scope:
             scope.shield = True
             for stream in filter(None, (process.stdin, process.stdout)):

@@ -24,7 +24,7 @@ from sgpu.driver.messages import (
     WorkerConfig,
 )
 from sgpu.driver.monitor import Monitor
-from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, no_input, run_worker
+from sgpu.driver.process import EXIT_TIMEOUT, START_TIMEOUT, Feed, Outcome, Worker, no_input, run_worker
 from sgpu.lib.concurrency import Broadcast
 from sgpu.lib.logs import OnChange
 
@@ -49,8 +49,9 @@ async def supervise(
     feed: Feed = no_input,
     to_release: Callable[[], tuple[ReleasedGpu, ...]] = lambda: (),
     changed: Broadcast | None = None,
+    first: Worker | None = None,
 ) -> None:
-    """Keep a worker running, and hand its messages to the monitor.
+    """Keep a worker running, and hand its messages to the monitor. `first`: one that was started already.
 
     `deadline`: seconds after which a call of the driver counts as one that does not return. `expect` is called each
     time with the seconds until it is called again at the latest. `feed` writes to the worker. `to_release` returns the
@@ -60,7 +61,7 @@ async def supervise(
         supervisor = _Supervisor(config, monitor, deadline, expect, feed, to_release, nursery)
         nursery.start_soon(supervisor.retry_faulty)
         nursery.start_soon(supervisor.follow_releases, changed or Broadcast())
-        await supervisor.keep_running()
+        await supervisor.keep_running(first)
 
 
 class _Supervisor:
@@ -97,7 +98,7 @@ class _Supervisor:
         self._left_behind: list[trio.Process] = []
         self._trying: list[WorkerConfig] = []  # of the single polls, until their processes have died
 
-    async def keep_running(self) -> None:
+    async def keep_running(self, started: Worker | None) -> None:
         """Run one worker after the other."""
         delay = FIRST_RESTART
         left_behind = self._left_behind
@@ -108,7 +109,10 @@ class _Supervisor:
             self._answered = False
             outcome = Outcome()
             with trio.CancelScope() as self._running:
-                outcome = await run_worker(self._current(), self._deadline, left_behind, self._handle, self._feed)
+                outcome = await run_worker(
+                    self._current(), self._deadline, left_behind, self._handle, self._feed, self._going_on, started
+                )
+            started = None
             if not outcome.problem:
                 await _wait_for_last(left_behind)  # the others die while the next one is delayed
                 continue
@@ -187,8 +191,11 @@ class _Supervisor:
             self._suspects[outcome.in_call] = None
             self._nursery.start_soon(self._try_suspect, outcome.in_call)
 
-    def _handle(self, message: Message) -> None:
+    def _going_on(self) -> None:
         self._expect(self._longest_silence)
+
+    def _handle(self, message: Message) -> None:
+        self._going_on()
         if isinstance(message, Report):
             self._answered = True
             self._known, self._problems = message.order, _problems(message)

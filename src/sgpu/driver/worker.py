@@ -18,11 +18,11 @@ from typing import Final
 
 import attrs
 
-from sgpu.driver import nvml
+from sgpu.driver import calls, nvml
+from sgpu.driver.calls import Calls, Part
 from sgpu.driver.events import EventListener, NoEvents, event_listener
 from sgpu.driver.limits import LimitSetter, limit_setter
 from sgpu.driver.messages import (
-    CallStarted,
     Failure,
     Message,
     NotReady,
@@ -60,15 +60,16 @@ class NoGpuError(NotReadyError):
 class Worker:
     """The loop of the process: open the library, poll, emit what the driver says."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, calls: Calls) -> None:
         self._config = config
+        self._calls = calls
         places = (config.host_path, config.dev_directory, config.sysfs_directory, config.proc_directory)
         self._places = Places(*map(Path, places))
         self._uvm = UvmNodes(self._places.host_path, self._places.dev_directory)
         self._capabilities = CapabilityNodes(self._places.host_path, self._places.dev_directory)
         self._known = config.known
         self._released = Released(config.released, self._places.sysfs_directory)
-        self._in_call: str | None = None  # as CallStarted said last
+        self._in_call: str | None = None  # as was written down last
         # Standard output is the parent's alone: what the library prints goes where the log goes.
         self._output = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
@@ -125,9 +126,9 @@ class Worker:
         return f"{error}; install the driver, or set -host-path to where its libraries are"
 
     def _call_started(self, uuid: str) -> None:
-        """Say that a call begins that may not return. The parent takes it to go on until the next message."""
+        """Write down that a call begins that may not return: it goes on until the next report."""
         if uuid != self._in_call:
-            self._emit(CallStarted(uuid))
+            self._calls.begin(Part.POLL, uuid)
             self._in_call = uuid
 
     def _call_failed(self, function: str, code: int) -> None:
@@ -137,6 +138,7 @@ class Worker:
         """Write a message. Raises OSError, which ends the process."""
         if isinstance(message, (Report, NotReady)):
             self._in_call = None
+            self._calls.end(Part.POLL)
         with self._emitting:
             self._output.write(encode(message))
             self._output.flush()
@@ -180,7 +182,7 @@ class Worker:
 
     @contextmanager
     def _open_setter(self, library: Library) -> Iterator[LimitSetter]:
-        with limit_setter(library, self._emit) as setter:
+        with limit_setter(library, self._emit, self._calls) as setter:
             self._setter = setter
             setter.want(self._limits)
             try:
@@ -231,10 +233,13 @@ def _names(directory: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run with the configuration on the command line until the parent is gone."""
+    """Run with the configuration on the command line until the parent is gone.
+
+    What follows it is the descriptor of `calls`; without one, nobody looks.
+    """
     try:
         config = decode_config(sys.argv[1])
-        worker = Worker(config)
+        worker = Worker(config, Calls(int(sys.argv[2])) if len(sys.argv) > 2 else calls.create())
         if not config.once:  # else it sets no limits, and ends by itself
             threading.Thread(target=worker.read_limits, args=(_lines(0),), name="input", daemon=True).start()
         worker.run()

@@ -14,14 +14,16 @@ from sgpu.commands.doctor.host import Host
 from sgpu.commands.doctor.libraries import Library
 from sgpu.config.settings import Settings
 from sgpu.driver.health import polled_problems
-from sgpu.driver.messages import CallStarted, GpuReport, Message, NotReady, Report, WorkerConfig
+from sgpu.driver.messages import GpuReport, Message, NotReady, Report, WorkerConfig
 from sgpu.driver.nvml import Code
-from sgpu.driver.process import run_worker
+from sgpu.driver.process import Outcome, run_worker
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.sizes import part_of
 
 #: Seconds that the driver gets to answer. A driver that nobody holds open takes some of them to wake its GPUs.
 DEADLINE: Final = 7.0
+#: Seconds that the process that asks may take until its first call.
+START_TIME: Final = 2.0
 #: Seconds that a process which was killed gets to be gone. One that is stuck in the kernel is left to it.
 REAP_TIMEOUT: Final = 0.5
 _MISMATCH: Final = (
@@ -70,15 +72,15 @@ async def ask(settings: Settings) -> Answer:
     said: list[Message] = []
     ended: list[trio.Process] = []
     began = trio.current_time()
-    problem = f"NVML has not answered for {DEADLINE:g} s"
-    with trio.move_on_after(DEADLINE):
-        problem = (await run_worker(config, DEADLINE, ended, said.append)).problem
+    outcome = Outcome(f"NVML has not answered for {DEADLINE:g} s")
+    with trio.move_on_after(DEADLINE + START_TIME):  # none of its calls hangs by itself, but all of them are slow
+        outcome = await run_worker(config, DEADLINE, ended, said.append)
     with trio.move_on_after(REAP_TIMEOUT):
         for process in ended:
             await process.wait()  # or the daemon, where it is process 1, has a zombie of ours
     answer = Answer(
-        problem=problem,
-        in_call=next((message.uuid for message in reversed(said) if isinstance(message, CallStarted)), ""),
+        problem=outcome.problem,
+        in_call=outcome.in_call or "",
         seconds=trio.current_time() - began,
     )
     for message in said:
