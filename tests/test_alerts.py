@@ -26,7 +26,7 @@ from watching import wait_until
 
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.counters import Counters
-from sgpu.observe.metrics import page
+from sgpu.observe.metrics import Pages
 
 ROOT: Final = Path(__file__).parents[1]
 RULES: Final = [
@@ -184,7 +184,7 @@ class TestOthers:
         limited = ContainerUse("team", "a", "main", 1, GPU.memory_total, memory_limit=GIB, limit_state="refused")
         held = attrs.evolve(limited, pod="b", limit_state="enforced")
         full = attrs.evolve(GPU, memory_used=GPU.memory_total, shares=4, containers=(limited, held))
-        scraped = page(attrs.evolve(SNAPSHOT, gpus=(full,)), Counters(), "", "").text.decode()
+        scraped = Pages().page(attrs.evolve(SNAPSHOT, gpus=(full,)), Counters(), "", "").text.decode()
         names = ("SgpuMemoryFull", "SgpuMemoryLimitNotEnforced", "SgpuContainerOverItsPart")
         check(tmp_path, series(scraped, 30), **firing(*names))
 

@@ -35,7 +35,7 @@ def _series() -> dict[str, set[str]]:
     counters.registrations["example.com/gpu", True] += 1
     labels: dict[str, set[str]] = {}
     for family in families(attrs.evolve(SNAPSHOT, gpus=(gpu,)), counters):
-        for sample in family.samples:
+        for sample in family.metric().samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
     return labels
 

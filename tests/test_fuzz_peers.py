@@ -75,7 +75,7 @@ from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
 from sgpu.observe.counters import Counters
 from sgpu.observe.http import Server
-from sgpu.observe.metrics import page
+from sgpu.observe.metrics import Pages
 from sgpu.observe.observer import Observer
 from sgpu.observe.orders import BadOrderError, decode_order
 from sgpu.observe.registrations import Registrations
@@ -188,7 +188,7 @@ def handle(message: Message) -> None:
         }
         handlers[type(message)](message)
         observer = Observer(node, Registrations(counters), counters, Watchdog(), monitor)
-        page(observer.snapshot(), counters, "", "")
+        Pages().page(observer.snapshot(), counters, "", "")
 
     trio.run(run)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 
 import pytest
+
+from sgpu.__main__ import TLS
 
 #: Modules: one that is postponed, and one that shows whether it was imported after all.
 MODULE, INNER = "ssl", "_ssl"
@@ -16,7 +19,14 @@ MODULE, INNER = "ssl", "_ssl"
     [
         pytest.param("import ssl", False, id="imported"),
         pytest.param("import ssl; from ssl import SSLContext", False, id="named in an annotation"),
+        pytest.param("import ssl; ssl.PROTOCOL_TLS_CLIENT", False, id="in the head of a function"),
         pytest.param("import ssl; ssl.create_default_context()", True, id="used"),
+        pytest.param(
+            "import ssl as early; tls = early.SSLContext(early.PROTOCOL_TLS_CLIENT); import ssl; "
+            "assert isinstance(tls, ssl.SSLContext) and isinstance(tls, early.SSLContext)",
+            True,
+            id="made by what was named in an annotation",
+        ),
         pytest.param("from ssl import SSLObject", True, id="taken from"),
         pytest.param("import ssl as early; early.CERT_NONE; import ssl; assert ssl.CERT_NONE is early.CERT_NONE", True),
     ],
@@ -24,10 +34,15 @@ MODULE, INNER = "ssl", "_ssl"
 def test_postponed(code: str, imported: bool) -> None:
     """Import the module only for what is of use, and then the real one, wherever it was imported before."""
     program = (
-        f"import sys; from sgpu.lib.postpone import postpone; postpone({MODULE!r}, 'SSLContext'); {code};"
+        f"import sys; from sgpu.lib.postpone import postpone; postpone({MODULE!r}, ['SSLContext'], {TLS}); {code};"
         f"assert ({INNER!r} in sys.modules) is {imported}"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_numbers() -> None:
+    """Give the numbers of protocols that `ssl` has."""
+    assert {name: getattr(ssl, name) for name in TLS} == TLS
 
 
 def test_imported_already() -> None:

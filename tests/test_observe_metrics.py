@@ -20,7 +20,7 @@ from sgpu.lib.sizes import GIB
 from sgpu.node.container import StaleAnswer
 from sgpu.node.usage import ContainerUse
 from sgpu.observe.counters import Counters
-from sgpu.observe.metrics import page
+from sgpu.observe.metrics import Page, Pages
 from sgpu.observe.snapshot import CordonSnapshot, ResourceSnapshot, Snapshot
 
 RESOURCE = "example.com/gpu"
@@ -94,6 +94,11 @@ def series(snapshot: Snapshot, counters: Counters, accept: str = "") -> dict[str
 @pytest.fixture(params=["", OPENMETRICS], ids=["Prometheus", "OpenMetrics"])
 def accept(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
+    """The first one that is made."""
+    return Pages().page(snapshot, counters, accept, accept_encoding)
 
 
 class TestSeries:
@@ -202,6 +207,11 @@ class TestSeries:
         assert "process_cpu_seconds_total" in text
 
 
+def own(text: bytes) -> list[bytes]:
+    """The lines that do not change by themselves."""
+    return [line for line in text.splitlines() if not line.startswith(b"process_")]
+
+
 class TestFormat:
     @pytest.mark.parametrize(
         ("accept", "content_type"),
@@ -224,10 +234,17 @@ class TestFormat:
         plain, compressed = (page(NODE, Counters(), "", encoding) for encoding in ("identity", "gzip, br"))
         assert (plain.encoding, compressed.encoding) == ("", "gzip")
 
-        def own(text: bytes) -> list[bytes]:
-            return [line for line in text.splitlines() if not line.startswith(b"process_")]
-
         assert own(gzip.decompress(compressed.text)) == own(plain.text)
+
+    def test_the_next_page(self) -> None:
+        """Make of what was kept what would be made anew, whatever has changed since."""
+        pages = Pages()
+        less = attrs.evolve(UP, containers=(WEB, attrs.evolve(TRAIN, shares=2)))
+        for gpus in ((UP, DOWN), (UP, DOWN), (less, DOWN), ()):
+            snapshot = attrs.evolve(NODE, gpus=gpus)
+            for wanted in (OPENMETRICS, OPENMETRICS, ""):
+                text = pages.page(snapshot, counted(), wanted, "").text
+                assert own(text) == own(page(snapshot, counted(), wanted, "").text)
 
 
 def test_instance(accept: str) -> None:

@@ -8,6 +8,10 @@ import sys
 NO_ROOM = "failed to map segment from shared object"
 
 
+#: What prometheus_client has in the heads of functions: the numbers of `ssl.PROTOCOL_…`.
+TLS = {"PROTOCOL_TLS_CLIENT": 16, "PROTOCOL_TLS_SERVER": 17}
+
+
 def main() -> None:
     """Run the console script."""
     # Until the daemon listens for signals itself, being told to stop ends the process as cleanly: there is nothing
@@ -22,8 +26,10 @@ def main() -> None:
 
     def start(alive: int | None) -> int:
         try:
-            postpone("ssl", "SSLContext")  # trio and anyio import TLS, 4.7 MB, and only `-api dra` needs it
+            # trio, anyio and prometheus_client import TLS, 4.7 MB, which only the API server needs.
+            postpone("ssl", ("SSLContext", "TLSVersion"), TLS)
             postpone("hmac")
+            postpone("hashlib")
             postpone("inspect")  # attrs imports these, and trio needs them, but not every command needs trio
             postpone("attr.validators")
             from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of memory

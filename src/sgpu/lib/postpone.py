@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
+
+_NONE: Mapping[str, object] = MappingProxyType({})
 
 
 class _Postponed(ModuleType):
@@ -17,13 +20,27 @@ class _Postponed(ModuleType):
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # anything of the module's
         if name.startswith("__"):
             raise AttributeError(name)  # whoever imports it looks for those, too
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
+        return getattr(_import(self.__name__), name)
 
 
-def postpone(name: str, *annotations: str) -> None:
-    """Import the module later, if it is not imported yet. `annotations`: what is imported of it to annotate with."""
+def _import(name: str) -> ModuleType:
+    """Return the real module, and give the stand-in what it has, for those who imported that."""
+    if isinstance(sys.modules.get(name), _Postponed):
+        stand_in = sys.modules.pop(name)
+        stand_in.__dict__.update(vars(importlib.import_module(name)))
+    return importlib.import_module(name)
+
+
+def postpone(name: str, classes: Iterable[str] = (), values: Mapping[str, object] = _NONE) -> None:
+    """Import the module later, if it is not imported yet.
+
+    `classes` and `values` are what those who import it have in the heads of their functions.
+    """
     if name not in sys.modules:
         sys.modules[name] = module = _Postponed(name)
-        module.__dict__.update({each: type(each, (), {}) for each in annotations})
+        module.__dict__.update({each: _stand_in(name, each) for each in classes}, **values)
+
+
+def _stand_in(module: str, name: str) -> type:
+    """Return a class whose instances are those of the real one."""
+    return type(name, (), {"__new__": lambda _, *values, **named: getattr(_import(module), name)(*values, **named)})

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -32,7 +32,7 @@ from sgpu.observe.orders import BadOrderError, decode_order, encode
 from sgpu.observe.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from sgpu.observe.metrics import Page
+    from sgpu.observe.metrics import Page, Pages
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,13 @@ async def serve_metrics(address: str, observer: Observer, in_place: trio.Event, 
     host, port = split_address(address) or ("", 0)
     sys.setswitchinterval(SWITCH_INTERVAL)
     one_at_a_time = trio.CapacityLimiter(1)  # or a burst of scrapes would take the processor from the kubelet's calls
+    pages = cache(_open_pages)
 
     async def metrics(request: Request) -> Response:
         accept, encoding = (request.headers.get(name, "") for name in ("accept", "accept-encoding"))
         async with one_at_a_time:
-            scraped = await run_in_thread(_metrics, observer.snapshot(), observer.counters.copy(), accept, encoding)
+            now = (observer.snapshot(), observer.counters.copy())
+            scraped = await run_in_thread(_metrics, pages, *now, accept, encoding)
         headers = {"Content-Encoding": scraped.encoding} if scraped.encoding else {}
         return Response(200, scraped.text, scraped.content_type, {**headers, "Vary": "Accept, Accept-Encoding"})
 
@@ -105,10 +107,16 @@ async def serve_metrics(address: str, observer: Observer, in_place: trio.Event, 
     await _serve(address, partial(_tcp, host, port), routes, remedy, in_place)
 
 
-def _metrics(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
-    from sgpu.observe import metrics  # here, in a thread: only who is scraped pays for it
+def _open_pages() -> Pages:
+    from sgpu.observe.metrics import Pages  # here, in a thread: only who is scraped pays for it
 
-    return metrics.page(snapshot, counters, accept, accept_encoding)
+    return Pages()
+
+
+def _metrics(
+    pages: Callable[[], Pages], snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str
+) -> Page:
+    return pages().page(snapshot, counters, accept, accept_encoding)
 
 
 def _page(snapshot: Snapshot, query: str) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 import attrs
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -29,6 +29,8 @@ from sgpu.observe.snapshot import Snapshot
 
 #: Of gzip. More makes it hardly smaller.
 COMPRESSION: Final = 1
+#: Ends a page of OpenMetrics.
+END: Final = b"# EOF\n"
 RESULTS: Final = {True: "success", False: "failure"}
 CONTAINER: Final = ("uuid", "namespace", "pod", "container")
 #: As Prometheus writes them in `le`.
@@ -47,20 +49,58 @@ class Page:
     encoding: str
 
 
-def page(snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
-    """Return the page as the request's headers ask for it: OpenMetrics or Prometheus' format, compressed or not."""
-    try:
-        encode, content_type = choose_encoder(accept)
-    except TypeError:  # a version that is none
-        encode, content_type = choose_encoder("")
-    text = encode(_Families(snapshot, counters))
-    if gzip_accepted(accept_encoding):
-        return Page(gzip.compress(text, COMPRESSION, mtime=0), content_type, "gzip")
-    return Page(text, content_type, "")
+class Pages:
+    """Makes the pages, one at a time. Keeps the text of each family: what is as before is not written again."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[Family, str, bytes]] = {}
+
+    def page(self, snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
+        """Return the page as the request's headers ask for it: OpenMetrics or Prometheus' format, compressed or not."""
+        try:
+            encode, content_type = choose_encoder(accept)
+        except TypeError:  # a version that is none
+            encode, content_type = choose_encoder("")
+        for family in families(snapshot, counters):
+            if self._written.get(family.name, ())[:2] != (family, content_type):
+                text = encode(_Metrics([family.metric()])).removesuffix(END)
+                self._written[family.name] = (family, content_type, text)
+        process = encode(_Metrics(ProcessCollector(registry=CollectorRegistry()).collect()))
+        text = b"".join((*(text for _, _, text in self._written.values()), process))
+        if gzip_accepted(accept_encoding):
+            return Page(gzip.compress(text, COMPRESSION, mtime=0), content_type, "gzip")
+        return Page(text, content_type, "")
 
 
-def families(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
-    """Yield all series, except those of the process. The node's are the serving daemon's, not the standby's."""
+class _Metrics(Collector):
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+@attrs.frozen
+class Family:
+    """All series of one name. A sample is the labels' values, and what else `add_metric` of its kind takes."""
+
+    kind: Any
+    name: str
+    meaning: str
+    labels: Labels
+    samples: Sequence[tuple[Labels, tuple[Any, ...]]]
+
+    def metric(self) -> Metric:
+        """Return the family as prometheus_client has it."""
+        metric = self.kind(self.name, self.meaning, labels=self.labels)
+        for labels, value in self.samples:
+            metric.add_metric([_utf8(label) for label in labels], *value)
+        assert isinstance(metric, Metric)
+        return metric
+
+
+def families(snapshot: Snapshot, counters: Counters) -> Iterator[Family]:
+    """Yield all of them, except those of the process. The node's are the serving daemon's, not the standby's."""
     if snapshot.standby:
         snapshot = attrs.evolve(snapshot, gpus=(), resources=())
     yield from _of_gpus(snapshot)
@@ -68,17 +108,7 @@ def families(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
     yield from _of_daemon(snapshot, counters)
 
 
-class _Families(Collector):
-    def __init__(self, snapshot: Snapshot, counters: Counters) -> None:
-        self._snapshot = snapshot
-        self._counters = counters
-
-    def collect(self) -> Iterator[Metric]:
-        yield from families(self._snapshot, self._counters)
-        yield from ProcessCollector(registry=CollectorRegistry()).collect()
-
-
-def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
+def _of_gpus(snapshot: Snapshot) -> Iterator[Family]:
     gpus = snapshot.gpus
     yield _info(
         "sgpu_gpu",
@@ -121,7 +151,7 @@ def _of_gpus(snapshot: Snapshot) -> Iterator[Metric]:
         )
 
 
-def _of_containers(snapshot: Snapshot) -> Iterator[Metric]:
+def _of_containers(snapshot: Snapshot) -> Iterator[Family]:
     uses = [((gpu.uuid, use.namespace, use.pod, use.container), use) for gpu in snapshot.gpus for use in gpu.containers]
     yield _gauge(
         "sgpu_container_shares",
@@ -158,7 +188,7 @@ def _of_containers(snapshot: Snapshot) -> Iterator[Metric]:
     )
 
 
-def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
+def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Family]:
     yield _info("sgpu_build", "Versions.", ("version", "driver_version"), [(snapshot.version, snapshot.driver_version)])
     age = None if snapshot.sampled_at is None else max(snapshot.time - snapshot.sampled_at, 0)
     yield _gauge("sgpu_sample_age_seconds", "Time since the driver last answered.", (), [((), age)])
@@ -207,39 +237,36 @@ def _of_daemon(snapshot: Snapshot, counters: Counters) -> Iterator[Metric]:
         (*CONTAINER, "action"),
         counters.guard_actions.items(),
     )
-    calls = HistogramMetricFamily(
-        "sgpu_rpc_duration_seconds", "The kubelet's calls; a stream counts when it ends.", labels=("method", "code")
+    yield Family(
+        HistogramMetricFamily,
+        "sgpu_rpc_duration_seconds",
+        "The kubelet's calls; a stream counts when it ends.",
+        ("method", "code"),
+        [
+            (names, (list(zip(BOUNDS, accumulate(durations.counts), strict=True)), durations.total))
+            for names, durations in counters.calls.items()
+        ],
     )
-    for names, durations in counters.calls.items():
-        calls.add_metric(names, list(zip(BOUNDS, accumulate(durations.counts), strict=True)), durations.total)
-    yield calls
 
 
 def _ratio(percent: int | None) -> float | None:
     return None if percent is None else percent / 100
 
 
-def _gauge(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
-    return _filled(GaugeMetricFamily(name, meaning, labels=labels), samples)
+def _gauge(name: str, meaning: str, labels: Labels, samples: Samples) -> Family:
+    return Family(GaugeMetricFamily, name, meaning, labels, _known(samples))
 
 
-def _counter(name: str, meaning: str, labels: Labels, samples: Samples) -> Metric:
-    return _filled(CounterMetricFamily(name, meaning, labels=labels), samples)
+def _counter(name: str, meaning: str, labels: Labels, samples: Samples) -> Family:
+    return Family(CounterMetricFamily, name, meaning, labels, _known(samples))
 
 
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
-    """Add the samples whose value is known to the family."""
-    for values, value in samples:
-        if value is not None:
-            family.add_metric([_utf8(label) for label in values], value)
-    return family
+def _info(name: str, meaning: str, labels: Labels, samples: Iterable[Labels]) -> Family:
+    return Family(InfoMetricFamily, name, meaning, labels, [(values, ({},)) for values in samples])
 
 
-def _info(name: str, meaning: str, labels: Labels, samples: Iterable[Labels]) -> Metric:
-    family = InfoMetricFamily(name, meaning, labels=labels)
-    for values in samples:
-        family.add_metric([_utf8(value) for value in values], {})
-    return family
+def _known(samples: Samples) -> list[tuple[Labels, tuple[float]]]:
+    return [(labels, (value,)) for labels, value in samples if value is not None]
 
 
 def _utf8(text: str) -> str:
