@@ -28,11 +28,13 @@ from sgpu.node.container import StaleAnswer
 from sgpu.node.policy import Policy
 from sgpu.node.state import NodeState
 from sgpu.observe import endpoints
+from sgpu.observe.client import OrderRefusedError, send
 from sgpu.observe.cordons import Cordons
 from sgpu.observe.counters import Counters
 from sgpu.observe.endpoints import FIRST_RETRY, LAST_RETRY, SWITCH_INTERVAL, serve_status
 from sgpu.observe.metrics import Page
 from sgpu.observe.observer import Observer
+from sgpu.observe.orders import Done, Order
 from sgpu.observe.registrations import Registrations
 from sgpu.observe.snapshot import decode
 from sgpu.observe.watchdog import GRACE, Watchdog
@@ -118,13 +120,13 @@ async def running(
     status_socket: Path | str,
     place: trio.Event | None = None,
     page: bool = True,
+    cordons: Cordons | None = None,
 ) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         addresses = (metrics_address, str(status_socket))
         event = in_place() if place is None else place
-        nursery.start_soon(
-            functools.partial(endpoints.run, observer, *addresses, event, Cordons(observer.node, None, ""), page=page)
-        )
+        cordons = cordons or Cordons(observer.node, None, "")
+        nursery.start_soon(functools.partial(endpoints.run, observer, *addresses, event, cordons, page=page))
         yield
         nursery.cancel_scope.cancel()
 
@@ -302,6 +304,30 @@ class TestStatus:
         (warning,) = warnings()
         assert str(path) in warning
         assert "-status-socket" in warning
+
+
+@real
+async def test_orders(observer: Observer, path: Path, urls: Log) -> None:
+    """Take orders to cordon a GPU on the socket, refuse those that are bad or can't be carried out, and no others."""
+    file = path.with_name("cordon.json")
+    recorded = Cordons(observer.node, file, "boot")
+
+    async def order(verb: str, order: Order) -> Done:
+        return await trio.to_thread.run_sync(send, str(path), verb, order)
+
+    async with running(observer, "127.0.0.1:0", path, cordons=recorded):
+        await wait_until(lambda: urls() and path.exists())
+        assert (await order("cordon", Order("0", "bad row"))).uuid == observer.node.gpus[0].uuid
+        assert observer.node.gpus[0].cordon
+        for name, reason in (("7", ""), ("0", "two\nlines")):
+            with pytest.raises(OrderRefusedError):
+                await order("cordon", Order(name, reason))
+        assert (await order("uncordon", Order("0"))).changed
+        host, port = urls()[0].removeprefix("http://").split(":")
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            await stream.send_all(b"POST /cordon HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            assert b" 404 " in await stream.receive_some()
+    assert not observer.node.cordoned
 
 
 class TestRetries:

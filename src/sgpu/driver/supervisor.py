@@ -132,7 +132,7 @@ class _Supervisor:
         while True:
             change = changed.next
             if (released := self._to_release()) != self._released:
-                self._released = released
+                self._released, self._known = released, ()  # their places change
                 self._running.cancel()
             await change.wait()
 
