@@ -148,7 +148,7 @@ class TestDevice:
         gpu = attrs.evolve(T4, cordon=Cordon(reason, 1700000000.5))
         taint = {"key": f"{DRIVER}/cordoned", "effect": "NoSchedule", "timeAdded": "2023-11-14T22:13:20Z", **more}
         assert only(offer(gpu, withheld=frozenset({1})))["taints"] == [taint]
-        again = only(offer(attrs.evolve(T4, released=True)))
+        again = only(offer(attrs.evolve(T4, left_alone=True)))
         assert again["taints"] == [{"key": f"{DRIVER}/cordoned", "effect": "NoSchedule"}]
 
     def test_full_memory(self) -> None:

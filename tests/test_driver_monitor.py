@@ -395,6 +395,15 @@ class TestReleased:
         assert two.faults == {"GPU-b": [Clearance.RESET]}
         assert not two.node.gpus[1].released
 
+    def test_the_process_is_replaced(self, two: Watched) -> None:
+        """What the process of before said holds no longer: one that is cordoned anew may be open again."""
+        self.cordoned(two, self.CORDONED)
+        ALONE(two)
+        two.monitor.replaced()
+        assert not two.node.gpus[1].released
+        ALONE(two)
+        assert two.node.gpus[1].released
+
     def test_a_reset(self, two: Watched) -> None:
         """A fault for which the driver wanted a reset is over when it wants none any more after the cordon."""
         two.event(SECOND, CRITICAL)

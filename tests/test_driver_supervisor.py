@@ -60,6 +60,9 @@ class RecordingMonitor(Monitor):
     def call_failed(self, failure: Failure) -> None:
         self._note(failure)
 
+    def replaced(self) -> None:
+        """Nothing to note: the reports say what came of it."""
+
     def unanswered(self, uuid: str, reason: str) -> None:
         assert reason
         self.unanswered_uuids.append(uuid)

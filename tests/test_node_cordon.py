@@ -139,7 +139,7 @@ def test_a_claim(node: NodeState) -> None:
 
 def test_until_it_was_looked_at(node: NodeState) -> None:
     """An uncordoned GPU is offered when the driver's process has opened it again: it may be gone."""
-    node.set_gpus((attrs.evolve(FIRST, released=True), SECOND))
+    node.set_gpus((attrs.evolve(FIRST, left_alone=True), SECOND))
     assert healthy(node) == {"GPU-ab1::1", "MIG-1::0"}
     with pytest.raises(CordonedShareError):
         node.allocate(RESOURCE, [["GPU-ab1::2"]], OPTIONS)

@@ -45,12 +45,8 @@ def uncordon(loaded: Loaded, options: Mapping[str, Any]) -> int:
         done = send(loaded.settings.status_socket, "uncordon", Order(name))
     except (NoAnswerError, OrderRefusedError) as error:
         return _fail(str(error))
-    what = (
-        "is uncordoned: its shares are offered as soon as the driver answers for it"
-        if done.changed
-        else ("was not cordoned")
-    )
-    _print(f"{_name(done)} {what}")
+    now = "is uncordoned: its shares are offered as soon as the driver answers for it"
+    _print(f"{_name(done)} {now if done.changed else 'was not cordoned'}")
     return 0
 
 

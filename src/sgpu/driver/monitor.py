@@ -82,7 +82,7 @@ class Monitor:
         #: Why there is no GPU to ask; empty if there is.
         self.waiting = ""
         self._driver_away = False
-        self._released: frozenset[str] = frozenset()  # the UUIDs of GPUs that the driver's process leaves alone
+        self._left_alone: frozenset[str] = frozenset()  # the UUIDs of GPUs that the driver's process does not open
         self._held = ""  # why they can't be reset all the same
         self._ignored: dict[tuple[str, int], tuple[float, int]] = {}  # when it was logged, how many since
         self._driver = OnChange(logger, logging.INFO)
@@ -129,7 +129,7 @@ class Monitor:
         self._driver.report(f"driver {report.driver_version} ({report.library})")
         self.driver_version, self._driver_away = report.driver_version, False
         self._leave_alone(report)
-        gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped) - self._released
+        gone = set(self._conditions) - {gpu.uuid for gpu in report.gpus} - set(report.skipped) - self._left_alone
         for answer in report.gpus:
             before = self._reports.get(answer.uuid)
             gpu = with_known_facts(answer, before)
@@ -161,7 +161,7 @@ class Monitor:
 
     def unanswered(self, uuid: str, reason: str) -> None:
         """Take that a call about this GPU (empty: about the driver as a whole) did not come back."""
-        for known in self._reports.keys() - self._released:
+        for known in self._reports.keys() - self._left_alone:
             if uuid in ("", known):
                 self._conditions[known] = health.silent(self._conditions[known], reason, gone=False)
         self._publish()
@@ -195,19 +195,26 @@ class Monitor:
         ]
         return tuple(ReleasedGpu(gpu.pci_bus_id, "".join(gpu.device_nodes[:1])) for gpu in gpus)
 
+    def replaced(self) -> None:
+        """Take that the driver's process is replaced by one that leaves other GPUs alone: what was last heard of them
+        is out of date until it reports.
+        """
+        self._held = "the driver's process is being replaced"
+        self._publish()
+
     def _leave_alone(self, report: Report) -> None:
         """Take which GPUs were left alone. One that this daemon has never seen is as another one saw it."""
         addresses = {parse_bus_id(address) for address in report.released}
-        before = self._released
+        free = frozenset() if self._held else self._left_alone
         # Not only those that are cordoned now: that a GPU was uncordoned meanwhile does not mean that it is gone.
         known = {**self._node.cordoned, **self._gpus}
-        self._released = frozenset(uuid for uuid, gpu in known.items() if parse_bus_id(gpu.pci_bus_id) in addresses)
-        if unseen := self._released - self._reports.keys():
+        self._left_alone = frozenset(uuid for uuid, gpu in known.items() if parse_bus_id(gpu.pci_bus_id) in addresses)
+        if unseen := self._left_alone - self._reports.keys():
             self._reports.update((uuid, _last_seen(known[uuid])) for uuid in unseen)
             self._conditions.update((uuid, self._conditions.get(uuid, Condition())) for uuid in unseen)
             self._reports = dict(sorted(self._reports.items(), key=lambda item: item[1].pci_bus_id))  # as NVML has them
-        if self._released - before and not report.held:
-            logger.info("cordoned GPU %s: no process of sgpu has it open; it can be reset", ", ".join(self._released))
+        for uuid in frozenset() if report.held else self._left_alone - free:
+            logger.info("cordoned %s: no process of sgpu has it open; it can be reset", label(uuid))
         self._held = report.held
         self._not_released.update(report.held and f"cordoned GPUs can't be reset yet: {report.held}")
 
@@ -272,7 +279,7 @@ class Monitor:
             mig_mode=report.mig_mode,
             mig_pending=report.mig_pending,
             instances=tuple(self._instance(instance, known.get(instance.uuid)) for instance in report.instances),
-            released=report.uuid in self._released and not self._held,
+            left_alone=report.uuid in self._left_alone,
             held=self._held,
         )
         _log_change(f"GPU {new.uuid} ({new.name})", before.reason if before else "", reason)

@@ -133,6 +133,7 @@ class _Supervisor:
             change = changed.next
             if (released := self._to_release()) != self._released:
                 self._released, self._known = released, ()  # their places change
+                self._monitor.replaced()
                 self._running.cancel()
             await change.wait()
 

@@ -60,8 +60,8 @@ class Gpu:
     said so after which only a reset helps. `since` is when its health last changed, in seconds since the epoch. In
     `mig_mode` only its `instances` can be used; `mig_pending` says whether it will be in MIG mode after its next reset.
 
-    `released`: it is cordoned, and no process of sgpu has it open, so that it can be reset; `held` says why that can't
-    be had.
+    `left_alone`: it was cordoned, and the driver's process was told not to open it; `held` says why a process of sgpu
+    may have it open all the same.
     """
 
     uuid: str
@@ -80,13 +80,18 @@ class Gpu:
     instances: tuple[MigInstance, ...] = ()
     needs_reset: bool = False
     cordon: Cordon | None = None
-    released: bool = False
+    left_alone: bool = False
     held: str = ""
+
+    @property
+    def released(self) -> bool:
+        """Return whether no process of sgpu has it open, so that it can be reset."""
+        return self.left_alone and not self.held
 
     @property
     def closed(self) -> str:
         """Return why no container may get a share of it, healthy as it may be; empty: any may."""
-        return str(self.cordon or ("not looked at since it was uncordoned" if self.released else ""))
+        return str(self.cordon or ("not looked at since it was uncordoned" if self.left_alone else ""))
 
 
 @attrs.frozen

@@ -241,7 +241,7 @@ class NodeState:
         cordons = {uuid: gpu.cordon for uuid, gpu in self.cordoned.items()}
         return tuple(
             # No process has a simulated one open.
-            attrs.evolve(gpu, cordon=cordon, released=gpu.released or (gpu.simulated and cordon.released))
+            attrs.evolve(gpu, cordon=cordon, left_alone=gpu.left_alone or (gpu.simulated and cordon.released))
             if (cordon := cordons.get(gpu.uuid))
             else gpu
             for gpu in gpus
