@@ -83,8 +83,8 @@ class Released:
         opened = set(_open_nodes())
         held = ", ".join(gpu.pci_bus_id for gpu in self._gpus if gpu.device_node in opened)
         problem = (
-            f"the driver's library opens {held} by itself: delete sgpu's pod on this node for the time of the reset; "
-            f"running pods keep their GPUs"
+            f"the driver's library opens {held} by itself: stop sgpu on this node for the time of the reset, as "
+            f"docs/cordon.md says; running pods keep their GPUs"
         )
         return attrs.evolve(report, released=tuple(gpu.pci_bus_id for gpu in self._gpus), held=problem if held else "")
 
