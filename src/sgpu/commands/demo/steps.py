@@ -44,6 +44,7 @@ def running_daemon(gpus: int, faults: Path, *flags: str) -> Iterator[subprocess.
         str(gpus),
         *flags,
         "-metrics-address=",
+        "-cordon-file=",
         "-status-socket=",
     ]
     command += ["-simulate-faults", str(faults)]
