@@ -26,7 +26,7 @@ OPEN = pytest.mark.parametrize("fail_open", [True, False], ids=["open", "closed"
 
 def find(node: NodeState) -> None:
     """As the cgroup's watcher does when it is asked to look."""
-    node.enforcement.want(WantedLimits({Target("GPU-a", POD): 5}, {}, {SHARE: POD}))
+    node.enforcement.want(WantedLimits({Target("GPU-a", POD): 5}, {}, {SHARE: (POD,)}))
 
 
 def answers(state: LimitState, reason: str = "") -> Callable[[NodeState], None]:

@@ -20,7 +20,7 @@ from virtual_clock import real
 from watching import wait_until as poll
 
 from sgpu.config.settings import Settings
-from sgpu.dra import checkpoint, frontend, publisher, registrar
+from sgpu.dra import checkpoint, frontend, publisher, registrar, sharers
 from sgpu.dra.driver import claim_path, health
 from sgpu.dra.prepared import Places, PreparedClaims
 from sgpu.dra.slices import DRIVER, PATH
@@ -29,7 +29,8 @@ from sgpu.driver.simulated import simulated_gpus, with_faults
 from sgpu.kubeapi import Access, open_api_server
 from sgpu.lib.concurrency import wait_until
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target
-from sgpu.node.claims import ClaimedUnit, PreparedClaim
+from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
+from sgpu.node.container import Container
 from sgpu.node.edits import AllocationOptions, HostPaths
 from sgpu.node.limits import WantedLimits
 from sgpu.node.policy import Policy
@@ -321,7 +322,7 @@ async def test_limits(monkeypatch: pytest.MonkeyPatch, failure: str, state: Limi
         async def limit() -> None:
             await wait_until(lambda: bool(world.node.claims), world.node.changed)
             target = Target(GPUS[0].uuid, "/pod")
-            enforcement.want(WantedLimits({target: 5}, {}, {Share(GPUS[0].uuid, 0): "/pod"}))
+            enforcement.want(WantedLimits({target: 5}, {}, {Share(GPUS[0].uuid, 0): ("/pod",)}))
             world.node.set_limits(LimitAnswer(each, state, each.hard, reason="no R615") for each in enforcement.table())
 
         async with trio.open_nursery() as nursery:
@@ -329,6 +330,32 @@ async def test_limits(monkeypatch: pytest.MonkeyPatch, failure: str, state: Limi
             answer = (await thread(partial(world.kubelet.prepare, CLAIM))).claims["u-1"]
         assert error in answer.error
         assert bool(answer.error) is bool(error)
+
+
+@real
+async def test_a_pod_that_comes_later(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The kubelet does not ask again for a claim that is prepared: the claim itself says who else has it."""
+    monkeypatch.setattr(sharers, "RETRY", 0.1)
+    monkeypatch.setattr("sgpu.kubeapi.client.REQUEST_TIMEOUT", 0.3)
+    async with running(monkeypatch) as world:
+        await registered(world)
+        world.claims(claim(result(GPUS[0].uuid)))
+        await thread(partial(world.kubelet.prepare, CLAIM))
+        both = [{"resource": "pods", "name": name, "uid": f"{name}-1"} for name in "pq"]
+        world.claims(claim(result(GPUS[0].uuid), reservedFor=both))
+        path = f"GET {claim_path(NAMESPACE, 'c')}"
+        world.server.instead[path] = [Answer(503, {"message": "away"})]
+        containers = tuple(Container(NAMESPACE, name, "main") for name in "pq")
+        world.node.set_claimants({Share(GPUS[0].uuid, 0): containers})
+        await thread(partial(poll, lambda: "pods q use claim team/c" in caplog.text, "logged"))
+        del world.server.instead[path]
+        await wait_until(lambda: len(world.node.claims["u-1"].pods) == 2, world.node.changed)
+        kept = checkpoint.read(world.root / "plugins" / DRIVER, read_boot_id())
+        assert kept["u-1"].pods == (Pod("p-1", "p"), Pod("q-1", "q"))
+        world.server.requests.clear()
+        world.node.set_claimants({Share(GPUS[0].uuid, 0): (*containers, Container(NAMESPACE, "p", "sidecar"))})
+        await trio.testing.wait_all_tasks_blocked()
+        assert path not in world.server.requests
 
 
 @real

@@ -87,7 +87,7 @@ class TestWantedLimits:
         sizes = {"/pod1": 200, "/pod1/m": 200, "/pod1/s": 100, "/pod1/pause": 200}
         assert made.hard == {Target("GPU-a", cgroup): size * self.MIB for cgroup, size in sizes.items()}
         assert made.containers == {Target("GPU-a", "/pod1/m"): MAIN, Target("GPU-a", "/pod1/s"): OTHER}
-        assert made.pods == dict.fromkeys([Share("GPU-a", 0), Share("GPU-a", 1), Share("GPU-b", 0)], "/pod1")
+        assert made.pods == dict.fromkeys([Share("GPU-a", 0), Share("GPU-a", 1), Share("GPU-b", 0)], ("/pod1",))
 
     @pytest.mark.parametrize(
         ("card", "size"),

@@ -171,6 +171,15 @@ class TestUses:
         assert usage.processes_known
         assert list(usage.uses("GPU-a")) == expected
 
+    def test_claimants(self, usage: Usage) -> None:
+        """All containers that have a share by one claim have it; it is allocated once."""
+        claimants = {A0: (ONE, TWO), Share("GPU-b", 0): (ONE,)}
+        usage.set_holders({A0: TWO})
+        assert usage.set_claimants(claimants)
+        assert not usage.set_claimants(claimants)
+        assert [(use.pod, use.shares) for use in usage.uses("GPU-a")] == [("one", 1), ("two", 1)]
+        assert usage.loads([A], 0)["GPU-a"].allocated == 1
+
     def test_each_gpu_by_itself(self, usage: Usage) -> None:
         """A process can use two GPUs. Where the driver does not list a GPU's processes, use of it is unknown."""
         usage.set_holders({A0: ONE, A1: TWO, Share("GPU-b", 0): TWO})

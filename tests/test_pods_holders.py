@@ -101,6 +101,8 @@ class TestAnswers:
             "GPU-a::1": Container("team", "two", ""),
             "GPU-a::2": Container("team", "claim c2", ""),
         }
+        both = tuple(Container("team", "one", container) for container in ("main", "sidecar"))
+        assert held.claimants == {Share("GPU-a", 0): both}
 
     def test_megabytes(self, kubelet: FakePodResources) -> None:
         """Take an answer of megabytes: 650 pods with many ids of another plugin's (5.2 MB)."""

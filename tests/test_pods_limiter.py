@@ -159,10 +159,31 @@ async def test_claim(world: World) -> None:
     async with limited(world):
         world.node.set_claims({"u": PreparedClaim("u", "team", "c", (Pod(UID, "trainer"),), units)})
         await world.wait_wanted(pod=400, container=400)
-        assert world.node.enforcement.wanted.pods == dict.fromkeys((SHARE, other), str(world.pod))
-        world.node.set_holders({RESOURCE: {SHARE: Container("team", "trainer", "main")}})
-        world.node.enforcement.look.notify()
+        assert world.node.enforcement.wanted.pods == dict.fromkeys((SHARE, other), (str(world.pod),))
+        world.node.set_claimants({SHARE: (Container("team", "trainer", "main"),)})
         await world.wait_wanted(pod=400, container=300)
+
+
+@real
+async def test_a_claim_of_two_pods(world: World) -> None:
+    """Each is held to the claim. A pod that comes later makes somebody ask the kubelet whether it has one, once."""
+    claim = PreparedClaim(
+        "u", "team", "c", (Pod(UID, "one"),), (ClaimedUnit("s", "GPU-a", RESOURCE, (SHARE,), 300 * MIB),)
+    )
+    uid = UID.replace("0c1d", "1c1d")
+    later = world.pod.with_name(f"pod{uid}")
+    world.pod.mkdir()
+    async with limited(world):
+        world.node.set_claims({"u": claim})
+        await world.wait_wanted(pod=300)
+        appeared = world.node.pods_appeared.next
+        later.mkdir()
+        await appeared.wait()
+        world.node.set_claims({"u": attrs.evolve(claim, pods=(*claim.pods, Pod(uid, "two")))})
+        both = {world.pod.name: 300, later.name: 300}
+        await wait_until(lambda: world.wanted() == both, world.node.enforcement.answered)
+        assert world.node.enforcement.wanted.pods == {SHARE: (str(world.pod), str(later))}
+        assert not world.node.pods_appeared.next.is_set()
 
 
 @pytest.mark.parametrize(

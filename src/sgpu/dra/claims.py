@@ -103,13 +103,8 @@ def _read(thing: Mapping[str, Any], uid: str, pool: str) -> Claim:
     devices = allocation.get("devices") or {}
     results = tuple(_results(devices, pool))
     pods = (each for each in status.get("reservedFor") or () if each.get("resource") == "pods")
-    return Claim(
-        uid,
-        str(metadata["namespace"]),
-        str(metadata["name"]),
-        tuple(Pod(str(each["uid"]), str(each["name"])) for each in pods),
-        results,
-    )
+    reserved = tuple(Pod(str(each["uid"]), str(each["name"])) for each in pods)
+    return Claim(uid, str(metadata["namespace"]), str(metadata["name"]), reserved, results)
 
 
 def _results(devices: Mapping[str, Any], pool: str) -> Iterator[Result]:

@@ -20,6 +20,7 @@ from sgpu.dra.driver import DRAPlugin, ResourceHealth, claim_path
 from sgpu.dra.pci import pcie_root
 from sgpu.dra.prepared import Places, PreparedClaims
 from sgpu.dra.publisher import Publisher
+from sgpu.dra.sharers import follow_pods
 from sgpu.dra.slices import DRIVER, MANIFEST, MemoryDefault, SliceOptions
 from sgpu.driver.fault_file import read_boot_id
 from sgpu.kubeapi import ApiServer, ApiServerError, find_access, open_api_server
@@ -87,6 +88,7 @@ async def run(
             publisher = Publisher(api, node, slice_options, used)
             nursery.start_soon(race, publisher.run, leaving.wait)
             nursery.start_soon(claims.follow)
+            nursery.start_soon(follow_pods, api, node, claims, settings.node_name)
             nursery.start_soon(_show, node, registrations, lambda: publisher.published.problem)
             await forget_deleted(api, node, claims)
 

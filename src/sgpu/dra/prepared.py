@@ -23,7 +23,7 @@ from sgpu.lib.files import content_identity, make_private_directory
 from sgpu.lib.inotify import open_directory
 from sgpu.lib.locks import locked
 from sgpu.lib.threads import run_in_thread
-from sgpu.node.claims import UNLIMITED, PreparedClaim
+from sgpu.node.claims import UNLIMITED, Pod, PreparedClaim
 from sgpu.node.edits import AllocationOptions, ContainerEdits, claim_edits
 from sgpu.node.limits import allowed_memory
 from sgpu.node.state import NodeState
@@ -89,6 +89,15 @@ class PreparedClaims:
             await run_in_thread(cdi.write, self._places.cdi, claim.uid, edits)
             self._node.set_claims(claims)
             return grants
+
+    async def set_pods(self, uid: str, pods: tuple[Pod, ...]) -> None:
+        """Take the pods that have a claim by now. Raises OSError."""
+        async with self._change():
+            claim = self._node.claims.get(uid)
+            if claim and claim.pods != pods:
+                claims = {**self._node.claims, uid: attrs.evolve(claim, pods=pods)}
+                await self._save(claims)
+                self._node.set_claims(claims)
 
     async def unprepare(self, uid: str) -> bool:
         """Forget a claim and remove its file. Returns whether it was prepared. Raises OSError."""

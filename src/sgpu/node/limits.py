@@ -34,13 +34,13 @@ class PodCgroups:
 
 @attrs.frozen
 class WantedLimits:
-    """Bytes by cgroup and GPU; the container that each cgroup is of, where that is known; and by share the directory of
-    the pod that has it.
+    """Bytes by cgroup and GPU; the container that each cgroup is of, where that is known; and by share the directories
+    of the pods that have it: several, where they name one claim.
     """
 
     hard: Mapping[Target, int] = attrs.Factory(dict)
     containers: Mapping[Target, Container] = attrs.Factory(dict)
-    pods: Mapping[Share, str] = attrs.Factory(dict)
+    pods: Mapping[Share, tuple[str, ...]] = attrs.Factory(dict)
 
 
 def allowed_memory(offer: Offer, shares: int, promised: int = 0) -> int | None:
@@ -89,11 +89,11 @@ def wanted_limits(
     limited = {offer.unit.uuid: offer for offer in offers if offer.limit_factor}
     hard: dict[Target, int] = {}
     containers: dict[Target, Container] = {}
-    pod_of: dict[Share, str] = {}
+    pods_of: dict[Share, tuple[str, ...]] = {}
     for pod in pods:
         shares_of = shares.get(pod.uid, {})
         of_pod = {share for each in shares_of.values() for share in each}
-        pod_of.update(dict.fromkeys(of_pod, pod.directory))
+        pods_of.update({share: (*pods_of.get(share, ()), pod.directory) for share in of_pod})
         hard.update(_limits(pod.directory, [_allowed(limited, promised, of_pod)]))
         for container_id, directory in pod.containers.items():
             container = names.get(container_id)
@@ -103,7 +103,7 @@ def wanted_limits(
             hard.update(made)
             if container and known:
                 containers.update(dict.fromkeys(made, container))
-    return WantedLimits(hard, containers, pod_of)
+    return WantedLimits(hard, containers, pods_of)
 
 
 def _allowed(offers: Mapping[str, Offer], promised: Mapping[Share, int], shares: Iterable[Share]) -> Mapping[str, int]:

@@ -59,6 +59,8 @@ class NodeState:
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.changed = Broadcast()
+        #: Notifies of pods that may have claims: the kubelet lists them.
+        self.pods_appeared = Broadcast()
         self.policy = policy
         self.gpus: tuple[Gpu, ...] = ()
         self.offers: Offers = {}
@@ -145,6 +147,11 @@ class NodeState:
             self._held = {resource: each.keys() for resource, each in holders.items()}
         self._refresh_offers()
         self.release_free()
+
+    def set_claimants(self, claimants: Mapping[Share, tuple[Container, ...]]) -> None:
+        """Take the kubelet's list of all containers that have shares by claims."""
+        if self.usage.set_claimants(claimants):
+            self.changed.notify()
 
     def set_claims(self, claims: Mapping[str, PreparedClaim]) -> None:
         """Take the claims that are prepared, by uid. The memory of new ones is expected to be used soon."""

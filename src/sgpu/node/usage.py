@@ -53,6 +53,8 @@ class Usage:
 
     def __init__(self, interval: float) -> None:
         self.holders: Mapping[Share, Container] | None = None
+        #: All containers that have a share, of shares that they have by a claim. `holders` names one of them.
+        self.claimants: Mapping[Share, tuple[Container, ...]] = {}
         #: By UUID, the containers to which other plugins gave a unit.
         self.others: Mapping[str, Collection[OtherUse]] = {}
         #: The stored answers of the kubelet that are no longer right; None: unknown.
@@ -84,7 +86,7 @@ class Usage:
     def set_holders(self, holders: Mapping[Share, Container] | None) -> None:
         """Take the kubelet's list of which container has which share, or that it no longer gives one (None)."""
         if holders is None:
-            self.others, self.stale_answers = {}, None
+            self.others, self.stale_answers, self.claimants = {}, None, {}
         else:
             self.grants.reconcile(holders)
         if holders == self.holders:
@@ -94,6 +96,14 @@ class Usage:
         self._shares = shares = defaultdict[str, Counter[Container]](Counter)
         for share, holder in (holders or {}).items():
             shares[share.uuid][holder] += 1
+
+    def set_claimants(self, claimants: Mapping[Share, tuple[Container, ...]]) -> bool:
+        """Take all containers that have shares by claims. Returns whether that is new."""
+        if claimants == self.claimants:
+            return False
+        self.claimants = claimants
+        self._uses = {}
+        return True
 
     def set_owners(
         self,
@@ -162,7 +172,9 @@ class Usage:
         """Return what each container has and uses of this GPU, in order."""
         if uuid in self._uses:  # metrics, `status` and the log all ask for it
             return self._uses[uuid]
-        shares: Mapping[Container, int] = self._shares.get(uuid, Counter())
+        # Of a claim that several have, each has what it takes; it counts once in what is allocated.
+        claimed = Counter(each for share, has in self.claimants.items() if share.uuid == uuid for each in has)
+        shares: Mapping[Container, int] = self._shares.get(uuid, Counter()) | claimed
         processes = self._processes.get(uuid)
         limits = self._limits.get(uuid, {})
         containers = sorted({*shares, *(processes or ())}, key=attrgetter("namespace", "pod", "container"))

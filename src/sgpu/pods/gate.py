@@ -28,7 +28,7 @@ async def wait_limited(node: NodeState, shares: Sequence[Share]) -> str:
     with trio.move_on_after(TIMEOUT):
         while True:
             answered = enforcement.answered.next
-            known = [_limit(node, share) for share in shares]
+            known = [limit for share in shares for limit in _limits(node, share)]
             if not all(known) and enforcement.problem:
                 return enforcement.problem
             if all(limit and limit.state is not LimitState.PENDING for limit in known):
@@ -44,6 +44,7 @@ def _has_limit(offer: Offer) -> bool:
     return bool(offer.limit_factor and offer.unit.memory_bytes)
 
 
-def _limit(node: NodeState, share: Share) -> ContainerLimit | None:
-    directory = node.enforcement.wanted.pods.get(share)
-    return node.enforcement.state(Target(share.uuid, directory)) if directory else None
+def _limits(node: NodeState, share: Share) -> list[ContainerLimit | None]:
+    """Return the limit of each pod that has a share; None for one that is not known yet."""
+    directories = node.enforcement.wanted.pods.get(share, ())
+    return [node.enforcement.state(Target(share.uuid, directory)) for directory in directories] or [None]

@@ -29,10 +29,14 @@ class OtherDevice(NamedTuple):
 
 @attrs.frozen
 class Held:
-    """The container that has each share, by resource, and each device of other plugins that may be a GPU."""
+    """The container that has each share, by resource, and each device of other plugins that may be a GPU.
+
+    `claimants`: all containers that have a share, of one that they have by a claim.
+    """
 
     shares: Holders
     others: Mapping[OtherDevice, Container] = attrs.field(factory=dict)
+    claimants: Mapping[Share, tuple[Container, ...]] = attrs.field(factory=dict)
 
     def has(self, resource: str, device_id: str) -> bool:
         """Return whether a container has this device."""
@@ -42,7 +46,7 @@ class Held:
     def merge(self, found: Held) -> Held:
         """Return both together."""
         shares = {resource: {**each, **found.shares[resource]} for resource, each in self.shares.items()}
-        return Held(shares, {**self.others, **found.others})
+        return Held(shares, {**self.others, **found.others}, {**self.claimants, **found.claimants})
 
 
 def collect(devices: Iterable[tuple[str, Iterable[str], Container]], resources: Collection[str]) -> Held:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
+import attrs
 import trio
 from purerpc import StatusCode
 
@@ -16,6 +17,7 @@ from sgpu.api import podresources_pb2
 from sgpu.lib.limits import explain
 from sgpu.node.claims import PreparedClaim
 from sgpu.node.container import Container
+from sgpu.node.shares import Share
 from sgpu.pods.held import Held, collect
 
 #: Seconds. The kubelet answers from memory.
@@ -67,7 +69,8 @@ class Lister:
         except trio.TooSlowError as error:
             raise PodResourcesError(f"the kubelet did not answer on {socket} within {TIMEOUT:g} s") from error
         resources = {*resources, *(unit.resource for claim in claims for unit in claim.units)}
-        return collect(chain(_claimed(claims), _devices(answer, claims)), resources)
+        held = collect(chain(_claimed(claims), _devices(answer, claims)), resources)
+        return attrs.evolve(held, claimants=_claimants(answer, claims))
 
     async def _list(self) -> podresources_pb2.ListPodResourcesResponse:
         if self._channel is not None:
@@ -98,6 +101,20 @@ def _claimed(claims: Iterable[PreparedClaim]) -> Iterator[_Devices]:
         holder = Container(claim.namespace, claim.pods[0].name if claim.pods else f"claim {claim.name}", "")
         for unit in claim.units:
             yield unit.resource, map(str, unit.shares), holder
+
+
+def _claimants(
+    answer: podresources_pb2.ListPodResourcesResponse, claims: Iterable[PreparedClaim]
+) -> Mapping[Share, tuple[Container, ...]]:
+    """Return all containers that have a share by a claim: those of one pod, or of several that name the same claim."""
+    units = {unit.share_id: unit for claim in claims for unit in claim.units}
+    found: dict[Share, tuple[Container, ...]] = {}
+    for pod in answer.pod_resources if units else ():
+        for container in pod.containers:
+            for device in (each for dynamic in container.dynamic_resources for each in dynamic.claim_resources):
+                for share in units[device.share_id].shares if device.share_id in units else ():
+                    found[share] = (*found.get(share, ()), Container(pod.namespace, pod.name, container.name))
+    return found
 
 
 def _devices(answer: podresources_pb2.ListPodResourcesResponse, claims: Iterable[PreparedClaim]) -> Iterator[_Devices]:

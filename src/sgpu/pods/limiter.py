@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,6 +83,7 @@ class _Limiter:
         self._seen: tuple[int, ...] | None = None
         self._checkpoint = Checkpoint({}, ())
         self._containers = Containers({}, {})
+        self._pods: Set[str] = frozenset()  # uids of those that were there before
         self._shares: dict[str, Mapping[str, list[Share]]] = {}  # by container, by the pod's uid
         self._problem = OnChange(logger, logging.WARNING)
 
@@ -98,6 +99,7 @@ class _Limiter:
             if not problem:  # else what was wanted stays
                 pods = self._tree.pods()
                 self._note_shares(pods)
+                self._note_strangers(pods)
                 amounts = promised(self._node.claims.values())
                 enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods), amounts))
                 await self._forget_gone(pods)
@@ -155,12 +157,19 @@ class _Limiter:
         there = {pod.uid for pod in pods}
         self._shares = {uid: each for uid, each in {**self._shares, **shares}.items() if uid in there}
 
+    def _note_strangers(self, pods: Iterable[PodCgroups]) -> None:
+        """Have the kubelet asked about new pods without shares: they may name a claim that was prepared for others."""
+        there = {pod.uid for pod in pods}
+        if self._node.claims and not there <= self._pods | self._shares.keys():
+            self._node.pods_appeared.notify()
+        self._pods = there
+
     def _claimed(self) -> Mapping[str, dict[str, list[Share]]]:
         """Return the shares of claims by container, by the pod's uid; all of a pod's also under no container's name.
 
         That holds for containers that the kubelet has not listed yet.
         """
-        holders = self._node.usage.holders or {}
+        claimants = self._node.usage.claimants
         claimed: dict[str, dict[str, list[Share]]] = {}
         for claim in self._node.claims.values():
             shares = [share for unit in claim.units for share in unit.shares]
@@ -168,9 +177,9 @@ class _Limiter:
                 of_pod = claimed.setdefault(plain_uid(pod.uid), {})
                 of_pod.setdefault("", []).extend(shares)
                 for share in shares:
-                    holder = holders.get(share)
-                    if holder and holder.container and (holder.namespace, holder.pod) == (claim.namespace, pod.name):
-                        of_pod.setdefault(holder.container, []).append(share)
+                    for holder in claimants.get(share, ()):
+                        if (holder.namespace, holder.pod) == (claim.namespace, pod.name):
+                            of_pod.setdefault(holder.container, []).append(share)
         return claimed
 
     def _names(self, pods: Iterable[PodCgroups]) -> Mapping[str, Container]:

@@ -6,13 +6,14 @@ Knows neither NVML nor what a session is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
 import attrs
 import trio
 
+from sgpu.lib.concurrency import race
 from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
 from sgpu.lib.threads import run_in_thread
@@ -80,13 +81,14 @@ async def _look_again_and_again(
     resources: tuple[str, ...] = ()
     failures = 0
     while True:
-        changed = recorded.changed.next
+        changes = (recorded.changed.next, node.pods_appeared.next)
         try:
             expect(TIMEOUT + options.interval)
             # By resource: a share's id does not say under which of them it was handed out. Those of before still count.
             resources = tuple(dict.fromkeys((*node.resources(), *resources)))
             held = await recorded.add(await lister.list_holders(resources, node.claims.values()))
             node.set_holders(held.shares)
+            node.set_claimants(held.claimants)
             stale, node.usage.stale_answers = node.usage.stale_answers, recorded.stale(held, node.gpus)
             for answer in sorted(set(node.usage.stale_answers or ()).difference(stale or ())):
                 node.notices.add(_stale(answer))
@@ -104,14 +106,14 @@ async def _look_again_and_again(
         if node.usage.holders is None or not failures:  # else a kubelet restarts; its last list counts a while longer
             withhold(options.watermark, node)
         # A kubelet that restarts is given its time, whatever it writes meanwhile.
-        await _wait(trio.Event() if failures else changed, options.interval)
+        await _wait((trio.Event(),) if failures else changes, options.interval)
 
 
-async def _wait(changed: trio.Event, interval: float) -> None:
-    """Wait for an interval, or until what containers have has changed."""
+async def _wait(changes: Iterable[trio.Event], interval: float) -> None:
+    """Wait for an interval, or until what containers have may have changed."""
     earliest = trio.current_time() + min(SHORTEST_PAUSE, interval)
     with trio.move_on_after(interval):
-        await changed.wait()
+        await race(*(change.wait for change in changes))
         await trio.sleep_until(earliest)
 
 
