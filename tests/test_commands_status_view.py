@@ -170,6 +170,11 @@ class TestHead:
         assert r"not published: no\nserver" in shown
         assert "claims for 1.5 GiB" in shown
 
+    @pytest.mark.parametrize(("api", "name"), [("dra", "(DRA)"), ("device-plugin", "a device plugin")])
+    def test_front_end(self, api: str, name: str) -> None:
+        """Show how GPUs are offered, and why, where sgpu chose it."""
+        assert f"{name}: 2 claims" in text(attrs.evolve(SNAPSHOT, api=api, api_reason="2 claims"))
+
     def test_resources(self) -> None:
         """Show of each resource how it stands with the kubelet."""
         resources = tuple(

@@ -80,6 +80,7 @@ CORDONED = attrs.evolve(SNAPSHOT, gpus=(attrs.evolve(GPU, cordon=CORDON),))
         ),
         pytest.param(of(USE, NOBODY), ["team/web main 2 1.0 GiB - 7 %", "no pod: 3 processes - - - -"], id="uses"),
         pytest.param(CORDONED, ["Cordon cordoned for 1 min (bad row): released for a reset"], id="cordoned"),
+        pytest.param(attrs.evolve(SNAPSHOT, api="dra", api_reason="2 claims"), ["(DRA): 2 claims"], id="chosen"),
         pytest.param(of(LIMITED), ["2.0 GiB (not enforced)"], id="limited"),
         pytest.param(of(OVER), ["1.0 GiB (too much) 512 MiB"], id="over its part"),
     ],
