@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 from rewriting import WAYS, config_map
-from virtual_clock import virtual
+from virtual_clock import beside, virtual
 
 from sgpu.config import watch
 from sgpu.config.load import Loaded, load
@@ -77,13 +77,11 @@ class World:
     ) -> AsyncIterator[None]:
         """Settings that were loaded already are watched. When this is entered, they were read once more."""
         loaded = loaded or self.load()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_settings, loaded, reload or self.reload, self.apply, self.reloaded.append)
+        async with beside(watch_settings, loaded, reload or self.reload, self.apply, self.reloaded.append):
             if reload is None:
                 await until(lambda: self.policies)
             await trio.testing.wait_all_tasks_blocked()
             yield
-            nursery.cancel_scope.cancel()
 
     async def applied(self, shares: int) -> None:
         """Wait until each GPU is offered as so many."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import trio
 import trio.testing
+from virtual_clock import beside
 
 from sgpu.deviceplugin.prestart import wait_limited
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target
@@ -53,10 +54,8 @@ def waited(
                 await trio.sleep(1)
                 step(node)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(happen)
+        async with beside(happen):
             await wait_limited(node, RESOURCE, [str(SHARE)], fail_open=fail_open)
-            nursery.cancel_scope.cancel()
         return trio.current_time() - began
 
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -16,7 +16,7 @@ import trio.testing
 from daemon_process import short_directory
 from purerpc import StatusCode
 from rpc_peer import serving
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu import rpc
 from sgpu.api import v1alpha_grpc, v1alpha_pb2, v1beta1_grpc, v1beta1_pb2
@@ -154,11 +154,9 @@ class TestRegister:
                 await stream.send_all(answer)
 
         with rpc.listen(directory / registration.SOCKET) as listener:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(trio.serve_listeners, talk, [listener]))
+            async with beside(partial(trio.serve_listeners, talk, [listener])):
                 with pytest.raises(RegistrationFailedError):
                     await call_register(directory)
-                nursery.cancel_scope.cancel()
 
 
 @contextmanager

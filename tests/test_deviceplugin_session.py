@@ -12,7 +12,7 @@ import trio
 from daemon_process import short_directory
 from rpc_peer import serving
 from test_deviceplugin_registration import Registrar
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu import rpc
 from sgpu.config.settings import endpoint
@@ -106,12 +106,10 @@ async def test_a_kubelet_that_comes_right_after_it_was_missed(monkeypatch: pytes
                 yield pin
 
         monkeypatch.setattr(registration, "pinned", just_before)
-        async with serving(rpc.routes([Registrar(count).service]), new), trio.open_nursery() as nursery:
-            nursery.start_soon(plugin.run, directory)
+        async with serving(rpc.routes([Registrar(count).service]), new), beside(plugin.run, directory):
             await asked.wait()
             await plugin.wait_registered()
             await trio.sleep(0.1)
-            nursery.cancel_scope.cancel()
     assert plugin.counters.registrations == {(RESOURCE, False): 1, (RESOURCE, True): 1}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from virtual_clock import beside
 
 from sgpu.driver import fault_file
 from sgpu.driver.health import Clearance, Fault, FaultRecord
@@ -165,11 +166,9 @@ class TestSaveChanges:
 
         async def run() -> None:
             with trio.fail_after(60):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(fault_file.save_changes, path, BOOT, monitor)
+                async with beside(fault_file.save_changes, path, BOOT, monitor):
                     await done.wait()
                     await trio.testing.wait_all_tasks_blocked(0.01)  # nothing is saved for no reason
-                    nursery.cancel_scope.cancel()
 
         done = trio.Event()
         monkeypatch.setattr(fault_file, "save", save)

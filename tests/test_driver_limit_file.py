@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu.driver.limit_file import LimitSender, load, save
 from sgpu.driver.messages import decode_limits
@@ -75,10 +75,8 @@ class Sent:
 async def fed(file: Path | None) -> AsyncIterator[Sent]:
     sent = Sent(file)
     await sent.sender.load()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(sent.sender.feed, sent.input)
+    async with beside(sent.sender.feed, sent.input):
         yield sent
-        nursery.cancel_scope.cancel()
 
 
 @real

@@ -13,6 +13,7 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from virtual_clock import beside
 
 from sgpu.driver import simulated
 from sgpu.driver.simulated import Number, read_faults, simulate, simulated_gpus, with_faults
@@ -96,12 +97,10 @@ class TestSimulate:
 
         async def check() -> None:
             with trio.fail_after(600):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(simulate, node, 2, str(path))
+                async with beside(simulate, node, 2, str(path)):
                     for content, reasons in steps.items():
                         replace(path, content)
                         await wait_until(partial(shows, reasons), node.changed)
-                    nursery.cancel_scope.cancel()
             assert (len(reads) - 1) * simulated.INTERVAL <= trio.current_time()
 
         def read(path: Path) -> Mapping[Number, str]:

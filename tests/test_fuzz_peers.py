@@ -41,7 +41,7 @@ from rpc_peer import (
     window_update,
 )
 from rpc_peer import headers as request_headers
-from virtual_clock import virtual
+from virtual_clock import beside, virtual
 
 from sgpu import rpc
 from sgpu.api import podresources_pb2
@@ -369,8 +369,7 @@ async def test_pod_resources(sent: list[bytes]) -> None:
 
     with limited(), pytest.MonkeyPatch.context() as patch, trio.fail_after(60):
         patch.setattr(trio, "open_unix_socket", connect)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(send)
+        async with beside(send):
             try:
                 async with open_lister(Path("socket")) as lister:
                     held = await lister.list_holders(["r"])
@@ -378,4 +377,3 @@ async def test_pod_resources(sent: list[bytes]) -> None:
                 check_message(error)
             else:
                 assert all(isinstance(share, Share) for share in held.shares["r"])
-            nursery.cancel_scope.cancel()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
 from fake_api_server import Answer, FakeApiServer, connected, serving
-from virtual_clock import real, virtual
+from virtual_clock import beside, real, virtual
 
 from sgpu.kubeapi import Access, ApiServer, ApiServerError, Mirror, in_cluster, open_api_server
 from sgpu.kubeapi import client as client_module
@@ -251,16 +253,23 @@ class TestRequests:
             assert scope.cancelled_caught
 
 
+@asynccontextmanager
+async def mirrored(server: FakeApiServer) -> AsyncIterator[Mirror]:
+    """A mirror that has run for a second."""
+    async with connected(server) as api:
+        mirror = Mirror(api, THINGS, {})
+        async with beside(mirror.run):
+            await trio.sleep(1)
+            yield mirror
+
+
 class TestMirror:
     @virtual
     async def test_it_follows(self) -> None:
         """What is there, what comes, changes and goes; through a watch that ends, breaks, or can't be resumed."""
         server = FakeApiServer()
         server.put(f"{THINGS}/a", thing("a"))
-        async with connected(server) as api, trio.open_nursery() as nursery:
-            mirror = Mirror(api, THINGS, {})
-            nursery.start_soon(mirror.run)
-            await trio.sleep(1)
+        async with mirrored(server) as mirror:
             assert mirror.synced
             for disturbances in ((), (server.hang_up,), (server.forget,), (server.forget, server.hang_up)):
                 for disturb in disturbances:
@@ -273,19 +282,14 @@ class TestMirror:
                     server.remove(f"{THINGS}/b")
                     await trio.sleep(70)
                     assert list(mirror.objects) == ["a"]
-            nursery.cancel_scope.cancel()
 
     @virtual
     async def test_it_resumes(self) -> None:
         """A watch that the server ended goes on where its last bookmark was: nothing is listed again, for a day."""
         server = FakeApiServer()
-        async with connected(server) as api, trio.open_nursery() as nursery:
-            mirror = Mirror(api, THINGS, {})
-            nursery.start_soon(mirror.run)
-            await trio.sleep(1)
+        async with mirrored(server) as mirror:
             server.requests.clear()
-            changes: list[float] = []
-            nursery.start_soon(_record, mirror, changes)
+            changed = mirror.changed.next
             for _ in range(24):
                 await trio.sleep(3600)
                 server.put("/api/v1/others/a", thing("a"))
@@ -293,40 +297,26 @@ class TestMirror:
                 server.forget_before_now()
             assert set(server.requests) == {f"GET {THINGS}?watch"}
             assert 160 < len(server.requests) < 340
-            assert not changes
-            nursery.cancel_scope.cancel()
+            assert not changed.is_set()
 
     @virtual
     async def test_a_late_deletion(self) -> None:
         """What was made anew, and taken over here, is not lost to the old one's end."""
         server = FakeApiServer()
         server.put(f"{THINGS}/a", thing("a"))
-        async with connected(server) as api, trio.open_nursery() as nursery:
-            mirror = Mirror(api, THINGS, {})
-            nursery.start_soon(mirror.run)
-            await trio.sleep(1)
+        async with mirrored(server) as mirror:
             server.remove(f"{THINGS}/a")
             mirror.put(server.put(f"{THINGS}/a", thing("a", "new")))
             await trio.sleep(1)
             assert mirror.objects["a"]["color"] == "new"
-            nursery.cancel_scope.cancel()
 
     @virtual
     async def test_a_server_that_refuses(self, caplog: pytest.LogCaptureFixture) -> None:
         """One line a reason, and seldom a request."""
         server = FakeApiServer()
         server.instead["GET"] = [Answer(403, {"message": "forbidden"})]
-        async with connected(server) as api, trio.open_nursery() as nursery:
-            mirror = Mirror(api, THINGS, {})
-            nursery.start_soon(mirror.run)
+        async with mirrored(server) as mirror:
             await trio.sleep(3600)
             assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
             assert len(server.requests) < 250
             assert not mirror.synced
-            nursery.cancel_scope.cancel()
-
-
-async def _record(mirror: Mirror, changes: list[float]) -> None:
-    while True:
-        await mirror.changed.next.wait()
-        changes.append(trio.current_time())

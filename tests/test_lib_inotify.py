@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 from daemon_process import short_directory
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu.lib.inotify import open_directory
 
@@ -83,10 +83,8 @@ async def test_a_change_before_the_watch_task_runs_is_not_missed(root: Path, *, 
                 nursery.cancel_scope.cancel()
         change = watched.changed.next
         (directory / "new").touch()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watched.watch)
+        async with beside(watched.watch):
             await change.wait()
-            nursery.cancel_scope.cancel()
 
 
 @real

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from virtual_clock import real, virtual
+from virtual_clock import beside, real, virtual
 
 from sgpu.observe import http
 from sgpu.observe.http import MAX_CONNECTIONS, REQUEST_TIMEOUT, RESPONSE_TIMEOUT, Request, Response, Server, serve, text
@@ -275,12 +275,10 @@ class TestLimits:
 async def test_cancellation(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """End at once when it is cancelled."""
     ours, theirs = trio.testing.lockstep_stream_pair()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Server(ROUTES).serve_connection, ours)
+    async with beside(Server(ROUTES).serve_connection, ours):
         with trio.move_on_after(1):
             await theirs.send_all(sent)
         before = trio.current_time()
-        nursery.cancel_scope.cancel()
     assert trio.current_time() == before
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -290,8 +288,7 @@ async def test_on_a_socket() -> None:
     """Serve the next connection after a peer reset one."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = listener.socket.getsockname()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve, [listener], ROUTES)
+    async with beside(serve, [listener], ROUTES):
         rude = await trio.open_tcp_stream(*address)
         await rude.send_all(LONG)
         await rude.receive_some(1)
@@ -299,4 +296,3 @@ async def test_on_a_socket() -> None:
         async with await trio.open_tcp_stream(*address) as stream:
             await stream.send_all(HELLO)
             assert bytes(await stream.receive_some()).endswith(b"hello you\n")
-        nursery.cancel_scope.cancel()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 from node import Node
-from virtual_clock import real
+from virtual_clock import beside, real
 from watching import wait_until
 
 from sgpu.observe import nfd
@@ -56,8 +56,7 @@ class TestFile:
     async def test_life(self, tmp_path: Path) -> None:
         """Written once no other daemon serves, changed with the labels, removed without any, and at the end."""
         path, wanted, placed = tmp_path / nfd.NAME, dict(LABELS), trio.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(nfd.keep_feature_file, tmp_path, lambda: dict(wanted), placed)
+        async with beside(nfd.keep_feature_file, tmp_path, lambda: dict(wanted), placed):
             await trio.sleep(0.05)
             assert read(path) == {}
             placed.set()
@@ -68,7 +67,6 @@ class TestFile:
             await until(path, {})
             wanted.update(LABELS)
             await until(path, LABELS)
-            nursery.cancel_scope.cancel()
         assert os.listdir(tmp_path) == []
 
     @real
@@ -76,25 +74,21 @@ class TestFile:
         """Written again in good time before it expires."""
         assert nfd.RENEWAL + nfd.INTERVAL < nfd.LIFETIME
         monkeypatch.setattr(nfd, "RENEWAL", 0.05)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(nfd.keep_feature_file, tmp_path, lambda: LABELS, in_place())
+        async with beside(nfd.keep_feature_file, tmp_path, lambda: LABELS, in_place()):
             await until(tmp_path / nfd.NAME, LABELS)
             (tmp_path / nfd.NAME).write_text("# +expiry-time=2000-01-01T00:00:00Z\n")
             await until(tmp_path / nfd.NAME, LABELS)
-            nursery.cancel_scope.cancel()
 
     @real
     async def test_no_directory(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """One warning says what to mount, and the file is there as soon as the directory is."""
         directory = tmp_path / "features.d"
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(nfd.keep_feature_file, directory, lambda: LABELS, in_place())
+        async with beside(nfd.keep_feature_file, directory, lambda: LABELS, in_place()):
             with trio.fail_after(30):
                 while not caplog.records:  # noqa: ASYNC110  # nobody notifies of a line
                     await trio.sleep(0.01)
             directory.mkdir()
             await until(directory / nfd.NAME, LABELS)
-            nursery.cancel_scope.cancel()
         (warning,) = [record.getMessage() for record in caplog.records]
         assert all(fact in warning for fact in (str(tmp_path), "No such file", "k8s/components/node-labels"))
 

@@ -14,7 +14,7 @@ import inotify_simple
 import pytest
 import trio
 from daemon_process import short_directory
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu.lib.concurrency import wait_until
 from sgpu.pods.cgroup_tree import CgroupTree, open_tree
@@ -97,10 +97,8 @@ def test_layouts(root: Path, pod: str, leaf: str) -> None:
 async def followed(root: Path) -> AsyncIterator[CgroupTree]:
     with open_tree(root) as tree:
         tree.scan()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(tree.watch)
+        async with beside(tree.watch):
             yield tree
-            nursery.cancel_scope.cancel()
 
 
 @real

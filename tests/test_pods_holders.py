@@ -12,6 +12,7 @@ import pytest
 import trio
 from daemon_process import short_directory
 from fake_pod_resources import RESOURCE, FakePodResources
+from virtual_clock import beside
 
 from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
 from sgpu.node.container import Container
@@ -168,11 +169,9 @@ class TestErrors:
             listening = trio.socket.socket(trio.socket.AF_UNIX)
             await listening.bind(str(path))
             listening.listen()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(trio.serve_listeners, hang_up, [trio.SocketListener(listening)]))
+            async with beside(partial(trio.serve_listeners, hang_up, [trio.SocketListener(listening)])):
                 with pytest.raises(PodResourcesError, match="-pod-resources-socket"):
                     await list_holders(path, (RESOURCE,))
-                nursery.cancel_scope.cancel()
 
         trio.run(main)
 

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 from node import RESOURCE
-from virtual_clock import real
+from virtual_clock import beside, real
 
 from sgpu.lib.concurrency import wait_until
 from sgpu.node.cgroup_limit import LimitAnswer, LimitState, Target, WantedLimit
@@ -75,10 +75,8 @@ def world(tmp_path: Path) -> World:
 
 @asynccontextmanager
 async def limited(world: World) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(limit_containers, world.options, world.node)
+    async with beside(limit_containers, world.options, world.node):
         yield
-        nursery.cancel_scope.cancel()
 
 
 @real

@@ -21,7 +21,7 @@ import attrs
 import inotify_simple
 import pytest
 import trio
-from virtual_clock import real, virtual
+from virtual_clock import beside, real, virtual
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
@@ -119,11 +119,9 @@ def watched(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
     @functools.wraps(test)
     async def run(*args: Any, world: World, **kwargs: Any) -> None:  # noqa: ANN401
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.watch)
+        async with beside(world.watch):
             await trio.sleep(INTERVAL / 2)
             await test(*args, world=world, **kwargs)
-            nursery.cancel_scope.cancel()
 
     return virtual(run)
 
@@ -355,8 +353,7 @@ async def test_allocations_are_noticed_at_once(
         (options.plugin_directory / "new").write_text("{}")
         (options.plugin_directory / "new").rename(options.plugin_directory / FILE)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch_pods, options, new_node())
+    async with beside(watch_pods, options, new_node()):
         await wait_calls(1)
         options.plugin_directory.mkdir()
         for count in (2, 3, 4):
@@ -368,7 +365,6 @@ async def test_allocations_are_noticed_at_once(
         allocate()
         await wait_calls(6)
         await trio.sleep(0.2)
-        nursery.cancel_scope.cancel()
     assert len(kubelet.calls) == 6
 
 
@@ -488,15 +484,13 @@ class TestAttribution:
     async def test_samples(self, world: World, kubelet: FakeKubelet) -> None:
         """Hand on each sample with its processes, and None where they or the holders are unknown."""
         samples: list[Sample | None] = []
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(watch_pods, world.options, world.node, look=samples.append))
+        async with beside(partial(watch_pods, world.options, world.node, look=samples.append)):
             await trio.sleep(INTERVAL / 2)
             await world.round(a=using(7))
             kubelet.answer = "nobody there"
             await world.round(a=using(7))
             kubelet.answer = {}
             await world.round(100 * INTERVAL, a=using(7))
-            nursery.cancel_scope.cancel()
         seen = [sample and (sample.time, list(sample.owners.processes)) for sample in samples]
         assert seen == [None, (INTERVAL / 2, [7]), None, None]
 
@@ -520,10 +514,8 @@ def test_a_disk_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         world = World()
         world.node.usage.set_figures({"GPU-a": using(7)}, trio.current_time())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.watch)
+        async with beside(world.watch):
             await trio.to_thread.run_sync(started.wait)
-            nursery.cancel_scope.cancel()
 
     monkeypatch.setattr("sgpu.pods.processes.find_owners", hang)
     try:

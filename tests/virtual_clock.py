@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
@@ -24,6 +25,15 @@ def virtual(test: Test, *, seconds: float = math.inf, threshold: float = 0.0) ->
 def real(test: Test, *, seconds: float = 120.0) -> Callable[..., None]:
     """Run an asynchronous test on the real clock, for so many seconds at most."""
     return _on(test, seconds, lambda: None)
+
+
+@asynccontextmanager
+async def beside(run: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[None]:
+    """Run this meanwhile, and cancel it at the end."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, *arguments)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def _on(test: Test, seconds: float, clock: Callable[[], trio.abc.Clock | None]) -> Callable[..., None]:
