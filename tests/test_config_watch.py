@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 from rewriting import WAYS, config_map
-from virtual_clock import beside, virtual
+from virtual_clock import beside, until, virtual
 
 from sgpu.config import watch
 from sgpu.config.load import Loaded, load
@@ -31,14 +31,6 @@ TOO_MANY = 1000
 
 def factor(shares: int) -> str:
     return f"gpu-duplication-factor: {shares}\n"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait, in real time, for what no event tells of."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        await trio.to_thread.run_sync(time.sleep, 0.002)
 
 
 class World:

@@ -12,7 +12,7 @@ import trio
 from daemon_process import short_directory
 from rpc_peer import serving
 from test_deviceplugin_registration import Registrar
-from virtual_clock import beside, real
+from virtual_clock import beside, real, until
 
 from sgpu import rpc
 from sgpu.config.settings import endpoint
@@ -50,8 +50,7 @@ class Plugin:
         await stay_registered(directory, self.context, self.registrations, self.counters, self.watchdog, Succession())
 
     async def wait_registered(self) -> None:
-        while not self.registrations.by_resource[RESOURCE].registered:  # noqa: ASYNC110  # it has no event
-            await trio.sleep(0.01)
+        await until(lambda: self.registrations.by_resource[RESOURCE].registered)
 
 
 @real

@@ -20,7 +20,7 @@ import h11
 import pytest
 import trio
 from daemon_process import short_directory
-from virtual_clock import real, virtual
+from virtual_clock import real, until, virtual
 
 from sgpu import rpc
 from sgpu.driver.simulated import simulated_gpus
@@ -131,17 +131,12 @@ async def running(
         nursery.cancel_scope.cancel()
 
 
-async def wait_until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110  # nothing tells of it
-        await trio.sleep(0.002)
-
-
 @asynccontextmanager
 async def connected(observer: Observer, urls: Log, *, page: bool = True) -> AsyncIterator[trio.SocketStream]:
     """Metrics are served, and there is a connection to them."""
     before = len(urls())
     async with running(observer, "127.0.0.1:0", "", page=page):
-        await wait_until(lambda: len(urls()) > before)
+        await until(lambda: len(urls()) > before)
         async with await trio.open_tcp_stream("127.0.0.1", int(urls()[-1].rpartition(":")[2])) as stream:
             yield stream
 
@@ -246,9 +241,9 @@ class TestMetrics:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             async with running(observer, address, ""):
-                await wait_until(warnings)
+                await until(warnings)
                 taken.close()
-                await wait_until(urls)
+                await until(urls)
         assert urls() == [f"http://{address}"]
         (warning,) = warnings()
         assert all(fact in warning for fact in (address, "Address already in use", "-metrics-address"))
@@ -262,16 +257,16 @@ class TestMetrics:
         place = trio.Event()
         with socket.create_server(("127.0.0.1", 0)) as taken:
             async with running(observer, f"127.0.0.1:{taken.getsockname()[1]}", "", place):
-                await wait_until(warnings)
+                await until(warnings)
                 taken.close()
                 place.set()
-                await wait_until(urls)
+                await until(urls)
 
     @real
     async def test_all_interfaces(self, observer: Observer, urls: Log) -> None:
         """Serve on all interfaces without a host, of IPv4 and, where there is any, of IPv6, and log on which."""
         async with running(observer, ":0", ""):
-            await wait_until(urls)
+            await until(urls)
         hosts = {url.rpartition(":")[0] for url in urls()}
         assert hosts == {"http://0.0.0.0", *(["http://[::]"] if socket.has_dualstack_ipv6() else [])}
 
@@ -281,8 +276,8 @@ class TestStatus:
     async def test_snapshot(self, observer: Observer, urls: Log, path: Path) -> None:
         """Answer with the snapshot on a socket for its owner alone, in a new directory; remove it at the end."""
         async with running(observer, "", path):
-            await wait_until(path.exists)
-            await wait_until(lambda: stat.S_IMODE(path.stat().st_mode) == 0o600)
+            await until(path.exists)
+            await until(lambda: stat.S_IMODE(path.stat().st_mode) == 0o600)
             async with await trio.open_unix_socket(str(path)) as stream:
                 answer = await get(stream, "/status")
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
@@ -298,9 +293,9 @@ class TestStatus:
         async with running(observer, "", path):
             with rpc.listen(path):
                 before = rpc.identity(path)
-                await wait_until(warnings)
+                await until(warnings)
                 assert rpc.identity(path) == before
-            await wait_until(path.exists)
+            await until(path.exists)
         (warning,) = warnings()
         assert str(path) in warning
         assert "-status-socket" in warning

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 from node import Node
-from virtual_clock import beside, real
+from virtual_clock import beside, real, until
 from watching import wait_until
 
 from sgpu.observe import nfd
@@ -38,12 +38,6 @@ def read(path: Path) -> dict[str, str]:
     return dict(line.split("=") for line in lines)
 
 
-async def until(path: Path, labels: dict[str, str]) -> None:
-    with trio.fail_after(30):
-        while read(path) != labels:  # noqa: ASYNC110  # nobody notifies of a file
-            await trio.sleep(0.01)
-
-
 def in_place() -> trio.Event:
     """No other daemon serves."""
     event = trio.Event()
@@ -60,13 +54,13 @@ class TestFile:
             await trio.sleep(0.05)
             assert read(path) == {}
             placed.set()
-            await until(path, LABELS)
+            await until(lambda: read(path) == LABELS)
             wanted["deepomatic.com/gpu.count"] = "3"
-            await until(path, wanted)
+            await until(lambda: read(path) == wanted)
             wanted.clear()
-            await until(path, {})
+            await until(lambda: read(path) == {})
             wanted.update(LABELS)
-            await until(path, LABELS)
+            await until(lambda: read(path) == LABELS)
         assert os.listdir(tmp_path) == []
 
     @real
@@ -75,20 +69,18 @@ class TestFile:
         assert nfd.RENEWAL + nfd.INTERVAL < nfd.LIFETIME
         monkeypatch.setattr(nfd, "RENEWAL", 0.05)
         async with beside(nfd.keep_feature_file, tmp_path, lambda: LABELS, in_place()):
-            await until(tmp_path / nfd.NAME, LABELS)
+            await until(lambda: read(tmp_path / nfd.NAME) == LABELS)
             (tmp_path / nfd.NAME).write_text("# +expiry-time=2000-01-01T00:00:00Z\n")
-            await until(tmp_path / nfd.NAME, LABELS)
+            await until(lambda: read(tmp_path / nfd.NAME) == LABELS)
 
     @real
     async def test_no_directory(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """One warning says what to mount, and the file is there as soon as the directory is."""
         directory = tmp_path / "features.d"
         async with beside(nfd.keep_feature_file, directory, lambda: LABELS, in_place()):
-            with trio.fail_after(30):
-                while not caplog.records:  # noqa: ASYNC110  # nobody notifies of a line
-                    await trio.sleep(0.01)
+            await until(lambda: caplog.records)
             directory.mkdir()
-            await until(directory / nfd.NAME, LABELS)
+            await until(lambda: read(directory / nfd.NAME) == LABELS)
         (warning,) = [record.getMessage() for record in caplog.records]
         assert all(fact in warning for fact in (str(tmp_path), "No such file", "k8s/components/node-labels"))
 

@@ -15,7 +15,7 @@ import attrs
 import pytest
 import trio
 from containers import STUBBORN, Containers, containers
-from virtual_clock import real
+from virtual_clock import real, until
 
 from sgpu.lib.sizes import GIB
 from sgpu.node.container import Container
@@ -94,9 +94,7 @@ async def guarded(host: Containers, *, terminate: bool = True, grace: float = TI
 
 async def logged(messages: Messages, fact: str) -> None:
     """Wait for a message that has it."""
-    with trio.fail_after(TIMEOUT):
-        while fact not in messages()[-1]:  # noqa: ASYNC110  # it is the guard's last step, which nobody announces
-            await trio.sleep(0.01)
+    await until(lambda: fact in messages()[-1])
 
 
 @real

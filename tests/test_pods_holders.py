@@ -12,7 +12,7 @@ import pytest
 import trio
 from daemon_process import short_directory
 from fake_pod_resources import RESOURCE, FakePodResources
-from virtual_clock import beside
+from virtual_clock import beside, real
 
 from sgpu.node.claims import ClaimedUnit, Pod, PreparedClaim
 from sgpu.node.container import Container
@@ -157,7 +157,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""], ids=["not gRPC", "stopped during the call"]
     )
-    def test_not_a_kubelet(self, path: Path, answer: bytes) -> None:
+    @real
+    async def test_not_a_kubelet(self, path: Path, answer: bytes) -> None:
         """Name the setting where what listens gives no answer of gRPC's."""
 
         async def hang_up(stream: trio.SocketStream) -> None:
@@ -165,15 +166,12 @@ class TestErrors:
             await stream.send_all(answer)
             await stream.aclose()
 
-        async def main() -> None:
-            listening = trio.socket.socket(trio.socket.AF_UNIX)
-            await listening.bind(str(path))
-            listening.listen()
-            async with beside(partial(trio.serve_listeners, hang_up, [trio.SocketListener(listening)])):
-                with pytest.raises(PodResourcesError, match="-pod-resources-socket"):
-                    await list_holders(path, (RESOURCE,))
-
-        trio.run(main)
+        listening = trio.socket.socket(trio.socket.AF_UNIX)
+        await listening.bind(str(path))
+        listening.listen()
+        async with beside(partial(trio.serve_listeners, hang_up, [trio.SocketListener(listening)])):
+            with pytest.raises(PodResourcesError, match="-pod-resources-socket"):
+                await list_holders(path, (RESOURCE,))
 
     @pytest.mark.parametrize(
         ("code", "hint"),

@@ -14,14 +14,13 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import attrs
 import inotify_simple
 import pytest
 import trio
-from virtual_clock import beside, real, virtual
+from virtual_clock import beside, real, until, virtual
 
 from sgpu.api import v1beta1_pb2
 from sgpu.lib.sizes import GIB
@@ -346,8 +345,7 @@ async def test_allocations_are_noticed_at_once(
     options = attrs.evolve(World(plugins=tmp_path / "plugins").options, interval=1000.0)
 
     async def wait_calls(count: int) -> None:
-        while len(kubelet.calls) < count:
-            await trio.to_thread.run_sync(sleep, 0.01)
+        await until(lambda: len(kubelet.calls) >= count)
 
     def allocate() -> None:
         (options.plugin_directory / "new").write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +26,14 @@ def virtual(test: Test, *, seconds: float = math.inf, threshold: float = 0.0) ->
 def real(test: Test, *, seconds: float = 120.0) -> Callable[..., None]:
     """Run an asynchronous test on the real clock, for so many seconds at most."""
     return _on(test, seconds, lambda: None)
+
+
+async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
+    """Wait, in real time, for what no event tells of; on any clock."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        await trio.to_thread.run_sync(time.sleep, 0.002)
 
 
 @asynccontextmanager
