@@ -194,22 +194,6 @@ def test_crash(node: Node) -> None:
         assert history(kubelet) == [NOBODY, uuids(faulty), uuids(faulty, other), uuids(other)]
 
 
-def test_driver_unloaded(node: Node) -> None:
-    """Keep all GPUs listed, unhealthy, while the driver is unloaded; all are healthy once it is loaded again."""
-    gpus = node.driver.gpus(2)
-    with watched(node) as (kubelet, daemon):
-        wait_listening(node)
-        node.driver.xid(gpus[0], 79)
-        wait_down(kubelet, gpus[0])
-        node.driver.set(calls={"nvmlInit": Code.DRIVER_NOT_LOADED, "nvmlDeviceGetCount": 999})
-        wait_down(kubelet, *gpus)
-        daemon.wait_log("nvmlInit_v2")
-        node.driver.set(calls={})
-        wait_down(kubelet)
-        assert history(kubelet) == [NOBODY, uuids(gpus[0]), uuids(*gpus), NOBODY]
-        assert set(kubelet.devices(RESOURCE)) == shares(*gpus)
-
-
 def test_driver_replaced(node: Node) -> None:
     """Use another worker for another version of the driver; the faults from before are over."""
     gpus = node.driver.gpus(2)

@@ -110,27 +110,6 @@ def test_what_a_container_gets(
             assert len({share.partition("::")[0] for share in kubelet.preferred(available, size=size)}) == 1
 
 
-def test_health(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
-    """An XID of an instance marks that one, one without marks all; a card that is lost marks all until it is back."""
-    small, large = pair
-    both = healthy(small, 2) | healthy(large, 9)
-    with FakePodResources(node.pods), node.daemon(*FLAGS) as daemon:
-        wait_counts(kubelet, both)
-        node.driver.xid(gpu, 94, large)
-        wait_counts(kubelet, healthy(small, 2) | {(large.uuid, "Unhealthy"): 9})
-        assert large.uuid in daemon.wait_log("XID 94").text
-        node.driver.xid(gpu, 79)
-        down = {(small.uuid, "Unhealthy"): 2, (large.uuid, "Unhealthy"): 9}
-        wait_counts(kubelet, down)
-        assert gpu.uuid in daemon.wait_log("XID 79").text
-        node.driver.destroy(gpu, large)
-        gpu = node.driver.change(node.driver.gpu(gpu.uuid), lost=True)
-        daemon.wait_log("GPU is lost")
-        node.driver.change(gpu, lost=False)
-        replaced = node.driver.create(gpu, "3g.20gb")
-        wait_counts(kubelet, healthy(small, 2) | healthy(replaced, 9))
-
-
 def test_profiles(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
     """With -mig profile each profile is a resource of whole instances, which comes and goes with them.
 
@@ -152,21 +131,6 @@ def test_profiles(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstan
             node.driver.destroy(gpu, large)
             kubelet.wait_for(lambda: kubelet.lists[three] and not kubelet.devices(three), message="an empty list")
         assert counts(kubelet, one) == healthy(small, 1)
-
-
-def test_restart(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
-    """A fault of an instance outlives a restart of the daemon."""
-    small, large = pair
-    expected = {(small.uuid, "Unhealthy"): 2} | healthy(large, 9)
-    with node.daemon(*FLAGS) as daemon:
-        wait_counts(kubelet, healthy(small, 2) | healthy(large, 9))
-        node.driver.xid(gpu, 79, small)
-        wait_counts(kubelet, expected)
-        wait_until(lambda: small.uuid in node.state.read_text(), "the fault on disk")
-        daemon.terminate()
-    with node.daemon(*FLAGS):
-        kubelet.wait_registrations(2)
-        wait_counts(kubelet, expected)
 
 
 def test_seen(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance], kubelet: FakeKubelet) -> None:
@@ -193,17 +157,6 @@ def test_seen(node: Node, gpu: StubGpu, pair: tuple[StubInstance, StubInstance],
         assert (of_large["memory_total"], of_large["memory_used"]) == (19968 * MIB, 2 * GIB)
         (use,) = of_large["containers"]
         assert (use["pod"], use["shares"], use["memory_used"], use["utilization"]) == ("trainer", 1, 2 * GIB, None)
-
-
-def test_missing_node(node: Node, gpu: StubGpu, kubelet: FakeKubelet) -> None:
-    """An instance whose capability has no device node is unhealthy until it has one."""
-    (node.dev / "nvidia-caps/nvidia-cap148").unlink()
-    instance = node.driver.create(gpu, "1g.5gb")
-    with node.daemon(*FLAGS) as daemon:
-        wait_counts(kubelet, {(instance.uuid, "Unhealthy"): 2})
-        assert "nvidia-modprobe -f" in daemon.wait_log("nvidia-cap148 is not there").text
-        node.make_nodes("nvidia-caps/nvidia-cap148")
-        wait_counts(kubelet, healthy(instance, 2))
 
 
 def test_doctor(node: Node, kubelet: FakeKubelet) -> None:

@@ -11,7 +11,6 @@ import grpc
 import pytest
 from daemon_process import DaemonProcess
 from fake_kubelet import Connection, FakeKubelet
-from fake_pod_resources import FakePodResources
 from node import RESOURCE, Node
 from stub_driver import GIB, StubGpu
 from watching import wait_until
@@ -160,18 +159,3 @@ def test_a_resource_that_goes_and_comes(node: Node, kubelet: FakeKubelet, daemon
     assert connection(kubelet).streaming
     daemon.terminate()
     assert "ERROR" not in daemon.logs
-
-
-def test_fewer_shares_than_are_in_use(node: Node, kubelet: FakeKubelet, daemon: DaemonProcess, config: Path) -> None:
-    """Those that containers have stay known until they are free; nobody is offered them first meanwhile."""
-    with FakePodResources(node.pods) as pods:
-        pods.assign("default", "trainer", "main", [f"{T4.uuid}::1", f"{T4.uuid}::3"])
-        pods.wait_heeded()
-        config.write_text(ONE_OF_EACH.replace(f": {SHARES}\n", ": 2\n"))
-        wait_shares(kubelet, shares(T4, 2) | {f"{T4.uuid}::3"})
-        kubelet.allocate([f"{T4.uuid}::3"], resource=RESOURCE)
-        available = [f"{T4.uuid}::3", f"{T4.uuid}::0"]
-        assert kubelet.preferred(available, resource=RESOURCE) == [f"{T4.uuid}::0"]
-        pods.release("trainer")
-        wait_shares(kubelet, shares(T4, 2))
-    assert connection(kubelet).streaming
