@@ -202,8 +202,11 @@ def decode_limits(line: bytes) -> tuple[WantedLimit, ...]:
 
 def encode(message: Message) -> bytes:
     """Return the message as one line."""
-    fields = attrs.asdict(message, value_serializer=lambda _, __, value: getattr(value, "value", value))
-    return json.dumps({"message": type(message).__name__, **fields}).encode() + b"\n"
+    return json.dumps({"message": type(message).__name__, **_fields(message)}, default=_fields).encode() + b"\n"
+
+
+def _fields(value: Any) -> Any:  # noqa: ANN401  # what JSON has no form for
+    return value.value if isinstance(value, enum.Enum) else attrs.asdict(value, recurse=False)
 
 
 def decode(line: bytes) -> Message:

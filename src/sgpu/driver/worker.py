@@ -67,6 +67,7 @@ class Worker:
         self._places = Places(*map(Path, places))
         self._uvm = UvmNodes(self._places.host_path, self._places.dev_directory)
         self._capabilities = CapabilityNodes(self._places.host_path, self._places.dev_directory)
+        self._candidates = tuple(candidates(self._places.host_path))
         self._known = config.known
         self._released = Released(config.released, self._places.sysfs_directory)
         self._in_call: str | None = None  # as was written down last
@@ -214,7 +215,7 @@ class Worker:
 
     def _files(self) -> tuple[object, ...]:
         """Return which libraries there are to load."""
-        return tuple(map(content_identity, candidates(self._places.host_path)))
+        return tuple(map(content_identity, self._candidates))
 
 
 def _lines(descriptor: int) -> Iterator[bytes]:

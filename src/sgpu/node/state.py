@@ -281,8 +281,9 @@ class NodeState:
         pressed = frozenset() if allocated is None else self._pressed
         listed = still_listed(left, self._held, allocated, time.time())
         made = offers(policy, gpus, self._held, pressed, allocated or (), listed)
-        for each in made.values():
-            self._check(each)
+        for resource, each in made.items():
+            if each != self.offers.get(resource):  # with each list of holders, which mostly changes nothing
+                self._check(each)
         if gpus:
             unmatched = policy.unmatched([unit for gpu in gpus for unit in units_or_whole(gpu)])
             self._unmatched.update("; ".join(f"rule {rule} matches no GPU of this node" for rule in unmatched))
