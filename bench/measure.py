@@ -17,7 +17,9 @@ from typing import Final
 
 import calls
 import crowded
+import image
 import rest
+import words
 from calls import Extent
 from plugins import BARE, Plugin, Running, Size, other, running, sgpu
 from table import Figure, document, heading, row, side_by_side
@@ -82,7 +84,17 @@ def _rested(plugin: Plugin, extent: Extent) -> Iterator[Figure]:
 def crowd(_: Sequence[Plugin], extent: Extent) -> Iterator[Figure]:
     glance = extent is GLANCE
     yield from crowded.churn(LARGE if glance else HUGE, extent.calls)
-    yield from crowded.scrapes(STANDARD if glance else LARGE, max(1, extent.calls // 5))
+    calls = 1 if glance else 40 * extent.calls
+    yield from crowded.scrapes(STANDARD if glance else LARGE, max(1, extent.calls // 5), calls)
+
+
+def memory(_: Sequence[Plugin], extent: Extent) -> Iterator[Figure]:
+    glance = extent is GLANCE
+    yield from image.memory(STANDARD, LARGE if glance else HUGE, 0 if glance else SETTLE)
+
+
+def answered(_: Sequence[Plugin], extent: Extent) -> Iterator[Figure]:
+    yield from words.answers(extent.starts)
 
 
 def in_process(_: Sequence[Plugin], extent: Extent) -> Iterator[Figure]:
@@ -97,6 +109,8 @@ PARTS: Final[dict[str, Part]] = {
     "starts": start,
     "calls": call,
     "rest": rested,
+    "memory": memory,
+    "words": answered,
     "crowd": crowd,
     "in-process": in_process,
 }

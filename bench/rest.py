@@ -26,8 +26,8 @@ SCRAPES: Final = 240
 PROBES: Final = {"/healthz": 360, "/readyz": 720}
 RESTARTS: Final = 3
 FAULTS: Final = 4
-MEMORY: Final = Aim(32)
 PROCESSOR: Final = Aim(60)
+WAKE_UPS: Final = Aim(100)
 
 
 def settle(run: Running, seconds: float) -> None:
@@ -40,8 +40,8 @@ def settle(run: Running, seconds: float) -> None:
 
 
 def at_rest(run: Running, when: str, seconds: float) -> Iterator[Figure]:
-    """Processor time of a minute, and memory at its end."""
-    began, before = time.monotonic(), run.process.cpu_seconds()
+    """Processor time and wake-ups of a minute, and memory at its end."""
+    began, before, awake = time.monotonic(), run.process.cpu_seconds(), run.process.wake_ups()
     for due in range(0, int(seconds), SCRAPE_INTERVAL):
         time.sleep(max(0.0, began + due - time.monotonic()))
         if run.plugin.is_scraped:
@@ -50,19 +50,21 @@ def at_rest(run: Running, when: str, seconds: float) -> Iterator[Figure]:
     minutes = (time.monotonic() - began) / 60
     took = 1000 * (run.process.cpu_seconds() - before) / minutes
     yield Figure(f"processor time {when}", "ms a minute", {run.plugin.name: took}, PROCESSOR)
-    yield from memory(run, when, MEMORY)
+    wake_ups = (run.process.wake_ups() - awake) / minutes
+    yield Figure(f"wake-ups {when}", "a minute", {run.plugin.name: wake_ups}, WAKE_UPS)
+    yield from memory(run, when)
 
 
-def memory(run: Running, when: str, aim: Aim | None = None) -> Iterator[Figure]:
+def memory(run: Running, when: str) -> Iterator[Figure]:
     """Of all its processes."""
     taken = run.process.memory()
-    for name, size, aimed in (
-        ("resident memory", taken.resident, None),
-        ("proportional memory", taken.proportional, aim),
-        ("memory if nothing else ran Python,", taken.alone, None),
-        ("anonymous memory", taken.anonymous, None),
+    for name, size in (
+        ("resident memory", taken.resident),
+        ("proportional memory", taken.proportional),
+        ("memory if nothing else ran Python,", taken.alone),
+        ("anonymous memory", taken.anonymous),
     ):
-        yield Figure(f"{name} {when}", "MB", {run.plugin.name: size / 1e6}, aimed)
+        yield Figure(f"{name} {when}", "MB", {run.plugin.name: size / 1e6})
 
 
 def hour(run: Running, part: float = 1.0) -> None:

@@ -188,6 +188,10 @@ class LoggedProcess:
         # The clocks that clock_getcpuclockid(3) gives: `stat` counts in hundredths of a second.
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
 
+    def wake_ups(self) -> int:
+        """How often its threads, and its living children's, have waited so far, as long as they live."""
+        return sum(map(_waits, self.pids()))
+
     def pids(self) -> list[int]:
         """It, its children, and theirs."""
         return descendants_of(self.process.pid)
@@ -235,6 +239,15 @@ class DaemonProcess(LoggedProcess):
             assert time.monotonic() < deadline, self._report("it has no child")
             self._daemon = next(iter(children_of(self.process.pid)), 0)
         return self._daemon
+
+
+def _waits(pid: int) -> int:
+    waits = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # it has just ended
+            line = next(line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary"))
+            waits += int(line.split()[1])
+    return waits
 
 
 def children_of(pid: int) -> list[int]:

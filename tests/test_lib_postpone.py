@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sgpu.__main__ import TLS
+from sgpu.lib.postpone import TLS
 
 #: Modules: one that is postponed, and one that shows whether it was imported after all.
 MODULE, INNER = "ssl", "_ssl"

@@ -311,7 +311,7 @@ async def test_orders(observer: Observer, path: Path, urls: Log) -> None:
         return await trio.to_thread.run_sync(send, str(path), verb, order)
 
     async with running(observer, "127.0.0.1:0", path, cordons=recorded):
-        await wait_until(lambda: urls() and path.exists())
+        await until(lambda: urls() and path.exists())
         assert (await order("cordon", Order("0", "bad row"))).uuid == observer.node.gpus[0].uuid
         assert observer.node.gpus[0].cordon
         for name, reason in (("7", ""), ("0", "two\nlines")):

@@ -8,10 +8,6 @@ import sys
 NO_ROOM = "failed to map segment from shared object"
 
 
-#: What prometheus_client has in the heads of functions: the numbers of `ssl.PROTOCOL_…`.
-TLS = {"PROTOCOL_TLS_CLIENT": 16, "PROTOCOL_TLS_SERVER": 17}
-
-
 def main() -> None:
     """Run the console script."""
     # Until the daemon listens for signals itself, being told to stop ends the process as cleanly: there is nothing
@@ -21,18 +17,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0) if command else os._exit(0))
 
-    from sgpu.lib.limits import MEMORY
-    from sgpu.lib.postpone import postpone
-
     def start(alive: int | None) -> int:
+        # In the child, because the parent should stay small, and after all that: importing takes a good part of the
+        # start, and of memory.
+        from sgpu.lib.limits import MEMORY
+        from sgpu.lib.postpone import postpone_unneeded
+
         try:
-            # trio, anyio and prometheus_client import TLS, 4.7 MB, which only the API server needs.
-            postpone("ssl", ("SSLContext", "TLSVersion"), TLS)
-            postpone("hmac")
-            postpone("hashlib")
-            postpone("inspect")  # attrs imports these, and trio needs them, but not every command needs trio
-            postpone("attr.validators")
-            from sgpu.cli import main as run  # after all that: importing takes a good part of the start, and of memory
+            postpone_unneeded()
+            from sgpu.cli import main as run
 
             return run(sys.argv[1:], os.environ, alive)
         except (MemoryError, ImportError) as error:

@@ -9,8 +9,10 @@ import importlib
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, Final
 
+#: What prometheus_client has in the heads of functions: the numbers of `ssl.PROTOCOL_…`.
+TLS: Final = {"PROTOCOL_TLS_CLIENT": 16, "PROTOCOL_TLS_SERVER": 17}
 _NONE: Mapping[str, object] = MappingProxyType({})
 
 
@@ -39,8 +41,26 @@ def postpone(name: str, classes: Iterable[str] = (), values: Mapping[str, object
     if name not in sys.modules:
         sys.modules[name] = module = _Postponed(name)
         module.__dict__.update({each: _stand_in(name, each) for each in classes}, **values)
+        package, _, last = name.rpartition(".")
+        if isinstance(above := sys.modules.get(package), _Postponed):
+            setattr(above, last, module)
 
 
 def _stand_in(module: str, name: str) -> type:
     """Return a class whose instances are those of the real one."""
     return type(name, (), {"__new__": lambda _, *values, **named: getattr(_import(module), name)(*values, **named)})
+
+
+def postpone_unneeded() -> None:
+    """Postpone what the daemon's libraries import, and what it uses of them does not need."""
+    # TLS in trio, anyio and prometheus_client: 4.7 MB, which only the API server needs.
+    postpone("ssl", ("SSLContext", "TLSVersion"), TLS)
+    postpone("hmac")
+    postpone("hashlib")
+    postpone("anyio", ("TASK_STATUS_IGNORED",))  # purerpc's own server and channel: 0.7 MB
+    postpone("anyio.abc", ("SocketStream",))
+    postpone("anyio.streams.tls", ("TLSListener",))
+    postpone("google.protobuf.internal.python_message")  # protobuf in Python, which is there in C: 1.5 MB
+    postpone("httpx._main", ("main",))  # a command line
+    postpone("inspect")  # attrs for converters; trio needs it, and not every command needs trio
+    postpone("attr.validators")
