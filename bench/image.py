@@ -23,8 +23,8 @@ from table import Aim, Figure
 
 from sgpu.dra.slices import DRIVER
 
-#: As the Dockerfile sets it, and bytecode from a directory of its own.
-IMAGE: Final = {"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": "/tmp/sgpu-bench"}
+#: As the Dockerfile sets it.
+IMAGE: Final = {"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": ""}
 #: The daemon in a pod whose service account is elsewhere.
 IN_POD: Final = """
 from pathlib import Path
