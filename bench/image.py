@@ -25,13 +25,23 @@ from sgpu.dra.slices import DRIVER
 
 #: As the Dockerfile sets it.
 IMAGE: Final = {"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": ""}
-#: The daemon in a pod whose service account is elsewhere.
+#: The daemon in a pod whose service account is elsewhere. It is said in the child: the parent imports nothing.
 IN_POD: Final = """
-from pathlib import Path
-from sgpu.kubeapi import access
-access.in_cluster.__defaults__ = (Path({account!r}),)
-from sgpu.__main__ import main
-main()
+from sgpu import __main__, parent
+
+def start(alive):
+    from pathlib import Path
+    from sgpu.kubeapi import access
+    access.in_cluster.__defaults__ = (Path({account!r}),)
+    return begin(alive)
+
+def run_in_child(function):
+    global begin
+    begin = function
+    return fork(start)
+
+fork, parent.run_in_child = parent.run_in_child, run_in_child
+__main__.main()
 """
 NODE: Final = "node"
 NAME: Final = "memory if nothing else ran Python, as in the image"

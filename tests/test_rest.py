@@ -11,7 +11,7 @@ from watching import wait_until
 #: Polls of the driver, and about as many looks at pods, that are counted.
 POLLS = 30
 #: Times that a thread waits, for each of them: the worker for the time, the daemon for its report, for the time of the
-#: next look and for the kubelet. It was 12 with a message for each GPU, and with a connection and a thread for each look.
+#: next look and for the kubelet. With a message for each GPU, and a connection and a thread for each look, it was 12.
 MOST_WAKE_UPS = 7
 
 

@@ -60,6 +60,7 @@ struct nvmlDevice_st {
     char uuid[VALUE];
 };
 struct nvmlEventSet_st {
+    int watch; /* of the files beside this library */
     unsigned long long next; /* the first event that this set has not looked at */
     struct {
         unsigned long long types;
@@ -714,6 +715,10 @@ nvmlReturn_t nvmlEventSetCreate(nvmlEventSet_t *set)
     ENTER();
     *set = calloc(1, sizeof **set);
     (*set)->next = number("events") + 1;
+    char directory[PATH_MAX];
+    beside(directory, "");
+    (*set)->watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK); /* once: to close one takes the kernel some 20 ms */
+    inotify_add_watch((*set)->watch, directory, IN_MOVED_TO);
     return SUCCESS;
 }
 
@@ -757,12 +762,8 @@ static void sleep_until_replaced(int watch, unsigned long long deadline)
 static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEventData_t *data, unsigned int milliseconds)
 {
     const unsigned long long deadline = now() + milliseconds;
-    char directory[PATH_MAX];
-    beside(directory, "");
-    int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-    inotify_add_watch(watch, directory, IN_MOVED_TO);
     nvmlReturn_t code;
-    for (;; sleep_until_replaced(watch, deadline)) {
+    for (;; sleep_until_replaced(set->watch, deadline)) {
         code = steered(function, NULL);
         if (code == SUCCESS && !initialized)
             code = UNINITIALIZED;
@@ -773,7 +774,6 @@ static nvmlReturn_t wait_event(const char *function, nvmlEventSet_t set, nvmlEve
             break;
         }
     }
-    close(watch);
     return code;
 }
 
@@ -783,6 +783,7 @@ BOTH(nvmlEventSetWait, (nvmlEventSet_t set, nvmlEventData_t *data, unsigned int 
 nvmlReturn_t nvmlEventSetFree(nvmlEventSet_t set)
 {
     ENTER();
+    close(set->watch);
     free(set);
     return SUCCESS;
 }
