@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -122,6 +122,33 @@ async def serving(table: Mapping[str, Route], path: Path) -> AsyncIterator[None]
             nursery.start_soon(partial(trio.serve_listeners, handler, [listener]))
             yield
             nursery.cancel_scope.cancel()
+
+
+class Reader:
+    """Takes apart what the server sends, as far as frames go."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._received = bytearray()
+
+    async def wait_end(self, stream_id: int) -> None:
+        """Until the server has ended that stream."""
+        await self._until(lambda kind, flags, stream: kind in (0x0, 0x1) and flags & 0x1 and stream == stream_id)
+
+    async def wait_pong(self) -> None:
+        await self._until(lambda kind, flags, _: kind == 0x6 and flags & 0x1)
+
+    async def _until(self, wanted: Callable[[int, int, int], bool | int]) -> None:
+        received = self._received
+        while True:
+            while len(received) < 9 or len(received) < 9 + int.from_bytes(received[:3], "big"):
+                got = await self._stream.receive_some()
+                assert got, "the server hung up"
+                received += got
+            _, length, kind, flags, stream_id = struct.unpack_from(">BHBBI", received)
+            del received[: 9 + length]
+            if wanted(kind, flags, stream_id):
+                return
 
 
 # HTTP/2 (RFC 9113, section 6) and HPACK (RFC 7541, section 6.2.2), with nobody's idea of what may be sent.

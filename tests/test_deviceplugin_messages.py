@@ -45,7 +45,14 @@ def many(count: int, shares: int, numa_node: int | None = None) -> list[Offer]:
 def real_bytes(offers: Sequence[Offer]) -> int:
     """The size of the list as it would be sent, with every share unhealthy."""
     numbers = [frozenset((*range(each.shares), *each.retained)) for each in offers]
-    return v1beta1_list(withheld(offers, numbers)).ByteSize()
+    return len(v1beta1_list(withheld(offers, numbers)))
+
+
+def listed(build: Callable[[Sequence[Offer]], bytes], offers: Sequence[Offer]) -> dict[str, v1beta1_pb2.Device]:
+    """The entries of a list by id. Their order means nothing to the kubelet."""
+    devices = v1beta1_pb2.ListAndWatchResponse.FromString(build(offers)).devices
+    assert len({device.ID for device in devices}) == len(devices)
+    return {device.ID: device for device in devices}
 
 
 def withheld(offers: Sequence[Offer], numbers: Sequence[frozenset[int]]) -> list[Offer]:
@@ -60,24 +67,34 @@ class TestLists:
     )
 
     @pytest.mark.parametrize("build", [v1beta1_list, v1alpha_list])
-    def test_every_share_is_listed_with_its_health(
-        self, build: Callable[[Sequence[Offer]], v1beta1_pb2.ListAndWatchResponse]
-    ) -> None:
-        """List retained shares too, in order; those that are withheld or of a GPU that is down are unhealthy."""
-        assert [(entry.ID, entry.health) for entry in build(self.OFFERS).devices] == [
-            (UUID.format(0) + "::0", "Unhealthy"),
-            (UUID.format(0) + "::1", "Healthy"),
-            (UUID.format(0) + "::2", "Healthy"),
-            (UUID.format(0) + "::7", "Unhealthy"),
-            (UUID.format(1) + "::0", "Unhealthy"),
-            (UUID.format(2) + "::0", "Healthy"),
-        ]
+    def test_every_share_is_listed_with_its_health(self, build: Callable[[Sequence[Offer]], bytes]) -> None:
+        """List retained shares too; those that are withheld or of a GPU that is down are unhealthy."""
+        assert {share_id: device.health for share_id, device in listed(build, self.OFFERS).items()} == {
+            UUID.format(0) + "::0": "Unhealthy",
+            UUID.format(0) + "::1": "Healthy",
+            UUID.format(0) + "::2": "Healthy",
+            UUID.format(0) + "::7": "Unhealthy",
+            UUID.format(1) + "::0": "Unhealthy",
+            UUID.format(2) + "::0": "Healthy",
+        }
 
     def test_the_topology_is_the_numa_node(self) -> None:
         """Leave it out where the node is unknown, which node 0 is not."""
-        entries = v1beta1_list(self.OFFERS).devices
-        assert [entry.HasField("topology") for entry in entries] == [True] * 4 + [False, True]
-        assert [[node.ID for node in entry.topology.nodes] for entry in entries] == [[1]] * 4 + [[], [0]]
+        devices = listed(v1beta1_list, self.OFFERS).values()
+        nodes = {device.ID[:-3]: [node.ID for node in device.topology.nodes] for device in devices}
+        assert nodes == {UUID.format(0): [1], UUID.format(1): [], UUID.format(2): [0]}
+        assert not listed(v1beta1_list, self.OFFERS)[UUID.format(1) + "::0"].HasField("topology")
+
+    @given(st.integers(0, 1200), st.sets(st.integers(0, 1300)), st.sampled_from([40, 117, 118, 123, 127, 200]))
+    def test_each_has_its_own_entry(self, shares: int, retained: set[int], length: int) -> None:
+        """List what a message with an entry for each would, whatever the lengths of ids and numbers."""
+        beyond = tuple(sorted(number for number in retained if number >= shares))
+        made = attrs.evolve(offer(0, shares, beyond, "x" * length, numa_node=3), withheld=frozenset(retained))
+        topology = v1beta1_pb2.TopologyInfo(nodes=[v1beta1_pb2.NUMANode(ID=3)])
+        assert listed(v1beta1_list, [made]) == {
+            share_id: v1beta1_pb2.Device(ID=share_id, health=health.value, topology=topology)
+            for share_id, health in zip(made.share_ids(), made.share_health(), strict=True)
+        }
 
 
 class TestListBytes:
@@ -103,8 +120,8 @@ class TestListBytes:
         healthy = [offer(shares=50)]
         down = [offer(shares=50, health=Health.UNHEALTHY)]
         assert list_bytes(healthy) == list_bytes(down) == list_bytes(withheld(healthy, [frozenset(range(25))]))
-        assert v1beta1_list(healthy).ByteSize() < list_bytes(healthy)
-        assert v1alpha_list(down).ByteSize() <= list_bytes(healthy)
+        assert len(v1beta1_list(healthy)) < list_bytes(healthy)
+        assert len(v1alpha_list(down)) <= list_bytes(healthy)
 
 
 def named_factor(offers: Sequence[Offer]) -> int:

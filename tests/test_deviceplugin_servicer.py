@@ -50,14 +50,14 @@ def share_ids(node: NodeState) -> list[list[str]]:
     return [offer.share_ids() for offer in node.offered(RESOURCE)]
 
 
-def lists(
+async def lists(
     node: NodeState, streams: Streams | None = None, api: type[DevicePlugin | AlphaDevicePlugin] = DevicePlugin
 ) -> AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]:
-    """A ListAndWatch stream."""
+    """The lists of a ListAndWatch stream, which have the same form in both versions of the API."""
     plugin = api(context(node), streams or Streams())
-    generator: AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]
-    generator = plugin.ListAndWatch(v1beta1_pb2.Empty())  # type: ignore[arg-type, assignment]  # of either API
-    return generator
+    async with aclosing(plugin.ListAndWatch(v1beta1_pb2.Empty())) as stream:  # type: ignore[arg-type]
+        async for response in stream:
+            yield v1beta1_pb2.ListAndWatchResponse.FromString(response)
 
 
 class TestListAndWatch:

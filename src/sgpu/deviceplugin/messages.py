@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import attrs
@@ -14,7 +15,7 @@ from sgpu.node.edits import ContainerEdits
 from sgpu.node.gpu import Health
 from sgpu.node.offers import Offer
 from sgpu.node.policy import OffersRefusedError
-from sgpu.node.shares import Share
+from sgpu.node.shares import Share, suffixes
 from sgpu.rpc import MAX_MESSAGE_BYTES
 
 #: What a container may do with a device node: read, write, make it.
@@ -25,23 +26,53 @@ class TooManySharesError(OffersRefusedError):
     """The list of all shares would be larger than the message that the kubelet accepts."""
 
 
-def v1beta1_list(offers: Sequence[Offer]) -> v1beta1_pb2.ListAndWatchResponse:
-    """Return every share of every unit, healthy or not: one that vanished would read as healthy in a pod's status."""
-    response = v1beta1_pb2.ListAndWatchResponse()
-    for offer in offers:
-        topology = _topology(offer)
-        for share_id, health in zip(offer.share_ids(), offer.share_health(), strict=True):
-            response.devices.add(ID=share_id, health=health.value, topology=topology)
-    return response
+def v1beta1_list(offers: Sequence[Offer]) -> bytes:
+    """Return the ListAndWatchResponse with every share of every unit, healthy or not.
+
+    One that vanished would read as healthy in a pod's status.
+    """
+    return _list(v1beta1_pb2, offers, _topology)
 
 
-def v1alpha_list(offers: Sequence[Offer]) -> v1alpha_pb2.ListAndWatchResponse:
+def v1alpha_list(offers: Sequence[Offer]) -> bytes:
     """Return the same for the kubelets that know no topology."""
-    response = v1alpha_pb2.ListAndWatchResponse()
-    for offer in offers:
-        for share_id, health in zip(offer.share_ids(), offer.share_health(), strict=True):
-            response.devices.add(ID=share_id, health=health.value)
-    return response
+    return _list(v1alpha_pb2, offers, lambda _: {})
+
+
+def _list(api: Any, offers: Sequence[Offer], more: Callable[[Offer], Mapping[str, Any]]) -> bytes:  # noqa: ANN401
+    # Not a message for each of thousands of shares: a repeated field is the concatenation of its entries, and those of
+    # a unit differ only in the number of the share, as long as it has as many digits.
+    endings = [ending.encode() for ending in suffixes(max((offer.shares for offer in offers), default=0))]
+    return b"".join(
+        _entries(api, offer.unit.uuid, list(alike), health, more(offer))
+        for offer in offers
+        for health, some in _by_health(offer, endings).items()
+        for _, alike in groupby(some, len)
+    )
+
+
+def _by_health(offer: Offer, endings: Sequence[bytes]) -> Mapping[Health, Sequence[bytes]]:
+    """Return how the ids of an offer's shares end, in order."""
+    own = [*endings[: offer.shares], *(_ending(offer, number) for number in offer.retained)]
+    if not offer.withheld:
+        return {offer.unit.health: own}
+    found = defaultdict(list)
+    for ending, health in zip(own, offer.share_health(), strict=True):
+        found[health].append(ending)
+    return found
+
+
+def _ending(offer: Offer, number: int) -> bytes:
+    return str(Share(offer.unit.uuid, number)).removeprefix(offer.unit.uuid).encode()
+
+
+def _entries(api: Any, uuid: str, endings: Sequence[bytes], health: Health, more: Mapping[str, Any]) -> bytes:  # noqa: ANN401
+    """Return the entries of the shares whose ids end so, all of them as long."""
+    first = uuid.encode() + endings[0]
+    device = api.Device(ID=first, health=health.value, **more)
+    before, _, after = api.ListAndWatchResponse(devices=[device]).SerializeToString().partition(first)
+    before += uuid.encode()
+    return b"".join((before, (after + before).join(endings), after))
 
 
 def content(offers: Sequence[Offer]) -> tuple[object, ...]:
@@ -103,14 +134,12 @@ def _offer_bytes(offer: Offer) -> int:
 
 
 def _entry_bytes(offer: Offer, number: int) -> int:
-    health = Health.UNHEALTHY.value  # the longer word
-    share_id = str(Share(offer.unit.uuid, number))
-    entry = v1beta1_pb2.Device(ID=share_id, health=health, topology=_topology(offer))
-    return v1beta1_pb2.ListAndWatchResponse(devices=[entry]).ByteSize()
+    unhealthy = Health.UNHEALTHY  # the longer word
+    return len(_entries(v1beta1_pb2, offer.unit.uuid, [_ending(offer, number)], unhealthy, _topology(offer)))
 
 
-def _topology(offer: Offer) -> v1beta1_pb2.TopologyInfo | None:
+def _topology(offer: Offer) -> Mapping[str, Any]:
     numa_node = offer.unit.gpu.numa_node
     if numa_node is None:
-        return None
-    return v1beta1_pb2.TopologyInfo(nodes=[v1beta1_pb2.NUMANode(ID=numa_node)])
+        return {}
+    return {"topology": v1beta1_pb2.TopologyInfo(nodes=[v1beta1_pb2.NUMANode(ID=numa_node)])}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from itertools import accumulate, islice
 
 from sgpu.node.rank import MultiShare, Placement, UnitLoad, rank
@@ -31,18 +31,12 @@ def preferred(
     rest = size - len(chosen)
     if rest <= 0:
         return chosen
-    free = set(available)
-    free.difference_update(chosen)
-    endings = suffixes(max((load.shares for load in loads.values()), default=0))
-    choice, allocated = {}, {}
-    for uuid, load in loads.items():
-        # A unit's own ids are looked up among the free ones, rather than those parsed: they come unordered, thousands
-        # of them, and some may be no share's. And no more than could be used, as mostly the first few are free.
-        limit = rest if load.allocated is not None else None
-        own = map(uuid.__add__, endings[: load.shares])
-        if some := list(islice(filter(free.__contains__, own), limit)):
-            choice[uuid] = some
-            allocated[uuid] = load.others + (load.shares - len(some) if load.allocated is None else load.allocated)
+    choice = _lowest_free(available, frozenset(chosen), rest, loads)
+    allocated = {
+        uuid: loads[uuid].others
+        + (loads[uuid].shares - len(some) if (known := loads[uuid].allocated) is None else known)
+        for uuid, some in choice.items()
+    }
     ranked = rank({uuid: loads[uuid] for uuid in sorted(choice)}, allocated, placement)
     rooms = {uuid: len(choice[uuid]) for uuid in ranked}
     used = Counter(map(unit_of, chosen))
@@ -54,6 +48,36 @@ def preferred(
     for uuid, count in divide(rooms, used, rest).items():
         chosen += choice[uuid][:count]
     return chosen
+
+
+def _lowest_free(
+    available: Iterable[str], chosen: Set[str], rest: int, loads: Mapping[str, UnitLoad]
+) -> dict[str, list[str]]:
+    """Return the free ids of each unit that has some: the `rest` lowest, or all where it is unknown how many there are.
+
+    A unit's own ids are looked up among the free ones, rather than those parsed: they come unordered, thousands of
+    them, and some may be no share's.
+    """
+    endings = suffixes(max((load.shares for load in loads.values()), default=0))
+
+    def find(free: Set[str]) -> dict[str, list[str]]:
+        found = {}
+        for uuid, load in loads.items():
+            own = filter(free.__contains__, map(uuid.__add__, endings[: load.shares]))
+            if some := list(islice(own, None if load.allocated is None else rest)):
+                found[uuid] = some
+        return found
+
+    taken = {uuid: load.allocated for uuid, load in loads.items() if load.allocated is not None}
+    if len(taken) == len(loads):
+        # As many of a unit's lowest as can be in the way, and as are wanted, will do: to make a set of all takes twice
+        # as long. Unless it has fewer than it should, because the kubelet keeps some back.
+        enough = {uuid: min(count + len(chosen) + rest, loads[uuid].shares) for uuid, count in taken.items()}
+        lowest = {uuid + ending for uuid, count in enough.items() for ending in endings[:count]}
+        found = find(lowest.intersection(available) - chosen)
+        if all(len(found.get(uuid, ())) == rest or count == loads[uuid].shares for uuid, count in enough.items()):
+            return found
+    return find(set(available) - chosen)
 
 
 def _usable_together(

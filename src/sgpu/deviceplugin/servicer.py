@@ -99,7 +99,7 @@ class DevicePlugin(v1beta1_grpc.DevicePluginServicer):
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1beta1_pb2.Empty
-    ) -> AsyncGenerator[v1beta1_pb2.ListAndWatchResponse, None]:
+    ) -> AsyncGenerator[bytes, None]:
         async with aclosing(_watch(self._context, self._streams)) as changes:
             async for offers in changes:
                 yield messages.v1beta1_list(offers)
@@ -149,7 +149,7 @@ class AlphaDevicePlugin(v1alpha_grpc.DevicePluginServicer):
 
     async def ListAndWatch(  # type: ignore[override]  # purerpc's base declares no generator
         self, _: v1alpha_pb2.Empty
-    ) -> AsyncGenerator[v1alpha_pb2.ListAndWatchResponse, None]:
+    ) -> AsyncGenerator[bytes, None]:
         async with aclosing(_watch(self._context, self._streams)) as changes:
             async for offers in changes:
                 yield messages.v1alpha_list(offers)

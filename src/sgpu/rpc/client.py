@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
-import h2.exceptions
 import trio
 from google.protobuf.message import DecodeError
 from purerpc import StatusCode
@@ -19,7 +18,6 @@ from sgpu.rpc.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_STATUS_MESSAGE,
     RECEIVE_BYTES,
-    BrokenPeerError,
     MessageRefused,
     Protocol,
     RpcError,
@@ -86,7 +84,7 @@ class Channel:
         response_type: Callable[[], Response],
     ) -> AsyncGenerator[Response, None]:
         """Call a method that answers any number of messages. Raises as `unary_call` does."""
-        stream_id = self._start(method)
+        stream_id = self.protocol.start_request(method)
         unsent = frame(request)
         ended = False  # in both directions
         try:
@@ -112,25 +110,15 @@ class Channel:
             if not ended:
                 self.protocol.give_up(stream_id)
 
-    def _start(self, method: str) -> int:
-        service, name = method.strip("/").split("/")
-        stream_id: int = self.protocol.get_next_available_stream_id()
-        try:
-            # The authority is what the kubelet's own dialler says; a socket has no host to name.
-            self.protocol.start_request(stream_id, "http", service, name, None, "localhost", None, "+proto")
-        except h2.exceptions.TooManyStreamsError as error:
-            raise BrokenPeerError(f"the server admits no call: {error}") from error
-        return stream_id
-
     def _send(self, stream_id: int, unsent: memoryview) -> memoryview:
         """Send as much as the server's windows admit. Returns the rest."""
-        while unsent and (size := min(self.protocol.flow_control_window(stream_id), len(unsent))) > 0:
-            self.protocol.send_data(stream_id, bytes(unsent[:size]), end_stream=size == len(unsent))
+        if unsent and (size := min(self.protocol.room(stream_id), len(unsent))) > 0:
+            self.protocol.send_data(stream_id, unsent[:size], end=size == len(unsent))
             unsent = unsent[size:]
         return unsent
 
     async def _receive(self) -> list[events.Event]:
-        await self.stream.send_all(self.protocol.data_to_send())
+        await self.stream.send_all(self.protocol.take_output())
         data = await self.stream.receive_some(RECEIVE_BYTES)
         if not data:
             raise trio.BrokenResourceError("the server closed the connection")

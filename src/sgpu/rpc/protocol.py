@@ -1,25 +1,25 @@
-"""The protocol of one gRPC connection, without I/O: purerpc's, with what it hides made visible."""
+"""The protocol of one gRPC connection, without I/O: HTTP/2's events → those of purerpc's connection, and back."""
 
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
-from contextlib import suppress
 from typing import Any, Final
+from urllib.parse import quote, unquote
 
 import attrs
-import h2.config
-import h2.connection
-import h2.errors
-import h2.events
-import h2.exceptions
 from purerpc import Status, StatusCode
-from purerpc.grpclib.config import GRPCConfiguration
-from purerpc.grpclib.connection import GRPCConnection
-from purerpc.grpclib.events import Event, MessageReceived
+from purerpc.grpclib.events import (
+    Event,
+    MessageReceived,
+    RequestEnded,
+    RequestReceived,
+    ResponseEnded,
+    WindowUpdated,
+)
 
 from sgpu.lib.logs import cut
-from sgpu.rpc.headers import Decoder, Encoder
+from sgpu.rpc.headers import encode
+from sgpu.rpc.http2 import Code, Connection, Data, Headers, Http2Error, Reset
 
 #: Largest message accepted unless said otherwise, in bytes: the default of grpc-go, and so of the kubelet.
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -31,6 +31,10 @@ _MESSAGE_HEADER: Final = struct.Struct(">?I")
 MAX_STATUS_MESSAGE: Final = 1000
 #: Most characters of a peer's header that are repeated in a log or an answer.
 _QUOTED: Final = 100
+_CONTENT_TYPE: Final = "application/grpc"
+_BEGIN: Final = encode((":status", "200"), ("content-type", "application/grpc+proto"))
+#: What gRPC answers to a request that is none of its own.
+_UNSUPPORTED: Final = encode((":status", "415"))
 
 
 class RpcError(Exception):
@@ -62,134 +66,140 @@ class MessageRefused(Event):  # type: ignore[misc]  # purerpc is not typed
     error: RpcError
 
 
-class _Http2(h2.connection.H2Connection):  # type: ignore[misc]  # h2 < 4 is not typed
-    """h2, with two things that a sound peer does no longer taken for the end of the connection.
-
-    h2 4 does the second by itself, but purerpc needs h2 3. And with a memory for headers.
-    """
-
-    #: Ended streams remembered, to tell their stragglers from nonsense.
-    MAX_CLOSED_STREAMS = 1024
-
-    def __init__(self, config: h2.config.H2Configuration) -> None:
-        super().__init__(config)
-        self.encoder, self.decoder = Encoder(), Decoder()
-        self.decoder.max_header_list_size = self.DEFAULT_MAX_HEADER_LIST_SIZE
-
-    def _receive_goaway_frame(self, _: object) -> tuple[list[Any], list[Any]]:
-        # "No more calls from here": those that are under way go on, and the peer hangs up after the last.
-        return [], []
-
-    def _receive_window_update_frame(self, frame: object) -> tuple[list[Any], list[Any]]:
-        try:
-            frames, events = super()._receive_window_update_frame(frame)
-        except h2.exceptions.StreamClosedError:
-            # Whoever reads the end of a long answer gives its stream leave to send more, when it has ended already.
-            return [], []
-        return frames, events
-
-
-class Protocol(GRPCConnection):  # type: ignore[misc]  # purerpc is not typed
+class Protocol:
     """The state of one connection: feed it bytes, get events; tell it what to send, take the bytes."""
 
-    #: The kubelet needs a handful; a connection that opens more is closed.
-    MAX_CONCURRENT_STREAMS = 128
-    #: Bytes; HTTP/2's own default. Larger frames would only be buffered twice.
-    MAX_INBOUND_FRAME_SIZE = 16 * 1024
-
     def __init__(self, *, client_side: bool, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        super().__init__(GRPCConfiguration(client_side=client_side, max_message_length=max_message_bytes))
+        self._client_side = client_side
         self._max_message_bytes = max_message_bytes
-        config = self.h2_connection.config
-        # What we send is ours, and well-formed; of what we get, purerpc checks what matters and the rest means nothing
-        # here. To have h2 check it all takes a tenth of an Allocate.
-        config.validate_outbound_headers = config.normalize_outbound_headers = False
-        config.validate_inbound_headers = False
-        self.h2_connection: h2.connection.H2Connection = _Http2(config)
-        self._set_h2_connection_local_settings()
-        self._incomplete: defaultdict[int, bytearray] = defaultdict(bytearray)
-        self.initiate_connection()
+        # Two messages: what fits one is no reason to wait, and what is in its way is a message of the same size.
+        self._http2 = Connection(client=client_side, window=2 * max_message_bytes)
+        self._incomplete: dict[int, bytearray] = {}
+        self.output = self._http2.output
+        self.room = self._http2.room
+        self.send_data = self._http2.send_data
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes off the wire. Raises BrokenPeerError, after which the connection must be closed."""
+        events: list[Event] = []
+        headers_received = self._response_headers if self._client_side else self._request_headers
         try:
-            events: list[Event] = self.receive_data(data)
-        except BrokenPeerError:
-            raise
-        except Exception as error:
-            # Whatever the layers below trip over (h2, hpack, a header that is missing or not UTF-8), the peer wrote.
-            raise BrokenPeerError(cut(f"{type(error).__name__}: {error}", MAX_STATUS_MESSAGE)) from error
-        started = self.h2_connection.incoming_buffer.data  # the beginning of a frame; h2 looks at whole ones only
-        if len(started) >= 3 and (length := int.from_bytes(started[:3], "big")) > self.MAX_INBOUND_FRAME_SIZE:
-            raise BrokenPeerError(f"a frame of {length} bytes, where {self.MAX_INBOUND_FRAME_SIZE} are taken")
+            for event in self._http2.receive(data):
+                if isinstance(event, Data):
+                    self._data_received(event, events)
+                elif isinstance(event, Headers):
+                    headers_received(event, events)
+                elif isinstance(event, Reset):
+                    self._incomplete.pop(event.stream_id, None)
+                    name = Code(event.code).name if event.code in list(Code) else str(event.code)
+                    events.append(StreamReset(event.stream_id, name))
+                else:
+                    events.append(WindowUpdated(event.stream_id, None))
+        except Http2Error as error:
+            raise BrokenPeerError(cut(str(error), MAX_STATUS_MESSAGE)) from error
         return events
 
-    def give_up(self, stream_id: int) -> None:
-        """Want no more of a stream. One that has ended needs none of this, nor does one of a broken connection."""
-        self._forget(stream_id)
-        with suppress(h2.exceptions.ProtocolError):
-            self.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+    def take_output(self) -> bytes:
+        """Return the bytes to send, which are out of `output` then."""
+        output = bytes(self.output)
+        self.output.clear()
+        return output
 
-    def _request_received(self, event: h2.events.RequestReceived) -> list[Event]:
-        # purerpc refuses a request without a body by failing the connection. Here it becomes a call with no
-        # message, which is answered like any other bad call.
-        event.stream_ended = None
+    def start_request(self, path: str) -> int:
+        """Begin a call of `/package.Service/Method`. Returns its stream. Raises BrokenPeerError where none is taken."""
         try:
-            events: list[Event] = super()._request_received(event)
-        except Exception as error:
-            headers = dict(event.headers)
-            what = quoted(f"{headers.get(':method')} {headers.get(':path')}")
-            raise BrokenPeerError(f"{what} is no gRPC request; {type(error).__name__}: {error}") from error
-        return events
+            stream_id = self._http2.open_stream()
+        except Http2Error as error:
+            raise BrokenPeerError(str(error)) from error
+        # The authority is what the kubelet's own dialler says; a socket has no host to name.
+        fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost", "te": "trailers"}
+        block = encode(*fields.items(), ("content-type", "application/grpc+proto"))
+        self._http2.send_headers(stream_id, block, end=False)
+        return stream_id
 
-    def _data_received(self, event: h2.events.DataReceived) -> list[Event]:
-        # Not purerpc's own buffers: those lend a stream that is reset the connection's window for good, inflate
-        # whatever a peer has deflated, and fail the connection for one message that is too long.
+    def start_response(self, stream_id: int) -> None:
+        self._http2.send_headers(stream_id, _BEGIN, end=False)
+
+    def end_response(self, stream_id: int, code: StatusCode, message: str, *, started: bool) -> None:
+        """End a call with a status. What of the message no header can carry is left out."""
+        fields = [("grpc-status", str(code.value))]
+        if message:
+            raw = message[:MAX_STATUS_MESSAGE].encode("utf-8", "replace")  # a stray byte of a file name has no UTF-8
+            fields.append(("grpc-message", quote(raw, safe="")))
+        self._http2.send_headers(stream_id, (b"" if started else _BEGIN) + encode(*fields), end=True)
+
+    def give_up(self, stream_id: int, code: Code = Code.NO_ERROR) -> None:
+        """Want no more of a stream. One that has ended needs none of this."""
+        self._incomplete.pop(stream_id, None)
+        self._http2.reset(stream_id, code)
+
+    def _request_headers(self, event: Headers, events: list[Event]) -> None:
+        stream_id, fields = event.stream_id, event.fields
+        if ":method" in fields:  # else trailers, of which gRPC has none here
+            content_type = fields.get("content-type", "")
+            if fields[":method"] != "POST" or not content_type.startswith(_CONTENT_TYPE):
+                self._http2.send_headers(stream_id, _UNSUPPORTED, end=True)
+                self.give_up(stream_id)
+                return
+            service, _, name = fields[":path"].removeprefix("/").rpartition("/")
+            events.append(RequestReceived(stream_id, fields[":scheme"], service, name, content_type))
+        if event.end:
+            self._ended(stream_id, events)
+
+    def _response_headers(self, event: Headers, events: list[Event]) -> None:
+        fields = event.fields
+        if (code := fields.get(":status", "200")) != "200":
+            raise BrokenPeerError(f"no gRPC answer: http status {quoted(code)}")
+        if ":status" in fields and not fields.get("content-type", "").startswith(_CONTENT_TYPE):
+            raise BrokenPeerError(f"no gRPC answer: content-type {quoted(str(fields.get('content-type')))}")
+        if event.end:
+            self._incomplete.pop(event.stream_id, None)
+            said = fields.get("grpc-status", "")
+            if not (said.isascii() and said.isdecimal() and len(said) < 10):
+                raise BrokenPeerError(f"the end of an answer with grpc-status {quoted(said)}")
+            status = Status(int(said), unquote(fields.get("grpc-message", "")))
+            events.append(ResponseEnded(event.stream_id, status))
+
+    def _data_received(self, event: Data, events: list[Event]) -> None:
         stream_id = event.stream_id
-        self.acknowledge_received_data(stream_id, event.flow_controlled_length)
-        data = self._incomplete[stream_id]
-        data += event.data
-        found: list[Event] = []
-        while len(data) >= _MESSAGE_HEADER.size:
-            compressed, length = _MESSAGE_HEADER.unpack_from(data)
+        begun = self._incomplete.get(stream_id)
+        if begun is not None:
+            begun += event.data
+        data = event.data if begun is None else begun
+        start, size = 0, len(data)
+        while size - start >= _MESSAGE_HEADER.size:
+            compressed, length = _MESSAGE_HEADER.unpack_from(data, start)
             if compressed:
                 error = RpcError(StatusCode.UNIMPLEMENTED, "compressed messages are not taken")
-                return [*found, MessageRefused(stream_id, error)]
+                events.append(MessageRefused(stream_id, error))
+                break
             if length > self._max_message_bytes:
                 message = f"a message of {length} bytes, where {self._max_message_bytes} are taken"
                 error = RpcError(StatusCode.RESOURCE_EXHAUSTED, message)
-                return [*found, MessageRefused(stream_id, error)]
-            end = _MESSAGE_HEADER.size + length
-            if len(data) < end:
+                events.append(MessageRefused(stream_id, error))
                 break
-            found.append(MessageReceived(stream_id, bytes(data[_MESSAGE_HEADER.size : end]), 0))
-            del data[:end]
-        return found
+            begin = start + _MESSAGE_HEADER.size
+            if begin + length > size:
+                break
+            start = begin + length
+            events.append(MessageReceived(stream_id, bytes(data[begin:start]), 0))
+        if event.end:
+            self._ended(stream_id, events)
+        elif begun is not None:
+            del begun[:start]
+        elif start < size:
+            self._incomplete[stream_id] = bytearray(data[start:])
 
-    def _stream_ended(self, event: h2.events.StreamEnded) -> list[Event]:
-        self._incomplete.pop(event.stream_id, None)
-        events: list[Event] = super()._stream_ended(event)
-        return events
-
-    def _stream_reset(self, event: h2.events.StreamReset) -> list[Event]:
-        # purerpc drops this event, and keeps the stream's buffer for as long as the connection lives.
-        self._forget(event.stream_id)
-        return [StreamReset(event.stream_id, getattr(event.error_code, "name", str(event.error_code)))]
-
-    def _forget(self, stream_id: int) -> None:
+    def _ended(self, stream_id: int, events: list[Event]) -> None:
         self._incomplete.pop(stream_id, None)
-        self.message_read_buffers.pop(stream_id, None)
+        if not self._client_side:
+            events.append(RequestEnded(stream_id))
 
 
 def frame(message: Any) -> memoryview:  # noqa: ANN401  # any protobuf message; protobuf has no typed base here
-    """Return a protobuf message as gRPC writes it: not compressed, length first."""
-    payload = message.SerializeToString()
+    """Return a protobuf message, or the bytes of one, as gRPC writes it: not compressed, length first."""
+    payload = message if isinstance(message, bytes) else message.SerializeToString()
     return memoryview(_MESSAGE_HEADER.pack(False, len(payload)) + payload)
-
-
-def status(code: StatusCode, message: str) -> Status:
-    """Return a status that can be sent, whatever the message: a stray byte of a file name has no UTF-8."""
-    return Status(code, message[:MAX_STATUS_MESSAGE].encode("utf-8", "replace").decode())
 
 
 def quoted(text: str) -> str:

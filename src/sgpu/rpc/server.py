@@ -28,7 +28,6 @@ from sgpu.rpc.protocol import (
     StreamReset,
     frame,
     quoted,
-    status,
 )
 from sgpu.rpc.routing import Route
 
@@ -79,7 +78,6 @@ class _Connection:
         self._stream = stream
         self._protocol = Protocol(client_side=False)
         self._calls: dict[int, _Call] = {}
-        self._output = bytearray()
         self._descriptor = stream.socket.fileno() if isinstance(stream, trio.SocketStream) else None
         self._writing = False
         self._output_ready = Broadcast()
@@ -107,11 +105,12 @@ class _Connection:
                         if call is not None and not call.cancel_scope.cancel_called:
                             self._answer_now(call, nursery)
                     self._flush()
-                    while len(self._output) > _READER_WAITS:
+                    while len(self._protocol.output) > _READER_WAITS:
                         await self._room.next.wait()
             except trio.BrokenResourceError:
                 pass  # a peer that vanished without a word, which is no different from one that closed
             except BrokenPeerError as error:
+                self._flush()
                 logger.warning("closed a connection whose peer broke the protocol: %s", error)
 
     def _react(self, event: events.Event, nursery: trio.Nursery) -> _Call | None:
@@ -214,43 +213,39 @@ class _Connection:
 
     def _room_for(self, call: _Call) -> int:
         """Return how many bytes can be sent now."""
-        if len(self._output) > _CALLS_WAIT:
+        if len(self._protocol.output) > _CALLS_WAIT:
             return 0
-        window: int = self._protocol.flow_control_window(call.stream_id)
-        return min(window, _SEND_BYTES)
+        return min(self._protocol.room(call.stream_id), _SEND_BYTES)
 
     def _send_part(self, call: _Call, data: memoryview) -> None:
         if not call.started:
-            self._protocol.start_response(call.stream_id, "+proto")
+            self._protocol.start_response(call.stream_id)
             call.started = True
-        self._protocol.send_data(call.stream_id, bytes(data))
+        self._protocol.send_data(call.stream_id, data)
 
     def _end(self, call: _Call, code: StatusCode, message: str) -> None:
         if call.cancel_scope.cancel_called:
             return  # the peer reset the call, or is gone
         call.code = code
-        if call.started:
-            self._protocol.end_response(call.stream_id, status(code, message))
-        else:
-            self._protocol.respond_status(call.stream_id, status(code, message), "+proto")
+        self._protocol.end_response(call.stream_id, code, message, started=call.started)
         if call.refusal is not None:
             self._protocol.give_up(call.stream_id)
         self._flush()
 
     def _flush(self) -> None:
         """Write what can be written without waiting. The rest, and any error, is the writer's."""
-        self._output += self._protocol.data_to_send()
-        if self._output and self._descriptor is not None and not self._writing:
+        output = self._protocol.output
+        if output and self._descriptor is not None and not self._writing:
             with suppress(OSError):
-                del self._output[: os.write(self._descriptor, self._output)]
-        if self._output:
+                del output[: os.write(self._descriptor, output)]
+        if output:
             self._output_ready.notify()
 
     async def _write(self) -> None:
         """Write what the protocol has to say. A task by itself, so that cancelling a call never cuts a frame."""
         while True:
-            await wait_until(lambda: bool(self._output), self._output_ready)
-            output, self._output = self._output, bytearray()
+            await wait_until(lambda: bool(self._protocol.output), self._output_ready)
+            output = self._protocol.take_output()
             self._room.notify()
             self._writing = True
             try:
