@@ -18,8 +18,8 @@ from plugins import Size
 from replay import Peer, connected, count, offer, requests
 from table import Figure
 
-#: Calls before anything is measured: h2 remembers 1024 streams.
-WARM_UP: Final = 1100
+#: Calls before anything is measured, so that everything is remembered that will be.
+WARM_UP: Final = 200
 ROUNDS: Final = 25
 CALLS: Final = 200
 #: Calls of which counts are the average.

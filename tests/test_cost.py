@@ -10,8 +10,8 @@ from virtual_clock import real
 
 from sgpu.deviceplugin.servicer import PluginContext
 
-#: Calls after which everything that is kept for a while has been kept and let go of: h2 remembers 1024 streams.
-WARM_UP = 1100
+#: Calls after which everything that is kept for a while has been kept and let go of.
+WARM_UP = 200
 CALLS = 1000
 #: Blocks of memory that the interpreter may keep after so many calls (226 were seen); a leak has one for each.
 MOST_BLOCKS = CALLS // 2

@@ -59,6 +59,8 @@ OBJECTS: Final = 200
 RESIDENT: Final = 4_000_000
 #: Calls that a connection may have here: enough to be too many, few enough to make a thousand times.
 CALLS: Final = 8
+#: Frames that carry no call forward which a connection bears here.
+PATIENCE: Final = 50
 #: Calls that are made in one go.
 SOME: Final = 4
 SEED: Final = 2_026
@@ -66,7 +68,7 @@ SEED: Final = 2_026
 WIDE: Final = settings(initial_window_size=2**31 - 1) + window_update(0, 2**31 - 1 - 65535)
 LONG_FRAME: Final = b"\xff\xff\xff" + data(1, bytes(1000))[3:]
 TOO_MANY: Final = b"".join(headers(2 * number + 1) for number in range(CALLS + 1))
-RAPID: Final = b"".join(request(2 * n + 1, WAIT) + reset(2 * n + 1) for n in range(2000))
+RAPID: Final = b"".join(request(2 * n + 1, WAIT) + reset(2 * n + 1) for n in range(2 * PATIENCE))
 PART: Final = message(bytes(9_000), length=9_999)
 WHOLE: Final = HELLO + settings() + request(1, ECHO, text("hallo").SerializeToString()) + ping()
 
@@ -225,7 +227,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
 
 
 @pytest.fixture(autouse=True)
-def _few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def _low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "PATIENCE", PATIENCE)
     monkeypatch.setattr(http2, "MAX_STREAMS", CALLS)
 
 

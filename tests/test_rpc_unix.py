@@ -123,6 +123,14 @@ class TestListen:
                 assert said in str(caught.value)
             assert connects(path)
 
+    def test_a_burst_of_peers_is_queued(self, path: Path) -> None:
+        """Let them connect before any is accepted: a peer that would have to wait gives up."""
+        with listen(path), ExitStack() as peers:
+            for _ in range(300):
+                peer = peers.enter_context(socket.socket(socket.AF_UNIX))
+                peer.setblocking(False)
+                peer.connect(str(path))
+
     def test_a_full_backlog_counts_as_alive(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Refuse at once, without waiting for anybody to accept."""
         monkeypatch.setattr(unix, "BACKLOG", 16)

@@ -1,7 +1,7 @@
 """gRPC over unix sockets: listen, serve, and call. Knows nothing of GPUs or of the kubelet.
 
-purerpc's protocol layer (`purerpc.grpclib`: bytes in, gRPC events out, no I/O) driven by trio. purerpc's own server
-and channel are left out: they are TCP only, swallow `Cancelled`, and let a call outlive its connection.
+purerpc generates the servicers, and its events and status codes are used; the rest is left out. Its server and channel
+are TCP only, swallow `Cancelled`, and let a call outlive its connection; h2 below it takes most of a call's time.
 """
 
 from sgpu.rpc.client import Channel, open_channel, unary_call

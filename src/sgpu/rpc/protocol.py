@@ -128,10 +128,10 @@ class Protocol:
             fields.append(("grpc-message", quote(raw, safe="")))
         self._http2.send_headers(stream_id, (b"" if started else _BEGIN) + encode(*fields), end=True)
 
-    def give_up(self, stream_id: int, code: Code = Code.NO_ERROR) -> None:
+    def give_up(self, stream_id: int) -> None:
         """Want no more of a stream. One that has ended needs none of this."""
         self._incomplete.pop(stream_id, None)
-        self._http2.reset(stream_id, code)
+        self._http2.reset(stream_id, Code.NO_ERROR)
 
     def _request_headers(self, event: Headers, events: list[Event]) -> None:
         stream_id, fields = event.stream_id, event.fields
@@ -182,7 +182,7 @@ class Protocol:
             if begin + length > size:
                 break
             start = begin + length
-            events.append(MessageReceived(stream_id, bytes(data[begin:start]), 0))
+            events.append(MessageReceived(stream_id, bytes(memoryview(data)[begin:start]), 0))
         if event.end:
             self._ended(stream_id, events)
         elif begun is not None:
