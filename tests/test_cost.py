@@ -33,14 +33,14 @@ async def calls(peer: Peer, method: str, context: PluginContext, number: int) ->
 
 @real
 async def test_what_a_call_takes(method: str, context: PluginContext) -> None:
-    """Take one turn of the event loop, no task, and four system calls: to read, to write, for more, to wait."""
+    """Take one turn of the event loop, no task, and three system calls: to read, to write, to wait for more."""
     async with connected(context) as peer:
         await calls(peer, method, context, 3)
         counts = await count(peer, method, requests(context)[method], 20)
     assert "tasks" not in counts
     assert {what: counts[what] for what in ("turns", "system calls", "frames")} == {
         "turns": 1,
-        "system calls": 4,
+        "system calls": 3,
         "frames": 3,
     }
 

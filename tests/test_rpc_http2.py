@@ -124,6 +124,12 @@ class TestFloods:
         many = b"".join(headers(2 * number + 1) for number in range(MAX_STREAMS))
         assert refused(server(), many, headers(2 * MAX_STREAMS + 1)) is Code.ENHANCE_YOUR_CALM
 
+    def test_settings_have_a_bound(self) -> None:
+        """Refuse a frame with more of them than there are kinds, several times over."""
+        assert refused(server(), http2_frame(0x4, 0, 0, 33 * settings(initial_window_size=1)[9:])) is (
+            Code.ENHANCE_YOUR_CALM
+        )
+
     def test_a_peer_has_to_keep_to_its_window(self) -> None:
         """Refuse data beyond it, and open it again for data that fits."""
         connection = server()

@@ -29,13 +29,15 @@ _DEFAULT_WINDOW: Final = 65535
 _MAX: Final = 2**31 - 1
 #: Streams given up while the peer was still sending, and remembered to ignore what it had under way.
 _MAX_ABANDONED: Final = 128
-#: Frames that carry no call forward: so many at once, and so many more a second, as nghttp2 takes by default. Their
-#: floods (CVE-2019-9511 to 9518, CVE-2023-44487, CVE-2024-27316) are of thousands a second.
+#: Frames that carry no call forward: so many at once, and so many more a second. nghttp2 has the same for resets.
+#: Floods (CVE-2019-9511 to 9518, CVE-2023-44487, CVE-2024-27316) are of thousands a second.
 PATIENCE: Final = 1000
 _PATIENCE_PER_SECOND: Final = 33.0
 #: What a finished call is worth in such frames, and bytes that are worth one: gRPC's peers measure, and open windows.
 _FRAMES_PER_CALL: Final = 8
 _BYTES_PER_FRAME: Final = 4096
+#: Settings in a frame. Six are defined, and each may concern all streams.
+_MAX_SETTINGS: Final = 32
 
 _HEADER: Final = struct.Struct(">BHBBL")  # length in 24 bits, type, flags, stream
 _SETTING: Final = struct.Struct(">HL")
@@ -364,6 +366,8 @@ class Connection:
         _check(Frame.SETTINGS, len(payload) % _SETTING.size == 0 and not (payload and flags & _ACK), other=stream_id)
         self._bear()
         self._only = None
+        if len(payload) > _MAX_SETTINGS * _SETTING.size:
+            raise Http2Error(Code.ENHANCE_YOUR_CALM, f"more than {_MAX_SETTINGS} settings in a frame")
         if not flags & _ACK:
             for setting, value in _SETTING.iter_unpack(payload):
                 self._set(setting, value)

@@ -99,8 +99,8 @@ class _Connection:
         """Read until the peer closes the connection, and answer each complete request."""
         with self._reading:
             try:
-                while data := await self._stream.receive_some(RECEIVE_BYTES):
-                    ready = [self._react(event, nursery) for event in self._protocol.receive(bytes(data))]
+                while data := await self._receive():
+                    ready = [self._react(event, nursery) for event in self._protocol.receive(data)]
                     for call in ready:  # now, because the last of what was read may be that the first is reset
                         if call is not None and not call.cancel_scope.cancel_called:
                             self._answer_now(call, nursery)
@@ -112,6 +112,19 @@ class _Connection:
             except BrokenPeerError as error:
                 self._flush()
                 logger.warning("closed a connection whose peer broke the protocol: %s", error)
+
+    async def _receive(self) -> bytes:
+        """Read what there is, once there is some. trio's stream tries first: in vain, as the peer awaits an answer."""
+        if self._descriptor is None:
+            return bytes(await self._stream.receive_some(RECEIVE_BYTES))
+        while True:
+            await trio.lowlevel.wait_readable(self._descriptor)
+            try:
+                return os.read(self._descriptor, RECEIVE_BYTES)
+            except BlockingIOError:
+                pass
+            except ConnectionError as error:
+                raise trio.BrokenResourceError(str(error)) from error
 
     def _react(self, event: events.Event, nursery: trio.Nursery) -> _Call | None:
         """Handle an event. Returns a call that can be answered without a task."""
