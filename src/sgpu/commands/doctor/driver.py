@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -13,17 +15,17 @@ from sgpu.commands.doctor.finding import Finding, fail, ok, skip, warn
 from sgpu.commands.doctor.host import Host
 from sgpu.commands.doctor.libraries import Library
 from sgpu.config.settings import Settings
+from sgpu.driver.calls import Calls, Part
 from sgpu.driver.health import polled_problems
 from sgpu.driver.messages import GpuReport, Message, NotReady, Report, WorkerConfig
 from sgpu.driver.nvml import Code
-from sgpu.driver.process import Outcome, run_worker
+from sgpu.driver.process import Outcome, open_worker, run_worker
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
+from sgpu.lib.limits import explain
 from sgpu.lib.sizes import part_of
 
 #: Seconds that the driver gets to answer. A driver that nobody holds open takes some of them to wake its GPUs.
 DEADLINE: Final = 7.0
-#: Seconds that the process that asks may take until its first call.
-START_TIME: Final = 2.0
 #: Seconds that a process which was killed gets to be gone. One that is stuck in the kernel is left to it.
 REAP_TIMEOUT: Final = 0.5
 _MISMATCH: Final = (
@@ -73,14 +75,23 @@ async def ask(settings: Settings) -> Answer:
     ended: list[trio.Process] = []
     began = trio.current_time()
     outcome = Outcome(f"NVML has not answered for {DEADLINE:g} s")
-    with trio.move_on_after(DEADLINE + START_TIME):  # none of its calls hangs by itself, but all of them are slow
-        outcome = await run_worker(config, DEADLINE, ended, said.append)
+    in_call = None
+    with trio.move_on_after(DEADLINE):
+        try:
+            worker = await open_worker(config)
+        except OSError as error:
+            return Answer(problem=f"the driver's process can't be started: {explain(error)}")
+        with closing(Calls(os.dup(worker.calls.descriptor))) as calls:  # run_worker closes its own
+            try:
+                outcome = await run_worker(config, DEADLINE, ended, said.append, started=worker)
+            finally:
+                in_call = calls.current(Part.POLL)
     with trio.move_on_after(REAP_TIMEOUT):
         for process in ended:
             await process.wait()  # or the daemon, where it is process 1, has a zombie of ours
     answer = Answer(
         problem=outcome.problem,
-        in_call=outcome.in_call or "",
+        in_call=in_call.uuid if in_call else "",
         seconds=trio.current_time() - began,
     )
     for message in said:
