@@ -169,6 +169,7 @@ class TestRequests:
         ("answer", "message"),
         [
             (Answer(401, {"message": "Unauthorized"}), "the token of sgpu's service account is not accepted"),
+            (Answer(403, {"message": 'clusterrole "system:discovery" not found'}), "has just started"),
             (Answer(403, {"message": "cannot get"}), "403 cannot get .does sgpu's service account have the rights"),
             (
                 Answer(404, {"message": "the server could not find the requested resource"}),

@@ -385,7 +385,7 @@ class TestPressure:
 
 class TestSetClaims:
     def test_expected(self, node: NodeState) -> None:
-        """What new claims take of a GPU is expected to be used, and those of before are not counted again."""
+        """What new claims take of a GPU is expected to be used, once, until they are given back."""
 
         def claimed(letter: str, *numbers: int, memory: int = 0) -> PreparedClaim:
             shares = tuple(Share(f"GPU-{letter}", number) for number in numbers)
@@ -398,6 +398,9 @@ class TestSetClaims:
         node.usage.grants.reconcile(())
         node.set_claims({**first, "4": claimed("a", 3)})
         assert node.usage.grants.expected_bytes(0)["GPU-a"] == 600 + 2 * 250
+        again = {"5": claimed("a", 0)}  # a share of a claim that is gone
+        node.set_claims(again)
+        assert node.usage.grants.expected_bytes(0) == {"GPU-a": 250}
 
 
 class TestAllocate:

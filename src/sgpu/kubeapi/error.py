@@ -8,6 +8,9 @@ from typing import Final
 #: What the server says where not only the object but the API is not there.
 _NO_API: Final = frozenset({"404 page not found", "the server could not find the requested resource"})
 
+#: What the server says of everybody's rights until it has read its roles: this one, each cluster has.
+_STARTING: Final = '"system:discovery" not found'
+
 
 class ApiServerError(Exception):
     """The API server did not do what was asked. The message says what was asked, what came back, and what to do.
@@ -46,6 +49,8 @@ def refusal(request: str, status: int, message: str, manifest: str, retry_after:
     cure = ""  # what to do, where the server's own message does not say it
     if status == HTTPStatus.UNAUTHORIZED:
         cure = "the token of sgpu's service account is not accepted; is the account still there?"
+    elif status == HTTPStatus.FORBIDDEN and _STARTING in message:
+        cure = "the API server has just started, and has not read its roles yet"
     elif status == HTTPStatus.FORBIDDEN:
         cure = f"does sgpu's service account have the rights of {manifest}?"
     elif status == HTTPStatus.NOT_FOUND and message in _NO_API:

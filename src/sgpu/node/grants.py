@@ -6,7 +6,7 @@ Pure: knows neither trio, nor NVML, nor Kubernetes. Times are passed in, in mono
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Final
 
 import attrs
@@ -35,6 +35,11 @@ class Grants:
     def add(self, share: Share, part: int, now: float) -> None:
         """Record that a container got this share and may use `part` bytes of memory (0 where that is unknown)."""
         self._grants[share] = _Grant(now, part)
+
+    def forget(self, shares: Iterable[Share]) -> None:
+        """Forget shares that are known to be given back."""
+        for share in shares:
+            self._grants.pop(share, None)
 
     def reconcile(self, held: Container[Share]) -> None:
         """Forget the shares that the kubelet listed as held before and no longer lists.

@@ -156,6 +156,8 @@ class NodeState:
     def set_claims(self, claims: Mapping[str, PreparedClaim]) -> None:
         """Take the claims that are prepared, by uid. The memory of new ones is expected to be used soon."""
         now, offered = self._clock(), {offer.unit.uuid: offer for each in self.offers.values() for offer in each}
+        gone = (unit for uid in self.claims.keys() - claims.keys() for unit in self.claims[uid].units)
+        self.usage.grants.forget(share for unit in gone for share in unit.shares)  # first: a new claim may get them
         new = (unit for uid in claims.keys() - self.claims.keys() for unit in claims[uid].units)
         for unit in new:
             offer = offered.get(unit.uuid)
