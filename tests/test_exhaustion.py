@@ -37,7 +37,8 @@ ENOUGH: Final = 6_000_000
 @functools.cache
 def imports() -> int:
     """Bytes of address space that the daemon's imports take with this interpreter."""
-    code = "import sgpu.daemon; print(open('/proc/self/status').read())"
+    postponed = "from sgpu.lib.postpone import postpone_unneeded; postpone_unneeded()"
+    code = f"{postponed}; import sgpu.daemon; print(open('/proc/self/status').read())"
     status = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     return 1024 * int(status.partition("VmPeak:")[2].split()[0])
 
