@@ -33,6 +33,7 @@ def flags(node: Node, **others: str) -> dict[str, str]:
     places = {"plugin-directory": node.plugins, "host-path": node.host, "state-file": node.state}
     places |= {"pod-resources-socket": node.pods, "dev-directory": node.dev, "sysfs-directory": node.sys}
     places |= {"proc-directory": node.proc, "container-log-directory": node.logs}
+    places["cordon-file"] = node.state.with_name("cordon.json")
     texts = {name: str(path) for name, path in places.items()}
     return {**texts, "metrics-address": "", "status-socket": "", "health-interval": "0.3", **others}
 

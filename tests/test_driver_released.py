@@ -26,7 +26,7 @@ def poll(node: Node, *gpus: StubGpu) -> Message:
     released = tuple(ReleasedGpu(gpu.bus_id, f"nvidia{gpu.minor}") for gpu in gpus)
     places = (str(node.host), str(node.dev), str(node.sys))
     config = WorkerConfig(*places, 1.0, released=released, once=True, look_only=True)
-    command = [sys.executable, "-m", "sgpu.driver.worker", encode_config(config)]
+    command = [sys.executable, "-m", "sgpu.driver", encode_config(config)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=True)
     return decode(done.stdout.splitlines()[-1])
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-
-import trio
+from pathlib import Path
 
 from sgpu.config.load import Loaded
+from sgpu.config.settings import Settings
 from sgpu.config.worker import worker_config
 from sgpu.driver.process import Worker, open_worker
 
@@ -29,8 +29,7 @@ async def start(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None)
 async def _first_worker(loaded: Loaded) -> AsyncIterator[Worker | None]:
     """Start the driver's process, without which the daemon starts one itself, and end it at the latest at the end."""
     worker, settings = None, loaded.settings
-    # Where GPUs may be cordoned, the daemon has to read first which ones this process must not open.
-    if not (settings.simulate or (settings.cordon_file and await trio.Path(settings.cordon_file).exists())):
+    if not (settings.simulate or _may_have_cordons(settings)):
         with suppress(OSError):
             worker = await open_worker(worker_config(settings))
     try:
@@ -38,3 +37,11 @@ async def _first_worker(loaded: Loaded) -> AsyncIterator[Worker | None]:
     finally:
         if worker:
             worker.process.kill()
+
+
+def _may_have_cordons(settings: Settings) -> bool:
+    """Return whether GPUs may be cordoned: then the daemon reads first which ones the driver's process must not open.
+
+    Blocks, when nothing else runs yet: a thread would take memory that the imports need.
+    """
+    return bool(settings.cordon_file) and Path(settings.cordon_file).exists()
