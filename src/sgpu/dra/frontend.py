@@ -98,7 +98,7 @@ async def wait_no_device_plugin(api: ApiServer, node_name: str, resources: Itera
 
     The scheduler prefers a device plugin to DRA, and counts the shares of each by itself.
     """
-    problem = OnChange(logger, logging.ERROR)
+    problem = OnChange(logger, logging.WARNING)  # no error: seen at each change of a node from a device plugin to DRA
     while True:
         try:
             found = await api.get(f"/api/v1/nodes/{node_name}")
@@ -107,8 +107,9 @@ async def wait_no_device_plugin(api: ApiServer, node_name: str, resources: Itera
             if not live:
                 return
             problem.report(
-                f"waiting: a device plugin offers {', '.join(live)} on {node_name}, and one resource can't be offered "
-                f"both ways; stop that plugin, or use -api device-plugin"
+                f"waiting: {node_name} still lists {', '.join(live)} of a device plugin, and one resource can't be "
+                f"offered both ways; one that has ended is gone within about 10 s; stop any other, or use "
+                f"-api device-plugin"
             )
         except ApiServerError as error:
             problem.report(f"cannot read the Node {node_name}, trying again: {error}")
