@@ -134,13 +134,14 @@ def test_a_rollout(node: Node, kubelet: FakeKubelet, pods: FakePodResources, gpu
     """A daemon that stands by takes over what was cordoned meanwhile, and can end it."""
     first, second = gpus
     pods.assign("team", "trainer", "main", [f"{first.uuid}::1"])
-    with start(node) as daemon, start(node, "-standby") as successor:
+    with start(node) as daemon:
         kubelet.wait_devices(2 * SHARES)
         daemon.wait_log("serving status")
-        successor.wait_log("standing by")
-        assert run(node, "cordon", first.uuid)[0] == 0
-        daemon.terminate()
-        successor.wait_log("serving status")
-        kubelet.wait_for(lambda: offered(kubelet) == {f"{first.uuid}::1", *shares(second)})
-        assert run(node, "uncordon", first.uuid)[0] == 0
-        kubelet.wait_for(lambda: offered(kubelet) == shares(first) | shares(second))
+        with start(node, "-standby") as successor:
+            successor.wait_log("standing by")
+            assert run(node, "cordon", first.uuid)[0] == 0
+            daemon.terminate()
+            successor.wait_log("serving status")
+            kubelet.wait_for(lambda: offered(kubelet) == {f"{first.uuid}::1", *shares(second)})
+            assert run(node, "uncordon", first.uuid)[0] == 0
+            kubelet.wait_for(lambda: offered(kubelet) == shares(first) | shares(second))
