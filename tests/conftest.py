@@ -19,6 +19,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long ones: at the end, the others would wait for them."""
+    items.sort(key=lambda item: "soak" not in item.keywords)
+
+
 @pytest.fixture
 def node() -> Iterator[Node]:
     """A node with a stub driver for one GPU."""
