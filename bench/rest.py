@@ -50,7 +50,7 @@ def at_rest(run: Running, when: str, seconds: float) -> Iterator[Figure]:
     minutes = (time.monotonic() - began) / 60
     took = 1000 * (run.process.cpu_seconds() - before) / minutes
     yield Figure(f"processor time {when}", "ms a minute", {run.plugin.name: took}, PROCESSOR)
-    wake_ups = (run.process.wake_ups() - awake) / minutes
+    wake_ups = (run.process.wake_ups() - awake).total() / minutes
     yield Figure(f"wake-ups {when}", "a minute", {run.plugin.name: wake_ups}, WAKE_UPS)
     yield from memory(run, when)
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -188,9 +188,9 @@ class LoggedProcess:
         # The clocks that clock_getcpuclockid(3) gives: `stat` counts in hundredths of a second.
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
 
-    def wake_ups(self) -> int:
-        """How often its threads, and its living children's, have waited so far, as long as they live."""
-        return sum(map(_waits, self.pids()))
+    def wake_ups(self) -> Counter[int]:
+        """How often its threads, and its children's, have waited so far, by thread: those that live."""
+        return Counter(dict(waits for pid in self.pids() for waits in _waits(pid)))
 
     def pids(self) -> list[int]:
         """It, its children, and theirs."""
@@ -241,13 +241,11 @@ class DaemonProcess(LoggedProcess):
         return self._daemon
 
 
-def _waits(pid: int) -> int:
-    waits = 0
+def _waits(pid: int) -> Iterator[tuple[int, int]]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError):  # it has just ended
             line = next(line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary"))
-            waits += int(line.split()[1])
-    return waits
+            yield int(task.name), int(line.split()[1])
 
 
 def children_of(pid: int) -> list[int]:
