@@ -21,6 +21,7 @@ import driver_layout
 import pytest
 from driver_layout import LAYOUTS, MULTIARCH, DriverFiles, load_module, make_cache, multiarch
 
+from sgpu.commands import stage as stage_module
 from sgpu.commands.stage import StageError, sets, stage, stage_once
 from sgpu.commands.stage.driver import find
 from sgpu.commands.stage.host import Host
@@ -534,7 +535,7 @@ def test_interval(
         if len(sleeps) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(stage_module, "wait", sleep)
     with pytest.raises(KeyboardInterrupt):
         stage(bare.root, bare.path, bare.lock, graphics=False, interval=30.0)
     captured = capsys.readouterr()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +40,18 @@ def stage(host_root: Path, host_path: Path, lock: Path, *, graphics: bool, inter
         printed = line
         if not interval:
             return staged
-        time.sleep(interval)
+        wait(interval)
+
+
+def wait(seconds: float) -> None:
+    """Wait, and exit when told to. `time.sleep` goes on if the signal comes just before it: no handler runs then."""
+    signals = {signal.SIGTERM, signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        if signal.sigtimedwait(signals, seconds):
+            sys.exit(0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stage_once(host_root: Path, host_path: Path, lock: Path, *, graphics: bool) -> str:
