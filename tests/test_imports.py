@@ -95,7 +95,7 @@ def check(loaded: set[str], third_parties: set[str], never: Iterable[str], most:
     [
         pytest.param("sgpu.cli", CLI, UNREAD, 110, id="command line"),
         pytest.param("sgpu.daemon", DAEMON, {*HEAVY, *WEB, *TLS, "yaml"}, 420, id="daemon"),
-        pytest.param("sgpu.driver.worker", WORKER, {*NOT_IN_WORKER, "ast", "dis"}, 140, id="driver's process"),
+        pytest.param("sgpu.driver.worker", WORKER, {*NOT_IN_WORKER, "ast", "dis"}, 145, id="driver's process"),
         pytest.param(
             "sgpu.parent", set(), {*NOT_IN_WORKER, "typing", "re", "threading", "sgpu.lib", "sgpu.cli"}, 50, id="parent"
         ),
