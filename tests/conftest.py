@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from fake_kubelet import FakeKubelet
+from fake_pod_resources import FakePodResources
 from node import Node, new_node
 
 #: Examples of each property in `tox -e fuzz`.
@@ -29,3 +31,17 @@ def node() -> Iterator[Node]:
     """A node with a stub driver for one GPU."""
     with new_node() as made:
         yield made
+
+
+@pytest.fixture
+def kubelet(node: Node) -> Iterator[FakeKubelet]:
+    """A kubelet of the node, which runs already."""
+    with FakeKubelet(node.plugins) as running:
+        yield running
+
+
+@pytest.fixture
+def pods(node: Node) -> Iterator[FakePodResources]:
+    """The kubelet's PodResources, without pods."""
+    with FakePodResources(node.pods) as serving:
+        yield serving

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -23,18 +22,6 @@ pytestmark = pytest.mark.process
 SHARES = 4
 #: Seconds, more than anything takes.
 LONG = 60
-
-
-@pytest.fixture
-def kubelet(node: Node) -> Iterator[FakeKubelet]:
-    with FakeKubelet(node.plugins) as running:
-        yield running
-
-
-@pytest.fixture
-def pods(node: Node) -> Iterator[FakePodResources]:
-    with FakePodResources(node.pods) as serving:
-        yield serving
 
 
 @pytest.fixture

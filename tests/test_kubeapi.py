@@ -14,9 +14,9 @@ import trio
 from fake_api_server import Answer, FakeApiServer, connected, serving
 from virtual_clock import beside, real, virtual
 
-from sgpu.kubeapi import Access, ApiServer, ApiServerError, Mirror, in_cluster, open_api_server
+from sgpu.kubeapi import Access, ApiServer, ApiServerError, Mirror, open_api_server
 from sgpu.kubeapi import client as client_module
-from sgpu.kubeapi.access import FRESH, Credentials
+from sgpu.kubeapi.access import FRESH, Credentials, in_cluster
 
 #: httpcore leaves a socket to the garbage collector if it is cancelled while TLS begins.
 pytestmark = pytest.mark.filterwarnings(

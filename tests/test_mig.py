@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -37,12 +36,6 @@ def gpu(node: Node) -> StubGpu:
 def pair(node: Node, gpu: StubGpu) -> tuple[StubInstance, StubInstance]:
     """A small instance of two shares, and a large one of nine."""
     return node.driver.create(gpu, "1g.5gb"), node.driver.create(gpu, "3g.20gb")
-
-
-@pytest.fixture
-def kubelet(node: Node) -> Iterator[FakeKubelet]:
-    with FakeKubelet(node.plugins) as running:
-        yield running
 
 
 def counts(kubelet: FakeKubelet, resource: str = RESOURCE) -> dict[tuple[str, str], int]:

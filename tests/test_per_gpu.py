@@ -47,13 +47,6 @@ def config(node: Node) -> Path:
 
 
 @pytest.fixture
-def kubelet(node: Node) -> Iterator[FakeKubelet]:
-    """A kubelet that runs already."""
-    with FakeKubelet(node.plugins) as running:
-        yield running
-
-
-@pytest.fixture
 def daemon(node: Node, config: Path, kubelet: FakeKubelet) -> Iterator[DaemonProcess]:
     """A daemon that offers one GPU shared and one whole."""
     with started(node, config) as running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import grpc
 import pytest
@@ -20,20 +20,6 @@ pytestmark = pytest.mark.soak
 SHARES = 4
 #: Often enough for a test, and seldom enough that a sample is not stale by the time it is looked at.
 FLAGS = ("-gpu-duplication-factor", SHARES, "-health-interval", 0.2)
-
-
-@pytest.fixture
-def kubelet(node: Node) -> Iterator[FakeKubelet]:
-    """A kubelet that runs already."""
-    with FakeKubelet(node.plugins) as running:
-        yield running
-
-
-@pytest.fixture
-def pods(node: Node) -> Iterator[FakePodResources]:
-    """The kubelet's PodResources, without pods."""
-    with FakePodResources(node.pods) as serving:
-        yield serving
 
 
 @pytest.fixture

@@ -85,9 +85,10 @@ async def run(
             await place.decided.wait()
             # Sources
             monitor = None
-            cordons = Cordons(node, _path(settings.cordon_file), fault_file.read_boot_id())
+            boot_id = fault_file.read_boot_id()
+            cordons = Cordons(node, _path(settings.cordon_file), boot_id)
             await cordons.load()
-            sender = limit_file.LimitSender(node.enforcement, _limit_file(settings), fault_file.read_boot_id())
+            sender = limit_file.LimitSender(node.enforcement, _limit_file(settings), boot_id)
             if settings.simulate:
                 nursery.start_soon(simulate, node, settings.simulate, settings.simulate_faults, settings.simulate_mig)
             else:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sgpu.config.load import Loaded
+from sgpu.lib.interrupts import interrupts_held
 from sgpu.lib.logs import few, printable
 from sgpu.lib.output import checked_output
 from sgpu.observe.client import NoAnswerError, OrderRefusedError, fetch, send
@@ -18,8 +19,6 @@ from sgpu.observe.snapshot import GpuSnapshot, Snapshot
 
 #: Seconds between two looks.
 INTERVAL: Final = 0.5
-#: They end the wait, and must not end it in the middle of a look.
-INTERRUPTS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 def cordon(loaded: Loaded, options: Mapping[str, Any]) -> int:
@@ -53,14 +52,13 @@ def uncordon(loaded: Loaded, options: Mapping[str, Any]) -> int:
 def _wait(socket: str, done: Done, timeout: float) -> int:
     """Wait until the GPU is released, for so many seconds (0: without end), over restarts of the daemon."""
     end = time.monotonic() + timeout if timeout else float("inf")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    try:
-        return _look_until(end, socket, done)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with interrupts_held() as wait_for_interrupt:  # they must not end it in the middle of a look
+        return _look_until(end, socket, done, wait_for_interrupt)
 
 
-def _look_until(end: float, socket: str, done: Done) -> int:
+def _look_until(
+    end: float, socket: str, done: Done, wait_for_interrupt: Callable[[float], signal.Signals | None]
+) -> int:
     said, others = "", 0
     while True:
         try:
@@ -77,9 +75,9 @@ def _look_until(end: float, socket: str, done: Done) -> int:
         if state != said:
             print(f"waiting: {state}", file=sys.stderr, flush=True)
             said = state
-        interrupt = signal.sigtimedwait(INTERRUPTS, max(min(INTERVAL, end - time.monotonic()), 0))
+        interrupt = wait_for_interrupt(max(min(INTERVAL, end - time.monotonic()), 0))
         if interrupt or time.monotonic() >= end:
-            why = signal.Signals(interrupt.si_signo).name if interrupt else "the time is over"
+            why = interrupt.name if interrupt else "the time is over"
             return _fail(f"{why}: {_name(done)} is not released and stays cordoned; {state}")
     _print(f"{_name(done)} is released: no container has a share of it, and no process of sgpu has it open")
     if others:

@@ -3,7 +3,7 @@
 Imported only where the API server is used: httpx costs 3 MB.
 """
 
-from sgpu.kubeapi.access import Access, find_access, in_cluster
+from sgpu.kubeapi.access import Access, find_access
 from sgpu.kubeapi.client import ApiServer, Event, Object, open_api_server
 from sgpu.kubeapi.error import ApiServerError
 from sgpu.kubeapi.mirror import Mirror
@@ -16,6 +16,5 @@ __all__ = [
     "Mirror",
     "Object",
     "find_access",
-    "in_cluster",
     "open_api_server",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Final
 
 from sgpu.commands.stage import sets
 from sgpu.commands.stage.driver import Driver, NoDriverError, NotWholeError, OtherVersionError, find
+from sgpu.lib.interrupts import interrupts_held
 from sgpu.lib.limits import cure
 from sgpu.lib.logs import printable
 
@@ -44,14 +44,10 @@ def stage(host_root: Path, host_path: Path, lock: Path, *, graphics: bool, inter
 
 
 def wait(seconds: float) -> None:
-    """Wait, and exit when told to. `time.sleep` goes on if the signal comes just before it: no handler runs then."""
-    signals = {signal.SIGTERM, signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        if signal.sigtimedwait(signals, seconds):
+    """Wait, and exit when told to."""
+    with interrupts_held() as wait_for_interrupt:
+        if wait_for_interrupt(seconds):
             sys.exit(0)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stage_once(host_root: Path, host_path: Path, lock: Path, *, graphics: bool) -> str:
