@@ -21,9 +21,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 
+#: Tests that say nothing about the coverage of pure modules, and would take twice as long with it.
+NOT_COVERING = ("soak", "process", "static")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long ones: at the end, the others would wait for them."""
+    """Begin with the long ones: at the end, the others would wait for them. Measure coverage where it counts."""
     items.sort(key=lambda item: "soak" not in item.keywords)
+    for item in items:
+        if any(mark in item.keywords for mark in NOT_COVERING):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture
