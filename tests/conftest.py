@@ -21,13 +21,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 
-#: Tests that say nothing about the coverage of pure modules, and would take twice as long with it.
-NOT_COVERING = ("soak", "process", "static")
+#: Marks of tests that would take twice as long with coverage, and that pure modules are covered without.
+NOT_COVERING = ("soak", "process", "static", "hypothesis")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long ones: at the end, the others would wait for them. Measure coverage where it counts."""
-    items.sort(key=lambda item: "soak" not in item.keywords)
+    """Let each worker begin with long tests, as the others would wait for them at the end."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if "soak" in item.keywords]
+    short = [item for item in items if "soak" not in item.keywords]
+    # `worksteal` gives each worker an equal part of the list.
+    size = len(short) // workers + 1
+    items[:] = [item for n in range(workers) for item in (*long[n::workers], *short[n * size : (n + 1) * size])]
     for item in items:
         if any(mark in item.keywords for mark in NOT_COVERING):
             item.add_marker("no_cover")
