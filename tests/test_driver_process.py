@@ -29,6 +29,7 @@ from fake_worker import (
     report,
     silent,
 )
+from node import Node
 from virtual_clock import real
 
 from sgpu.driver.calls import Part
@@ -301,3 +302,12 @@ async def test_the_working_directory_is_not_imported_from(tmp_path: Path, monkey
     await run_worker(config, 30, [], messages.append)
     assert any(isinstance(message, NotReady) for message in messages)
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("change", [{"calls": {"nvmlDeviceGetCount": 999}}, {"gpus": []}], ids=["error", "no GPU"])
+@real
+async def test_a_poll_fails_while_events_are_waited_for(node: Node, change: dict[str, Any]) -> None:
+    """The process ends, because the library can't be closed; but no call took it down."""
+    config = WorkerConfig(str(node.host), str(node.dev), str(node.sys), interval=0.05)
+    assert await run_worker(config, TIMEOUT, [], lambda _: node.driver.set(**change)) == Outcome()

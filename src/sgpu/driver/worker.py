@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -132,14 +132,17 @@ class Worker:
             self._calls.begin(Part.POLL, uuid)
             self._in_call = uuid
 
+    def _calls_returned(self) -> None:
+        self._in_call = None
+        self._calls.end(Part.POLL)
+
     def _call_failed(self, function: str, code: int) -> None:
         self._emit(Failure(function, code))
 
     def _emit(self, message: Message) -> None:
         """Write a message. Raises OSError, which ends the process."""
-        if isinstance(message, (Report, NotReady)):
-            self._in_call = None
-            self._calls.end(Part.POLL)
+        if isinstance(message, NotReady):
+            self._calls_returned()
         with self._emitting:
             self._output.write(encode(message))
             self._output.flush()
@@ -154,19 +157,7 @@ class Worker:
                 setter.register(uuid, handle)
 
             while True:
-                addresses = self._released.others()
-                report = poll(
-                    library,
-                    self._places,
-                    interval=self._config.interval,
-                    known=self._known,
-                    skip=self._config.suspects,
-                    addresses=addresses,
-                    call_started=self._call_started,
-                    found=found,
-                    ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,
-                    make_nodes=(lambda files: "") if self._config.look_only else self._capabilities.make,
-                )
+                report = self._poll(library, found)
                 self._known = report.order
                 report = self._released.checked(report)
                 if not (report.gpus or report.skipped or report.released):
@@ -180,6 +171,24 @@ class Worker:
                 yield
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
                     return
+
+    def _poll(self, library: Library, found: Callable[[str, Handle], None]) -> Report:
+        """Poll once. Raises NvmlError."""
+        try:
+            return poll(
+                library,
+                self._places,
+                interval=self._config.interval,
+                known=self._known,
+                skip=self._config.suspects,
+                addresses=self._released.others(),
+                call_started=self._call_started,
+                found=found,
+                ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,
+                make_nodes=(lambda files: "") if self._config.look_only else self._capabilities.make,
+            )
+        finally:
+            self._calls_returned()  # before anything ends the process, which is no fault of the driver's then
 
     @contextmanager
     def _open_setter(self, library: Library) -> Iterator[LimitSetter]:
