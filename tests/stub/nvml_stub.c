@@ -335,7 +335,19 @@ nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
     return text(version, length, value);
 }
 
-BOTH(nvmlDeviceGetCount, (unsigned int *count), *count = number("gpus"); /* lost ones too */ return SUCCESS;)
+/* By index, as of the last count: a GPU keeps its place while a poll goes on, though another leaves. */
+static char listed[MOST_GPUS][VALUE];
+static unsigned int listed_count;
+
+static unsigned int list_gpus(void)
+{
+    listed_count = number("gpus"); /* lost ones too */
+    for (unsigned int index = 0; index < listed_count && index < MOST_GPUS; index++)
+        look(listed[index], "gpu.%u", index);
+    return listed_count;
+}
+
+BOTH(nvmlDeviceGetCount, (unsigned int *count), *count = list_gpus(); return SUCCESS;)
 
 static nvmlReturn_t handle(const char *function, nvmlDevice_t found, nvmlDevice_t *device)
 {
@@ -353,10 +365,9 @@ static nvmlReturn_t handle(const char *function, nvmlDevice_t found, nvmlDevice_
 
 static nvmlReturn_t by_index(const char *function, unsigned int index, nvmlDevice_t *device)
 {
-    char uuid[VALUE];
-    if (index >= number("gpus") || !look(uuid, "gpu.%u", index))
+    if (index >= listed_count && index >= list_gpus())
         return INVALID_ARGUMENT;
-    return handle(function, slot(uuid), device);
+    return handle(function, slot(listed[index]), device);
 }
 
 BOTH(nvmlDeviceGetHandleByIndex, (unsigned int index, nvmlDevice_t *device), return by_index(__func__, index, device);)
