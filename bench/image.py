@@ -24,7 +24,7 @@ from table import Aim, Figure
 from sgpu.dra.slices import DRIVER
 
 #: As the Dockerfile sets it.
-IMAGE: Final = {"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": ""}
+IMAGE: Final = {"PYTHONOPTIMIZE": "2"}
 #: The daemon in a pod whose service account is elsewhere. It is said in the child: the parent imports nothing.
 IN_POD: Final = """
 from sgpu import __main__, parent
