@@ -119,8 +119,9 @@ class Model:
         return frozenset({silent, *self.seen, *self.faults} - {""})
 
     def uncertain(self) -> frozenset[str]:
-        """Those that may be over by now."""
-        return frozenset(xid for xid, since in self.faults.items() if time.monotonic() - since > UNCERTAIN_AFTER)
+        """Those that may be over by now, and what a poll that lost it halfway did not see."""
+        over = frozenset(xid for xid, since in self.faults.items() if time.monotonic() - since > UNCERTAIN_AFTER)
+        return over | self.seen if self.is_gone else over
 
 
 class Soak:
@@ -169,7 +170,7 @@ class Soak:
         if not expected - model.uncertain() <= actual <= expected:
             return False
         for xid in expected - actual:  # over by itself, in due time
-            del model.faults[xid]
+            model.faults.pop(xid, None)
         return True
 
     def settle(self) -> None:
