@@ -51,3 +51,18 @@ def test_imported_already() -> None:
         [sys.executable, "-c", "import ssl; from sgpu.lib.postpone import postpone; postpone('ssl'); ssl.CERT_NONE"],
         check=True,
     )
+
+
+def test_meanwhile() -> None:
+    """Only what is imported meanwhile gets the stand-in, and may derive classes from those of the module."""
+    program = f"""
+import sys
+from sgpu.lib.postpone import postponed
+with postponed({{{MODULE!r}: ["SSLContext"]}}):
+    from {MODULE} import SSLContext
+    class Derived(SSLContext): pass
+assert {INNER!r} not in sys.modules
+import {MODULE}
+assert {MODULE}.SSLContext is not SSLContext and {MODULE}.create_default_context()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

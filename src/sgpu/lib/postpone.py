@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
@@ -46,6 +47,21 @@ def postpone(name: str, classes: Iterable[str] = (), values: Mapping[str, object
             setattr(above, last, module)
 
 
+@contextmanager
+def postponed(modules: Mapping[str, Iterable[str]]) -> Iterator[None]:
+    """Postpone modules, with these classes and functions, for what is imported meanwhile: classes may be derived there
+    that nobody makes an object of. Whoever imports such a module later gets the real one.
+    """
+    for name, classes in modules.items():
+        postpone(name, classes)
+    try:
+        yield
+    finally:
+        for name in modules:
+            if isinstance(sys.modules.get(name), _Postponed):
+                del sys.modules[name]
+
+
 def _stand_in(module: str, name: str) -> type:
     """Return a class whose instances are those of the real one."""
     return type(name, (), {"__new__": lambda _, *values, **named: getattr(_import(module), name)(*values, **named)})
@@ -60,6 +76,9 @@ def postpone_unneeded() -> None:
     postpone("anyio", ("TASK_STATUS_IGNORED",))  # purerpc's own server and channel: 0.7 MB
     postpone("anyio.abc", ("SocketStream",))
     postpone("anyio.streams.tls", ("TLSListener",))
+    # HTTP/2 of h2 below purerpc's own server and channel: 0.6 MB
+    postpone("purerpc.grpclib.connection", ("GRPCConfiguration", "GRPCConnection"))
+    postpone("idna")  # trio's names of hosts beyond ASCII: 0.3 MB
     postpone("google.protobuf.internal.python_message")  # protobuf in Python, which is there in C: 1.5 MB
     postpone("httpx._main", ("main",))  # a command line
     postpone("inspect")  # attrs for converters; trio needs it, and not every command needs trio

@@ -12,20 +12,33 @@ from itertools import accumulate
 from typing import Any, Final
 
 import attrs
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.exposition import choose_encoder, gzip_accepted
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
 
+from sgpu.lib.postpone import postponed
 from sgpu.node.cgroup_limit import LimitState
 from sgpu.observe.counters import BUCKETS, Counters
 from sgpu.observe.snapshot import Snapshot
+
+#: prometheus_client's own servers and clients, which nobody uses here: 2 MB.
+UNUSED: Final = {
+    "http.server": ("BaseHTTPRequestHandler",),
+    "urllib.request": (
+        *("BaseHandler", "HTTPHandler", "HTTPRedirectHandler", "HTTPSHandler", "Request"),
+        "build_opener",
+    ),
+    "wsgiref.simple_server": ("WSGIRequestHandler", "WSGIServer", "make_server"),
+}
+
+with postponed(UNUSED):
+    from prometheus_client import CollectorRegistry, ProcessCollector
+    from prometheus_client.exposition import choose_encoder, gzip_accepted
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        InfoMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import Collector
 
 #: Of gzip. More makes it hardly smaller.
 COMPRESSION: Final = 1
