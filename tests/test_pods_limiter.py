@@ -112,6 +112,19 @@ async def test_allocation_after_the_cgroup(world: World) -> None:
 
 
 @real
+async def test_known_pod(world: World) -> None:
+    """A container of a pod that is known does not wait for files to be read."""
+    world.allocate(SHARE)
+    world.pod.mkdir()
+    async with limited(world):
+        await world.wait_wanted(pod=100)
+        (world.root / "plugins/kubelet_internal_checkpoint").write_text("{")  # in place, as nobody does: unseen
+        (world.pod / ID).mkdir()
+        await world.wait_wanted(pod=100, container=100)
+        assert not world.node.enforcement.problem
+
+
+@real
 async def test_policy(world: World) -> None:
     """Another factor changes the limits, and without one there are none, until there is one again."""
     world.allocate(SHARE)
