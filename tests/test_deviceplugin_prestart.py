@@ -33,7 +33,8 @@ def find(node: NodeState) -> None:
 def answers(state: LimitState, reason: str = "") -> Callable[[NodeState], None]:
     def answer(node: NodeState) -> None:
         find(node)
-        node.set_limits([LimitAnswer(wanted, state, wanted.hard, reason=reason) for wanted in node.enforcement.table()])
+        table = node.enforcement.table().values()
+        node.set_limits([LimitAnswer(wanted, state, wanted.hard, reason=reason) for wanted in table])
 
     return answer
 

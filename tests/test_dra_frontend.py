@@ -323,7 +323,8 @@ async def test_limits(monkeypatch: pytest.MonkeyPatch, failure: str, state: Limi
             await wait_until(lambda: bool(world.node.claims), world.node.changed)
             target = Target(GPUS[0].uuid, "/pod")
             enforcement.want(WantedLimits({target: 5}, {}, {Share(GPUS[0].uuid, 0): ("/pod",)}))
-            world.node.set_limits(LimitAnswer(each, state, each.hard, reason="no R615") for each in enforcement.table())
+            table = enforcement.table().values()
+            world.node.set_limits(LimitAnswer(each, state, each.hard, reason="no R615") for each in table)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(limit)

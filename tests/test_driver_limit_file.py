@@ -67,7 +67,7 @@ class Sent:
         self.sender = LimitSender(self.enforcement, file, BOOT)
         self.input, self._output = trio.testing.memory_stream_one_way_pair()
 
-    async def next(self) -> tuple[WantedLimit, ...]:
+    async def next(self) -> tuple[list[WantedLimit], list[Target]]:
         return decode_limits(bytes(await self._output.receive_some(10_000)))
 
 
@@ -84,15 +84,31 @@ async def test_recorded_before_it_is_sent(target: Target, file: Path) -> None:
     """The record has a limit by the time that a worker gets it, and no longer once it is removed."""
     async with fed(file) as sent:
         sent.enforcement.want(WantedLimits({target: 5}))
-        assert await sent.next() == (WantedLimit(*target, 5),)
+        assert await sent.next() == ([WantedLimit(*target, 5)], [])
         assert load(file, BOOT) == (target,)
         sent.enforcement.answer([LimitAnswer(WantedLimit(*target, 5), LimitState.ENFORCED, 5)])
-        assert await sent.next() == (WantedLimit(*target, 5, ours=True),)
+        assert await sent.next() == ([WantedLimit(*target, 5, ours=True)], [])
         sent.enforcement.want(WantedLimits())
-        assert await sent.next() == (WantedLimit(*target, None, ours=True),)
+        assert await sent.next() == ([WantedLimit(*target, None, ours=True)], [])
         sent.enforcement.answer([LimitAnswer(WantedLimit(*target, None), LimitState.REMOVED)])
-        assert await sent.next() == ()
+        assert await sent.next() == ([], [target])
         assert load(file, BOOT) == ()
+
+
+@real
+async def test_only_what_changes(target: Target, file: Path) -> None:
+    """Another limit is sent without those that were sent before; a new worker gets them all."""
+    other = Target("GPU-b", target.cgroup)
+    async with fed(file) as sent:
+        sent.enforcement.want(WantedLimits({target: 5}))
+        assert await sent.next() == ([WantedLimit(*target, 5)], [])
+        sent.enforcement.want(WantedLimits({target: 5, other: 6}))
+        assert await sent.next() == ([WantedLimit(*other, 6)], [])
+        assert set(load(file, BOOT)) == {target, other}
+        stream, received = trio.testing.memory_stream_one_way_pair()
+        async with beside(sent.sender.feed, stream):
+            new, _ = decode_limits(bytes(await received.receive_some(10_000)))
+        assert len(new) == 2
 
 
 @real
@@ -101,7 +117,7 @@ async def test_adopted(target: Target, file: Path) -> None:
     save(file, BOOT, [target])
     async with fed(file) as sent:
         sent.enforcement.want(WantedLimits())
-        assert await sent.next() == (WantedLimit(*target, None, ours=True),)
+        assert await sent.next() == ([WantedLimit(*target, None, ours=True)], [])
 
 
 @pytest.mark.parametrize("path", [None, Path("/proc/none/limits.json")], ids=["none", "not writable"])
@@ -110,5 +126,5 @@ async def test_no_record(target: Target, path: Path | None, caplog: pytest.LogCa
     """Limits are set without a record as well; one that can't be written is a warning."""
     async with fed(path) as sent:
         sent.enforcement.want(WantedLimits({target: 5}))
-        assert await sent.next() == (WantedLimit(*target, 5),)
+        assert await sent.next() == ([WantedLimit(*target, 5)], [])
     assert ("limits.json" in caplog.text) == (path is not None)

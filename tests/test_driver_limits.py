@@ -42,7 +42,7 @@ class World:
 
     def want(self, *table: WantedLimit) -> list[LimitAnswer]:
         """The answers to this table."""
-        self.setter.want(table)
+        self.setter.want({wanted.target: wanted for wanted in table})
         return self.answers()
 
     def answers(self) -> list[LimitAnswer]:
@@ -83,6 +83,24 @@ def test_only_what_is_new(world: World) -> None:
     (answer,) = world.want(world.wanted(ours=True), new)
     assert answer.wanted == new
     assert world.driver.calls("nvmlDeviceGetMemoryLimits") == calls + 2
+
+
+def test_new_ones_first(world: World) -> None:
+    """What is new while all are read again comes first; what was read of a limit that has changed since is not told."""
+    one, two, new = (
+        WantedLimit(world.gpu.uuid, str(world.cgroup.with_name(name)), GIB) for name in ("pod1", "pod2", "pod3")
+    )
+    for name in ("pod2", "pod3"):
+        world.cgroup.with_name(name).mkdir()
+    world.want(one, two)
+    world.driver.hang("nvmlDeviceGetMemoryLimits")
+    world.setter.check()
+    wait_until(lambda: world.calls.current(Part.LIMITS), "the first one is read")
+    larger = one._replace(hard=2 * GIB)
+    world.setter.want({wanted.target: wanted for wanted in (larger, two, new)})
+    world.driver.works("nvmlDeviceGetMemoryLimits")
+    assert {answer.wanted for answer in world.answers()} == {larger, new}
+    assert [answer.wanted for answer in world.answers()] == [two]
 
 
 def test_checked_again(world: World) -> None:
@@ -142,7 +160,8 @@ def test_older_driver(tmp_path: Path) -> None:
     with closing(create()) as calls, open_library(tmp_path) as library:
         with limit_setter(library, messages.put, calls) as setter:
             setter.register(gpu.uuid, library.handle(0))
-            setter.want((WantedLimit(gpu.uuid, str(tmp_path), GIB),))
+            wanted = WantedLimit(gpu.uuid, str(tmp_path), GIB)
+            setter.want({wanted.target: wanted})
             report = messages.get(timeout=TIMEOUT)
             assert calls.current(Part.LIMITS) is None
     assert isinstance(report, LimitReport)
@@ -162,7 +181,7 @@ def test_gone(world: World) -> None:
 
 def test_nothing_to_do(world: World) -> None:
     """Without limits there is no thread, and no report."""
-    world.setter.want(())
+    world.setter.want({})
     world.setter.check()
     assert (world.setter.ident, world.messages.empty()) == (None, True)
 
@@ -173,7 +192,7 @@ def test_hang(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
     monkeypatch.setattr(limits, "END_TIMEOUT", 0.05)
     world.driver.hang("nvmlDeviceGetMemoryLimits")
-    world.setter.want((world.wanted(),))
+    world.setter.want({world.wanted().target: world.wanted()})
     wait_until(lambda: world.calls.current(Part.LIMITS), "it is written down")
     call = world.calls.current(Part.LIMITS)
     assert call

@@ -17,11 +17,12 @@ from sgpu.driver.messages import (
     encode,
     encode_limits,
 )
-from sgpu.node.cgroup_limit import WantedLimit
+from sgpu.node.cgroup_limit import Target, WantedLimit
 
 pytestmark = pytest.mark.pure
 
 NOTHING = encode(Report((), (), (), "", ""))
+LIMIT = b'{"message": "LimitReport", "answers": [{"wanted": %s, "state": "pending"}]}'
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ NOTHING = encode(Report((), (), (), "", ""))
         *(b'{"message": "NotReady", "reason": "", "more": 1}', b'{"message": ["NotReady"], "reason": ""}'),
         *(b'{"message": "DriverEvent", "uuid": "", "kind": "flood", "xid": 0}', NOTHING.replace(b"[]", b"null")),
         *(NOTHING.replace(b"[]", b"[{}]", 1), b"[" * 100_000),
+        *(LIMIT % b'["GPU-a", "/x", 5]', LIMIT % b'"abcd"', LIMIT % b'["GPU-a", "/x", "5", false]'),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -41,11 +43,12 @@ def test_no_message(line: bytes) -> None:
 
 
 def test_limits() -> None:
-    """Encode a table of limits as one line."""
-    table = (WantedLimit("GPU-a", "/pod\n1", 5), WantedLimit("GPU-b", "/\udcff", None, ours=True))
-    line = encode_limits(table)
+    """Encode a change of the table of limits as one line."""
+    new = [WantedLimit("GPU-a", "/pod\n1", 5), WantedLimit("GPU-b", "/\udcff", None, ours=True)]
+    gone = [Target("GPU-a", "/pod\n2")]
+    line = encode_limits(new, gone)
     assert line.count(b"\n") == 1
-    assert decode_limits(line) == table
+    assert decode_limits(line) == (new, gone)
 
 
 def test_error() -> None:

@@ -20,6 +20,13 @@ def wanting(*targets: Target, hard: int = 5) -> WantedLimits:
     return WantedLimits(dict.fromkeys(targets, hard), dict.fromkeys(set(targets) & {LEAF}, MAIN))
 
 
+def table(enforcement: Enforcement) -> tuple[WantedLimit, ...]:
+    """The limits of the table, each of which has its own target for a key."""
+    made = enforcement.table()
+    assert list(made) == [wanted.target for wanted in made.values()]
+    return tuple(made.values())
+
+
 def answer(target: Target, state: LimitState, hard: int | None = 5, read: int | None = 5) -> LimitAnswer:
     return LimitAnswer(WantedLimit(*target, hard), state, read, 3, "" if state is LimitState.ENFORCED else "why")
 
@@ -33,13 +40,13 @@ def enforcement() -> Enforcement:
 
 def test_table(enforcement: Enforcement) -> None:
     """Set what is wanted, and remove what sgpu has set and is wanted no more; nothing that somebody else has set."""
-    assert enforcement.table() == (WantedLimit(*POD, 5), WantedLimit(*LEAF, 5))
+    assert table(enforcement) == (WantedLimit(*POD, 5), WantedLimit(*LEAF, 5))
     enforcement.answer([answer(POD, LimitState.ENFORCED), answer(LEAF, LimitState.FOREIGN)])
-    assert enforcement.table() == (WantedLimit(*POD, 5, ours=True), WantedLimit(*LEAF, 5))
+    assert table(enforcement) == (WantedLimit(*POD, 5, ours=True), WantedLimit(*LEAF, 5))
     enforcement.want(wanting())
-    assert enforcement.table() == (WantedLimit(*POD, None, ours=True),)
+    assert table(enforcement) == (WantedLimit(*POD, None, ours=True),)
     enforcement.answer([answer(POD, LimitState.REMOVED, None)])
-    assert enforcement.table() == ()
+    assert table(enforcement) == ()
 
 
 def test_adopted(enforcement: Enforcement) -> None:
@@ -47,19 +54,19 @@ def test_adopted(enforcement: Enforcement) -> None:
     old = Target("GPU-b", "/pod9")
     undecided = Enforcement()
     undecided.adopt([POD, old])
-    assert (undecided.table(), set(undecided.recorded())) == ((), {POD, old})
+    assert (table(undecided), set(undecided.recorded())) == ((), {POD, old})
     undecided.want(wanting())
-    assert len(undecided.table()) == 2
+    assert len(table(undecided)) == 2
     changed = enforcement.changed.next
     enforcement.adopt([POD, old])
     assert changed.is_set()
-    assert enforcement.table() == (
+    assert table(enforcement) == (
         WantedLimit(*POD, 5, ours=True),
         WantedLimit(*LEAF, 5),
         WantedLimit(*old, None, ours=True),
     )
     enforcement.forget([old])
-    assert [wanted.target for wanted in enforcement.table()] == [POD, LEAF]
+    assert [wanted.target for wanted in table(enforcement)] == [POD, LEAF]
 
 
 def test_recorded(enforcement: Enforcement) -> None:

@@ -7,7 +7,7 @@ import pytest
 from sgpu.node.cgroup_limit import Target
 from sgpu.node.container import Container
 from sgpu.node.gpu import Gpu, MigInstance, units, without
-from sgpu.node.limits import PodCgroups, WantedLimits, allowed_by_container, allowed_memory, wanted_limits
+from sgpu.node.limits import PodCgroups, WantedLimits, allowed_by_container, allowed_memory, merged, pod_limits
 from sgpu.node.offers import Offer
 from sgpu.node.shares import Share
 
@@ -63,7 +63,7 @@ def test_by_container() -> None:
     }
 
 
-class TestWantedLimits:
+class TestPodLimits:
     A, B = offer("a"), offer("b", factor=0)
     MIB = 1 << 20
 
@@ -72,7 +72,7 @@ class TestWantedLimits:
         *offers: Offer, shares: dict[str, list[Share]], names: dict[str, Container], containers: tuple[str, ...]
     ) -> WantedLimits:
         pod = PodCgroups("1", "/pod1", {name: f"/pod1/{name}" for name in containers})
-        return wanted_limits(offers, [pod, PodCgroups("2", "/pod2", {"x": "/pod2/x"})], {"1": shares}, names)
+        return pod_limits(offers, pod, shares, names)
 
     def test_pod_and_containers(self) -> None:
         """A pod may use what its containers may together, each container its own part; one that is unknown the most."""
@@ -81,7 +81,7 @@ class TestWantedLimits:
             card,
             self.B,
             shares={"main": [Share("GPU-a", 0), Share("GPU-a", 1)], "sidecar": [Share("GPU-a", 1), Share("GPU-b", 0)]},
-            names={"m": MAIN, "s": OTHER, "x": MAIN},
+            names={"m": MAIN, "s": OTHER},
             containers=("m", "s", "pause"),
         )
         sizes = {"/pod1": 200, "/pod1/m": 200, "/pod1/s": 100, "/pod1/pause": 200}
@@ -109,3 +109,13 @@ class TestWantedLimits:
         made = self.wanted(offer(memory=8 * self.MIB), shares=shares, names={"t": third}, containers=("t",))
         assert made.hard == dict.fromkeys([Target("GPU-a", "/pod1"), Target("GPU-a", "/pod1/t")], self.MIB)
         assert not made.containers
+
+    def test_merged(self) -> None:
+        """Limits of several pods count together; a share that two have, by one claim, is of both."""
+        shared, own = Share("GPU-a", 0), Share("GPU-a", 1)
+        one = self.wanted(self.A, shares={"main": [shared]}, names={"m": MAIN}, containers=("m",))
+        two = pod_limits([self.A], PodCgroups("2", "/pod2"), {"main": [shared, own]}, {})
+        both = merged([one, two])
+        assert both.hard == {**one.hard, **two.hard}
+        assert both.containers == one.containers
+        assert both.pods == {shared: ("/pod1", "/pod2"), own: ("/pod2",)}

@@ -112,6 +112,19 @@ async def test_allocation_after_the_cgroup(world: World) -> None:
 
 
 @real
+async def test_known_pod(world: World) -> None:
+    """A container of a pod that is known does not wait for files to be read."""
+    world.allocate(SHARE)
+    world.pod.mkdir()
+    async with limited(world):
+        await world.wait_wanted(pod=100)
+        (world.root / "plugins/kubelet_internal_checkpoint").write_text("{")  # in place, as nobody does: unseen
+        (world.pod / ID).mkdir()
+        await world.wait_wanted(pod=100, container=100)
+        assert not world.node.enforcement.problem
+
+
+@real
 async def test_policy(world: World) -> None:
     """Another factor changes the limits, and without one there are none, until there is one again."""
     world.allocate(SHARE)
@@ -136,7 +149,7 @@ async def test_gone(world: World) -> None:
     async with limited(world):
         await world.wait_wanted(pod=100)
         table = {WantedLimit("GPU-a", str(world.pod), 100 * MIB), WantedLimit("GPU-a", str(old), None, ours=True)}
-        while set(world.node.enforcement.table()) != table:
+        while set(world.node.enforcement.table().values()) != table:
             world.node.enforcement.look.notify()
             await trio.lowlevel.checkpoint()
 
@@ -223,7 +236,7 @@ async def test_answers(world: World, caplog: pytest.LogCaptureFixture) -> None:
     (world.root / f"logs/trainer_team_main-{ID}.log").touch()
     async with limited(world):
         await world.wait_wanted(pod=100, container=100)
-        table = world.node.enforcement.table()
+        table = world.node.enforcement.table().values()
         world.node.set_holders({RESOURCE: {SHARE: Container("team", "trainer", "main")}})
         for _ in range(2):
             world.node.set_limits(LimitAnswer(wanted, LimitState.REFUSED, reason="no R615") for wanted in table)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -21,12 +20,15 @@ from sgpu.lib.files import make_private_directory, read_regular_file, write_priv
 from sgpu.lib.limits import explain
 from sgpu.lib.logs import OnChange
 from sgpu.lib.threads import run_in_thread
-from sgpu.node.cgroup_limit import Target
+from sgpu.node.cgroup_limit import Target, WantedLimit
 from sgpu.node.enforcement import Enforcement
 
 logger = logging.getLogger(__name__)
 
 VERSION: Final = 1
+#: Limits as they stand in the file.
+Entries = Mapping[Target, str]
+NONE: Final[Entries] = {}
 #: Beside the state file.
 NAME: Final = "limits.json"
 
@@ -46,11 +48,16 @@ def load(path: Path, boot_id: str) -> tuple[Target, ...]:
     return tuple(target for target, inode in recorded if inode is not None and _inode(target.cgroup) == inode)
 
 
-def save(path: Path, boot_id: str, targets: Iterable[Target]) -> None:
-    """Write them in one step, each with the inode of its cgroup: another one can get its name. Raises OSError."""
-    limits = [(*target, _inode(target.cgroup)) for target in targets]
+def save(path: Path, boot_id: str, targets: Iterable[Target], known: Entries = NONE) -> Entries:
+    """Write them in one step, each with the inode of its cgroup: another one can get its name. Raises OSError.
+
+    `known`: what this returned before. Of hundreds, mostly one is new.
+    """
+    entries = {target: known.get(target) or json.dumps((*target, _inode(target.cgroup))) for target in targets}
+    head = json.dumps({"version": VERSION, "boot_id": boot_id})
     make_private_directory(path.parent)
-    write_private_file(path, json.dumps({"version": VERSION, "boot_id": boot_id, "limits": limits}).encode())
+    write_private_file(path, f'{head[:-1]}, "limits": [{", ".join(entries.values())}]}}'.encode())
+    return entries
 
 
 class LimitSender:
@@ -61,6 +68,7 @@ class LimitSender:
         self._path = path
         self._boot_id = boot_id
         self._recorded: tuple[Target, ...] = ()
+        self._entries = NONE
         self._problem = OnChange(logger, logging.WARNING)
 
     async def load(self) -> None:
@@ -70,15 +78,16 @@ class LimitSender:
             self._enforcement.adopt(self._recorded)
 
     async def feed(self, stream: trio.abc.SendStream) -> None:
-        """Send the table to a new worker, and again whenever it changes."""
+        """Send the table to a new worker, and then what changes in it."""
         enforcement = self._enforcement
-        sent: tuple[object, ...] = ()
+        sent: Mapping[Target, WantedLimit] = {}
         while True:
             changed, answered = enforcement.changed.next, enforcement.answered.next
             await self._record()
             table = enforcement.table()
             if table != sent:
-                await stream.send_all(encode_limits(table))
+                new = [wanted for target, wanted in table.items() if wanted != sent.get(target)]
+                await stream.send_all(encode_limits(new, sent.keys() - table.keys()))
                 sent = table
             await race(changed.wait, answered.wait)
 
@@ -87,7 +96,7 @@ class LimitSender:
         if self._path is None or targets == self._recorded:
             return
         try:
-            await run_in_thread(partial(save, self._path, self._boot_id, targets))
+            self._entries = await run_in_thread(save, self._path, self._boot_id, targets, self._entries)
             self._recorded = targets
             self._problem.clear()
         except OSError as error:

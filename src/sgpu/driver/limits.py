@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -31,7 +31,10 @@ UNSUPPORTED: Final = {
 
 
 class LimitSetter(threading.Thread):
-    """Works on the table that it was given last: on what is new in it at once, on all of it when `check` is called."""
+    """Works on the table that it was given last: on what is new in it at once, on all of it when `check` is called.
+
+    A driver takes its time for hundreds of limits, and a container waits for one: what is new comes first.
+    """
 
     def __init__(self, library: Library, emit: Callable[[Message], None], calls: Calls) -> None:
         super().__init__(name="limits", daemon=True)
@@ -39,9 +42,9 @@ class LimitSetter(threading.Thread):
         self._library = library
         self._emit = emit
         self._handles: dict[str, Handle] = {}
-        self._table: tuple[WantedLimit, ...] = ()
+        self._table: Mapping[Target, WantedLimit] = {}
         self._set: set[Target] = set()  # by this thread
-        self._done: dict[Target, int | None] = {}  # what was last answered, by the limit that was wanted
+        self._done: dict[Target, WantedLimit] = {}  # for which the driver was called
         self._all = False
         self._due = threading.Event()
         self._ending = False
@@ -50,7 +53,7 @@ class LimitSetter(threading.Thread):
         """Take the handle of a GPU."""
         self._handles[uuid] = handle
 
-    def want(self, table: tuple[WantedLimit, ...]) -> None:
+    def want(self, table: Mapping[Target, WantedLimit]) -> None:
         """Take another table, and work on it at once, if the driver was polled before."""
         self._table = table
         if self._handles:
@@ -62,10 +65,9 @@ class LimitSetter(threading.Thread):
         self._wake()
 
     def _wake(self) -> None:
-        if self._table:
-            self._due.set()
-            if not self.ident:  # not started yet: mostly there are no limits
-                self.start()
+        self._due.set()
+        if self._table and not self.ident:  # not started yet: mostly there are no limits
+            self.start()
 
     def end(self) -> None:
         """Stop. If a call does not return, the process ends: the library can't be closed then."""
@@ -80,35 +82,41 @@ class LimitSetter(threading.Thread):
     def run(self) -> None:
         while True:
             self._due.wait()
-            self._due.clear()
             if self._ending:
                 return
             try:
-                answers = tuple(self._work(self._take()))
-                self._calls.end(Part.LIMITS)
-                if answers:
-                    self._emit(LimitReport(answers))
+                self._set_new()
+                while self._all:
+                    self._all = False
+                    self._read_again()
             except OSError:  # the parent is gone; the main thread finds out, too
                 return
 
-    def _take(self) -> list[WantedLimit]:
-        """Return what is to be done: a driver takes its time for hundreds of limits, and a container waits for one."""
-        table, everything, self._all = self._table, self._all, False
-        if everything:
-            self._done.clear()
-        new = [wanted for wanted in table if self._done.get(wanted.target, -1) != wanted.hard]
-        self._done.update((wanted.target, wanted.hard) for wanted in new)
-        return new
+    def _set_new(self) -> None:
+        self._due.clear()
+        before, self._done = self._done, dict(self._table)
+        new = [wanted for target, wanted in self._done.items() if not _is_same(before.get(target), wanted)]
+        self._report(list(map(self._answer, new)))
 
-    def _work(self, table: Iterable[WantedLimit]) -> Iterator[LimitAnswer]:
-        last = None
-        for wanted in sorted(table, key=lambda wanted: wanted.uuid):
-            if wanted.uuid != last:
-                last = wanted.uuid
-                self._calls.begin(Part.LIMITS, wanted.uuid)
-            yield self._answer(wanted)
+    def _read_again(self) -> None:
+        answers = []
+        for target in list(self._done):
+            if self._due.is_set():
+                if self._ending:
+                    return
+                self._set_new()
+            if wanted := self._done.get(target):
+                answers.append(self._answer(wanted))
+        # Of the others, something else is wanted by now.
+        self._report([answer for answer in answers if _is_same(self._done.get(answer.wanted.target), answer.wanted)])
+
+    def _report(self, answers: list[LimitAnswer]) -> None:
+        self._calls.end(Part.LIMITS)
+        if answers:
+            self._emit(LimitReport(tuple(answers)))
 
     def _answer(self, wanted: WantedLimit) -> LimitAnswer:
+        self._calls.begin(Part.LIMITS, wanted.uuid)
         handle = self._handles.get(wanted.uuid)
         if handle is None:
             return LimitAnswer(wanted, LimitState.PENDING, reason="the driver does not list the GPU")
@@ -143,6 +151,11 @@ class LimitSetter(threading.Thread):
             found.used if found else None,
             f"the driver took the limit and reads back {read}",
         )
+
+
+def _is_same(known: WantedLimit | None, wanted: WantedLimit) -> bool:
+    """Return whether the same bytes are wanted: whose limit it is matters only until they are set."""
+    return known is not None and known.hard == wanted.hard
 
 
 def _fits(found: MemoryLimit | None, hard: int | None) -> bool:

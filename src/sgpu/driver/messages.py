@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import attrs
 
-from sgpu.node.cgroup_limit import LimitAnswer, WantedLimit
+from sgpu.node.cgroup_limit import LimitAnswer, Target, WantedLimit
 from sgpu.node.figures import Figures
 
 #: The XID of a changed recovery action.
@@ -190,14 +190,15 @@ def decode_config(text: str) -> WorkerConfig:
     return config
 
 
-def encode_limits(table: Iterable[WantedLimit]) -> bytes:
-    """Return the limits as one line for the process' standard input."""
-    return json.dumps([attrs.astuple(wanted) for wanted in table]).encode() + b"\n"
+def encode_limits(new: Iterable[WantedLimit], gone: Iterable[Target]) -> bytes:
+    """Return what changes in the table of limits as one line for the process' standard input."""
+    return json.dumps([list(new), list(gone)]).encode() + b"\n"
 
 
-def decode_limits(line: bytes) -> tuple[WantedLimit, ...]:
+def decode_limits(line: bytes) -> tuple[list[WantedLimit], list[Target]]:
     """Return what `encode_limits` was given. The parent is trusted: it started the process."""
-    return tuple(WantedLimit(*fields) for fields in json.loads(line))
+    new, gone = json.loads(line)
+    return [WantedLimit(*fields) for fields in new], [Target(*fields) for fields in gone]
 
 
 def encode(message: Message) -> bytes:
@@ -206,7 +207,9 @@ def encode(message: Message) -> bytes:
 
 
 def _fields(value: Any) -> Any:  # noqa: ANN401  # what JSON has no form for
-    return value.value if isinstance(value, enum.Enum) else attrs.asdict(value, recurse=False)
+    if isinstance(value, enum.Enum):
+        return value.value
+    return {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
 
 
 def decode(line: bytes) -> Message:
@@ -229,6 +232,9 @@ def _reader(kind: Any) -> Callable[[Any], Any]:  # noqa: ANN401  # a type, as a 
     if attrs.has(kind):
         readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
         return lambda fields: kind(**{name: readers[name](value) for name, value in fields.items()})
+    if hasattr(kind, "_make"):  # a named tuple
+        read_fields, read_list = [_reader(hint) for hint in typing.get_type_hints(kind).values()], _reader(list)
+        return lambda items: kind(*(read(item) for read, item in zip(read_fields, read_list(items), strict=True)))
     if typing.get_origin(kind) is tuple:
         read_item, read_list = _reader(inner[0]), _reader(list)
         return lambda items: tuple(map(read_item, read_list(items)))

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -40,7 +40,7 @@ from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.files import content_identity
 from sgpu.lib.retry import growing_delays
-from sgpu.node.cgroup_limit import WantedLimit
+from sgpu.node.cgroup_limit import Target, WantedLimit
 
 #: Seconds between attempts to reach a driver that is not there, growing.
 FIRST_RETRY: Final = 0.02
@@ -77,13 +77,17 @@ class Worker:
         self._emitting = threading.Lock()
         self._wake = threading.Event()
         self._events_reopened_at = float("-inf")
-        self._limits: tuple[WantedLimit, ...] = ()
+        self._limits: Mapping[Target, WantedLimit] = {}
         self._setter: LimitSetter | None = None
 
     def read_limits(self, lines: Iterable[bytes]) -> None:
-        """Take the limits that the parent writes, a table a line. When it hangs up, it is gone: end the process."""
+        """Take the limits that the parent writes, a change a line. When it hangs up, it is gone: end the process."""
         for line in lines:
-            self._limits = decode_limits(line)
+            new, gone = decode_limits(line)
+            table = {**self._limits, **{wanted.target: wanted for wanted in new}}
+            for target in gone:
+                table.pop(target, None)
+            self._limits = table
             if setter := self._setter:
                 setter.want(self._limits)
         os._exit(0)  # whatever call of the driver does not return

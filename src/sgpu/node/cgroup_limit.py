@@ -27,8 +27,7 @@ class LimitState(enum.Enum):
     REMOVED = "removed"
 
 
-@attrs.frozen
-class WantedLimit:
+class WantedLimit(NamedTuple):
     """Bytes that a cgroup may use of a GPU's memory; None: no limit. `ours`: whatever limit it has now, sgpu set it."""
 
     uuid: str

@@ -15,6 +15,7 @@ from sgpu.node.limits import WantedLimits
 
 #: A limit that is not there any more, by whatever means.
 _OVER = frozenset({LimitState.REMOVED, LimitState.FOREIGN})
+_NOT_ENFORCED = (LimitState.REFUSED, LimitState.FOREIGN)
 
 
 class Enforcement:
@@ -70,22 +71,25 @@ class Enforcement:
         self._answers = {target: answer for target, answer in self._answers.items() if target in self.wanted.hard}
         self.answered.notify()
 
-    def table(self) -> tuple[WantedLimit, ...]:
+    def table(self) -> Mapping[Target, WantedLimit]:
         """Return all that the driver should do: limits to set, and limits of ours to remove.
 
         Nothing is removed before anybody has said what is wanted: those of an earlier sgpu mostly still are.
         """
         wanted = self.wanted.hard
         over = [target for target in self._ours if target not in wanted] if self._decided else []
-        return (
-            *(WantedLimit(*target, hard, target in self._ours) for target, hard in wanted.items()),
-            *(WantedLimit(*target, None, True) for target in over),
-        )
+        return {
+            **{target: WantedLimit(*target, hard, target in self._ours) for target, hard in wanted.items()},
+            **{target: WantedLimit(*target, None, ours=True) for target in over},
+        }
 
     def recorded(self) -> tuple[Target, ...]:
         """Return the limits that sgpu has set or is about to set."""
-        foreign = {target for target, answer in self._answers.items() if answer.state is LimitState.FOREIGN}
-        return tuple(dict.fromkeys((*self._ours, *(target for target in self.wanted.hard if target not in foreign))))
+        targets = dict.fromkeys((*self._ours, *self.wanted.hard))
+        for target, answer in self._answers.items():
+            if answer.state is LimitState.FOREIGN and target not in self._ours:
+                targets.pop(target, None)
+        return tuple(targets)
 
     def state(self, target: Target) -> ContainerLimit | None:
         """Return what is known of a limit that is wanted; None if none is."""
@@ -108,9 +112,8 @@ class Enforcement:
     def problems(self) -> Mapping[str, int]:
         """Return why limits are not enforced, and how many each reason holds for; without those that are pending."""
         found: dict[str, int] = {}
-        for target in self.wanted.hard:
-            known = self.state(target)
-            if known and known.state in (LimitState.REFUSED, LimitState.FOREIGN):
-                reason = known.reason or known.state.value
+        for target, answer in self._answers.items():
+            if answer.state in _NOT_ENFORCED and answer.wanted.hard == self.wanted.hard.get(target):
+                reason = answer.reason or answer.state.value
                 found[reason] = found.get(reason, 0) + 1
         return found

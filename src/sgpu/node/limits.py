@@ -73,37 +73,45 @@ def allowed_by_container(
     return allowed
 
 
-def wanted_limits(
+def pod_limits(
     offers: Iterable[Offer],
-    pods: Iterable[PodCgroups],
-    shares: Mapping[str, Mapping[str, Collection[Share]]],
+    pod: PodCgroups,
+    shares: Mapping[str, Collection[Share]],
     names: Mapping[str, Container],
     promised: Mapping[Share, int] = NOTHING,
 ) -> WantedLimits:
-    """Return the limits of all cgroups of pods that have shares of units with limits.
+    """Return the limits of the cgroups of a pod that has shares of units with limits.
 
-    `shares` has what each container has, by the pod's uid and the container's name; `names` the containers by id;
-    `promised` bytes by share, of claims that name an amount. A pod may use what its containers may use together: that
-    holds before a container exists. A container whose name is not known yet may use as much as any of the pod's.
+    `shares` has what each container has, by the container's name; `names` the containers by id; `promised` bytes by
+    share, of claims that name an amount. A pod may use what its containers may use together: that holds before a
+    container exists. A container whose name is not known yet may use as much as any of the pod's.
     """
     limited = {offer.unit.uuid: offer for offer in offers if offer.limit_factor}
+    of_pod = {share for each in shares.values() for share in each}
+    hard = dict(_limits(pod.directory, [_allowed(limited, promised, of_pod)]))
+    containers: dict[Target, Container] = {}
+    for container_id, directory in pod.containers.items():
+        container = names.get(container_id)
+        known = container is not None and container.container in shares
+        possible = [shares[container.container]] if container and known else list(shares.values())
+        made = _limits(directory, [_allowed(limited, promised, each) for each in possible])
+        hard.update(made)
+        if container and known:
+            containers.update(dict.fromkeys(made, container))
+    return WantedLimits(hard, containers, dict.fromkeys(of_pod, (pod.directory,)))
+
+
+def merged(limits: Iterable[WantedLimits]) -> WantedLimits:
+    """Return the limits of several pods together."""
     hard: dict[Target, int] = {}
     containers: dict[Target, Container] = {}
-    pods_of: dict[Share, tuple[str, ...]] = {}
-    for pod in pods:
-        shares_of = shares.get(pod.uid, {})
-        of_pod = {share for each in shares_of.values() for share in each}
-        pods_of.update({share: (*pods_of.get(share, ()), pod.directory) for share in of_pod})
-        hard.update(_limits(pod.directory, [_allowed(limited, promised, of_pod)]))
-        for container_id, directory in pod.containers.items():
-            container = names.get(container_id)
-            known = container is not None and container.container in shares_of
-            possible = [shares_of[container.container]] if container and known else list(shares_of.values())
-            made = _limits(directory, [_allowed(limited, promised, each) for each in possible])
-            hard.update(made)
-            if container and known:
-                containers.update(dict.fromkeys(made, container))
-    return WantedLimits(hard, containers, pods_of)
+    pods: dict[Share, tuple[str, ...]] = {}
+    for each in limits:
+        hard.update(each.hard)
+        containers.update(each.containers)
+        for share, directories in each.pods.items():
+            pods[share] = (*pods.get(share, ()), *directories)
+    return WantedLimits(hard, containers, pods)
 
 
 def _allowed(offers: Mapping[str, Offer], promised: Mapping[Share, int], shares: Iterable[Share]) -> Mapping[str, int]:

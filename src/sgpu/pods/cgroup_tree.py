@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -36,28 +36,30 @@ _CHANGES: Final = (
 
 
 class CgroupTree:
-    """The pods of this node. `changed` notifies of new ones, and of changes in directories beside (`watch_beside`)."""
+    """The pods of this node. `changed` notifies of new ones; `changed_beside`, too, of changes in directories beside
+    (`watch_beside`).
+    """
 
     def __init__(self, root: Path, inotify: inotify_simple.INotify | None) -> None:
         self.changed = Broadcast()
+        self.changed_beside = Broadcast()
         self._root = str(root)
         self._inotify = inotify
         self._limit = OnChange(logger, logging.WARNING)
         self._watched: dict[int, str] = {}
+        self._watches: dict[str, int] = {}  # the same by directory
+        self._beside: frozenset[str] = frozenset()
         self._parents: set[str] = set()  # directories that have pods
-        self._pods: dict[str, dict[str, str]] = {}  # containers by id, by the pod's directory
+        self._pods: dict[str, PodCgroups] = {}  # by directory
 
     def pods(self) -> tuple[PodCgroups, ...]:
         """Return the pods that are there now."""
-        return tuple(
-            PodCgroups(cgroups.pod_uid(os.path.basename(directory)), directory, dict(containers))
-            for directory, containers in self._pods.items()
-        )
+        return tuple(self._pods.values())
 
     def scan(self) -> None:
         """Look at everything anew. It walks the top of the tree: call it seldom."""
-        self._parents.clear()
-        self._pods.clear()
+        for directory in (*self._pods, *self._parents):
+            self._forget(directory)
         for root in _roots(self._root, _DEPTH):
             self._look_at_parent(root)
 
@@ -75,8 +77,13 @@ class CgroupTree:
 
     def watch_beside(self, directories: Iterable[Path]) -> None:
         """Notify of changes in these directories, too. One that can't be watched is left out."""
-        for directory in directories:
-            self._watch(str(directory))
+        self._beside = frozenset(map(str, directories))
+        for directory in self._beside:
+            self._watch(directory)
+
+    def follows_beside(self) -> bool:
+        """Return whether `watch` sees what changes in all directories beside. If not, look at them each time."""
+        return self._beside <= self._watches.keys()
 
     async def watch(self) -> None:
         """Follow changes until cancelled. Without inotify there are none: call `scan` each time."""
@@ -84,13 +91,23 @@ class CgroupTree:
             await trio.sleep_forever()
         while True:
             await trio.lowlevel.wait_readable(self._inotify.fileno())
+            changed: set[str] = set()  # each of them is looked at once
+            overflow = False
             for event in self._inotify.read(timeout=0):
+                directory = self._watched.get(event.wd, "")
+                changed.add(directory)
                 if event.mask & inotify_simple.flags.Q_OVERFLOW:
-                    self.scan()
+                    overflow = True
                 elif event.mask & inotify_simple.flags.IGNORED:
-                    self._watched.pop(event.wd, None)
-                else:
-                    self._look_at(self._watched.get(event.wd, ""))
+                    self._forget(directory)
+                elif event.mask & inotify_simple.flags.DELETE:
+                    self._forget(f"{directory}/{event.name}")  # another one may have its name by now
+            if overflow:
+                self.scan()
+            for directory in changed:
+                self._look_at(directory)
+            if overflow or not self._beside.isdisjoint(changed):
+                self.changed_beside.notify()
             self.changed.notify()
 
     def _look_at(self, directory: str) -> None:
@@ -110,22 +127,34 @@ class CgroupTree:
             elif cgroups.is_class(name) and path not in self._parents:
                 self._look_at_parent(path)
         for pod in [pod for pod in self._pods if os.path.dirname(pod) == directory and pod not in found]:
-            del self._pods[pod]
+            self._forget(pod)
 
     def _look_at_pod(self, directory: str) -> None:
         self._watch(directory)
         names = {name: cgroups.container_id(name) for name in _directories(directory)}
-        self._pods[directory] = {container: f"{directory}/{name}" for name, container in names.items() if container}
+        containers = {container: f"{directory}/{name}" for name, container in names.items() if container}
+        self._pods[directory] = PodCgroups(cgroups.pod_uid(os.path.basename(directory)), directory, containers)
 
     def _watch(self, directory: str) -> None:
         """Watch it from now on, before it is looked at, so that no change is missed."""
-        if self._inotify is None:
+        if self._inotify is None or directory in self._watches:
             return
         try:
-            self._watched[self._inotify.add_watch(directory, _CHANGES)] = directory
+            watch = self._inotify.add_watch(directory, _CHANGES)
+            self._watched[watch], self._watches[directory] = directory, watch
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # it is gone again
                 self._limit.report(limit_reached(Path(self._root), error))
+
+    def _forget(self, directory: str) -> None:
+        """Forget a directory that is gone, with its watch, which the kernel keeps where it was a cgroup."""
+        self._pods.pop(directory, None)
+        self._parents.discard(directory)
+        watch = self._watches.pop(directory, None)
+        if self._inotify is not None and watch is not None:
+            del self._watched[watch]
+            with suppress(OSError):  # it went with the directory
+                self._inotify.rm_watch(watch)
 
 
 @contextmanager

@@ -37,13 +37,17 @@ class Containers:
         Of several, one in the other, the outermost: whoever may make cgroups in a container can give them any name.
         Nodes that are containers themselves (kind) are none of their kubelet's.
         """
-        for container_id in container_ids(cgroup):
-            if container_id in self.whole:
-                return self.whole[container_id]
-            for digits, container in self.cut.items():
-                if container_id.startswith(digits):
-                    return container
-        return None
+        return next(iter(self.named(container_ids(cgroup)).values()), None)
+
+    def named(self, container_ids: Iterable[str]) -> Mapping[str, Container]:
+        """Return those of these containers that are known, by id."""
+        found = {container_id: self._get(container_id) for container_id in container_ids}
+        return {container_id: container for container_id, container in found.items() if container}
+
+    def _get(self, container_id: str) -> Container | None:
+        if container_id in self.whole:
+            return self.whole[container_id]
+        return next((container for digits, container in self.cut.items() if container_id.startswith(digits)), None)
 
 
 def read_links(names: Iterable[str]) -> Containers:

@@ -20,8 +20,7 @@ from sgpu.lib.logs import OnChange
 from sgpu.lib.threads import run_in_thread
 from sgpu.node.cgroup_limit import Target
 from sgpu.node.claims import promised
-from sgpu.node.container import Container
-from sgpu.node.limits import PodCgroups, WantedLimits, wanted_limits
+from sgpu.node.limits import PodCgroups, WantedLimits, merged, pod_limits
 from sgpu.node.offers import Offer
 from sgpu.node.shares import Share
 from sgpu.node.state import NodeState
@@ -73,6 +72,16 @@ def _gone(targets: Iterable[Target]) -> list[Target]:
     return [target for target in targets if not os.path.isdir(target.cgroup)]
 
 
+def _allocated(checkpoint: Checkpoint, resources: Set[str]) -> dict[str, Mapping[str, list[Share]]]:
+    """Return the shares of these resources that containers have, by the container's name, by the pod's uid."""
+    shares: dict[str, dict[str, list[Share]]] = {}
+    for entry in checkpoint.entries:
+        parsed = list(filter(None, map(Share.parse, entry.ids)))
+        if parsed and entry.resource in resources:
+            shares.setdefault(plain_uid(entry.pod_uid), {}).setdefault(entry.container, []).extend(parsed)
+    return dict(shares)
+
+
 class _Limiter:
     """What was read, until it changes."""
 
@@ -82,31 +91,54 @@ class _Limiter:
         self._tree = tree
         self._seen: tuple[int, ...] | None = None
         self._checkpoint = Checkpoint({}, ())
+        self._allocated: dict[str, Mapping[str, list[Share]]] = {}  # what it has, by container, by the pod's uid
+        self._allocated_of: tuple[object, ...] = ()  # what that was made of
+        self._links: list[str] = []
         self._containers = Containers({}, {})
         self._pods: Set[str] = frozenset()  # uids of those that were there before
         self._shares: dict[str, Mapping[str, list[Share]]] = {}  # by container, by the pod's uid
+        self._rules: tuple[object, ...] = ()  # what the limits of all pods depend on
+        self._limits: dict[str, tuple[object, WantedLimits]] = {}  # and what each was made of, by the pod's directory
         self._problem = OnChange(logger, logging.WARNING)
 
     async def follow(self) -> None:
         """Update what is wanted after each change, until no offer has limits any more."""
         enforcement = self._node.enforcement
+        outdated = True  # what was read of files
         while offers := _limited(self._node):
             # Taken before anything is read: what changes meanwhile is looked at in the next turn.
-            events = (self._tree.changed.next, self._node.changed.next, enforcement.look.next)
-            problem = await self._read()
+            cgroups = self._tree.changed.next
+            others = (self._tree.changed_beside.next, self._node.changed.next, enforcement.look.next)
+            problem = await self._read(outdated)
             self._problem.update(problem)
             enforcement.set_problem(problem)
             if not problem:  # else what was wanted stays
                 pods = self._tree.pods()
                 self._note_shares(pods)
                 self._note_strangers(pods)
-                amounts = promised(self._node.claims.values())
-                enforcement.want(wanted_limits(offers, pods, self._shares, self._names(pods), amounts))
-                await self._forget_gone(pods)
+                enforcement.want(self._wanted(offers))
+                if outdated:  # else soon
+                    await self._forget_gone(pods)
             with trio.move_on_after(self._options.interval):
-                await race(*(event.wait for event in events))
+                await race(cgroups.wait, *(event.wait for event in others))
+            # A container of a pod that is known does not wait for files, which take a thread.
+            alone = cgroups.is_set() and not any(event.is_set() for event in others)
+            outdated = bool(problem) or not alone or not self._tree.follows_beside()
             if not self._tree.follows():  # the first pod's cgroup may just have been made
                 await run_in_thread(self._tree.scan)
+
+    def _wanted(self, offers: list[Offer]) -> WantedLimits:
+        """Return the limits of all pods, made anew only for those of which something has changed."""
+        amounts = promised(self._node.claims.values())
+        before = self._limits if self._rules == (offers, amounts) else {}
+        self._rules, self._limits = (offers, amounts), {}
+        for pod in self._tree.pods():
+            facts = (pod, self._shares.get(pod.uid, {}), self._containers.named(pod.containers))
+            known, limits = before.get(pod.directory, (None, WantedLimits()))
+            if known != facts:
+                limits = pod_limits(offers, *facts, amounts)
+            self._limits[pod.directory] = facts, limits
+        return merged(limits for _, limits in self._limits.values())
 
     async def _forget_gone(self, pods: Iterable[PodCgroups]) -> None:
         """Forget the limits of cgroups that were removed."""
@@ -115,8 +147,8 @@ class _Limiter:
         if unseen:
             self._node.enforcement.forget(await run_in_thread(_gone, unseen))
 
-    async def _read(self) -> str:
-        """Read what changed. Returns what is missing for limits, and what to do."""
+    async def _read(self, files: bool) -> str:
+        """Read what changed, `files` only if asked to. Returns what is missing for limits, and what to do."""
         options = self._options
         if not (options.cgroups / "cgroup.controllers").exists():
             return (
@@ -129,7 +161,8 @@ class _Limiter:
                 f"there, or set -cgroup-directory"
             )
         try:
-            await run_in_thread(self._read_files, abandon_on_cancel=True)
+            if files:
+                await run_in_thread(self._read_files, abandon_on_cancel=True)
         except (OSError, ValueError) as error:
             return f"no memory limits for new pods: cannot read the kubelet's checkpoint: {error}"
         return ""
@@ -140,20 +173,20 @@ class _Limiter:
             self._checkpoint = read_checkpoint(self._options.plugins) if seen else Checkpoint({}, ())
             self._seen = seen
         try:
-            self._containers = read_links(os.listdir(self._options.container_logs))
+            links = os.listdir(self._options.container_logs)
         except OSError:  # not mounted: which container a cgroup is of stays unknown
-            self._containers = Containers({}, {})
+            links = []
+        if links != self._links:
+            self._links, self._containers = links, read_links(links)
 
     def _note_shares(self, pods: Iterable[PodCgroups]) -> None:
         """Take the shares of pods, which are known as long as the pod's cgroup is there: a checkpoint can get lost."""
-        shares: dict[str, dict[str, list[Share]]] = {}
-        for entry in self._checkpoint.entries:
-            parsed = list(filter(None, map(Share.parse, entry.ids)))
-            if parsed and entry.resource in self._node.offers:
-                of_pod = shares.setdefault(plain_uid(entry.pod_uid), {})
-                of_pod.setdefault(entry.container, []).extend(parsed)
+        made_of = (self._seen, set(self._node.offers))
+        if made_of != self._allocated_of:
+            self._allocated_of, self._allocated = made_of, _allocated(self._checkpoint, self._node.offers.keys())
+        shares = dict(self._allocated)
         for uid, claimed in self._claimed().items():
-            shares.setdefault(uid, {}).update(claimed)
+            shares[uid] = {**shares.get(uid, {}), **claimed}
         there = {pod.uid for pod in pods}
         self._shares = {uid: each for uid, each in {**self._shares, **shares}.items() if uid in there}
 
@@ -181,8 +214,3 @@ class _Limiter:
                         if (holder.namespace, holder.pod) == (claim.namespace, pod.name):
                             of_pod.setdefault(holder.container, []).append(share)
         return claimed
-
-    def _names(self, pods: Iterable[PodCgroups]) -> Mapping[str, Container]:
-        ids = [container_id for pod in pods for container_id in pod.containers]
-        found = {container_id: self._containers.find(f"0::/{container_id}") for container_id in ids}
-        return {container_id: container for container_id, container in found.items() if container}
