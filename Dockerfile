@@ -17,10 +17,11 @@ LABEL org.opencontainers.image.title="sgpu" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/sgpu /opt/sgpu
-# Without docstrings and asserts both processes together take 2.1 MB less.
-ENV PYTHONPATH=/opt/sgpu PYTHONOPTIMIZE=2
+# Without docstrings and asserts, all processes together take 2.1 MB less; with allocations of few threads in mind, 0.4.
+ENV PYTHONPATH=/opt/sgpu PYTHONOPTIMIZE=2 MALLOC_ARENA_MAX=1 MALLOC_TOP_PAD_=16384
 # Fail the build if the image does not work. The demo also leaves bytecode of the parts of Python's library that the daemon
 # uses; slim base images lack it.
-RUN python -m sgpu demo
+RUN python -S -m sgpu demo
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["python", "-m", "sgpu"]
+# -S: everything is in PYTHONPATH, and 0.5 MB less.
+ENTRYPOINT ["python", "-S", "-m", "sgpu"]

@@ -5,6 +5,8 @@ Each is scraped once, and has pods with shares where there is a device plugin.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -23,8 +25,12 @@ from table import Aim, Figure
 
 from sgpu.dra.slices import DRIVER
 
-#: As the Dockerfile sets it.
-IMAGE: Final = {"PYTHONOPTIMIZE": "2"}
+#: As the Dockerfile has it. There, too, packages are found by PYTHONPATH.
+PYTHON: Final = (sys.executable, "-S")
+IMAGE: Final = {
+    **{"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONOPTIMIZE": "2"},
+    **{"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "16384"},
+}
 #: The daemon in a pod whose service account is elsewhere. It is said in the child: the parent imports nothing.
 IN_POD: Final = """
 from sgpu import __main__, parent
@@ -62,13 +68,13 @@ def memory(standard: Size, huge: Size, seconds: float) -> Iterator[Figure]:
             yield Figure(f"{NAME}, {what}", "MB", {"sgpu": measure(seconds=seconds) / 1e6}, Aim(aim))
 
 
-def in_image(*flags: str, command: tuple[str, ...] = COMMAND, env: Mapping[str, str] | None = None) -> Plugin:
-    """sgpu as the image runs it, with these flags as well."""
+def in_image(*flags: str, command: tuple[str, ...] = ("-m", "sgpu"), env: Mapping[str, str] | None = None) -> Plugin:
+    """sgpu as the image runs it, with these flags as well. `command`: what Python runs."""
     plain = sgpu()
 
     def start(node: Node, size: Size) -> LoggedProcess:
         process = plain.start(node, size)
-        process.arguments = [*command, *process.arguments[len(COMMAND) :], *flags]
+        process.arguments = [*PYTHON, *command, *process.arguments[len(COMMAND) :], *flags]
         process.env |= {**IMAGE, **(env or {})}
         return process
 
@@ -97,7 +103,7 @@ def _dra(size: Size, *, seconds: float) -> int:
         directories = [word for flag, name in places for word in (f"-dra-{flag}-directory", str(root / name))]
         plugin = in_image(
             *("-api", "dra", "-node-name", NODE, "-cdi-directory", str(root / "cdi"), *directories),
-            command=(COMMAND[0], "-c", IN_POD.format(account=str(root / "account"))),
+            command=("-c", IN_POD.format(account=str(root / "account"))),
             env={"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port},
         )
         run = stack.enter_context(running(plugin, size))

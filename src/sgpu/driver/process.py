@@ -176,7 +176,8 @@ async def open_worker(config: WorkerConfig) -> Worker:
     """Start a worker. Raises OSError."""
     calls = create()
     # -P: `-m` alone would import from the working directory, which may be anybody's.
-    command = [sys.executable, "-P", "-m", "sgpu.driver", encode_config(config), str(calls.descriptor)]
+    options = ["-P", *(["-S"] if sys.flags.no_site else [])]  # as it was started itself
+    command = [sys.executable, *options, "-m", "sgpu.driver", encode_config(config), str(calls.descriptor)]
     try:
         with refusals():  # trio starts it in a thread
             process = await trio.lowlevel.open_process(

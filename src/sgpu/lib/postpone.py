@@ -78,6 +78,9 @@ def postpone_unneeded() -> None:
     postpone("anyio.streams.tls", ("TLSListener",))
     # HTTP/2 of h2 below purerpc's own server and channel: 0.6 MB
     postpone("purerpc.grpclib.connection", ("GRPCConfiguration", "GRPCConnection"))
+    # ctypes' search for a library with a compiler, and protobuf's dates: 0.7 MB
+    for name in ("shutil", "tempfile", "bz2", "lzma", "calendar", "locale", "ipaddress"):
+        postpone(name)
     postpone("idna")  # trio's names of hosts beyond ASCII: 0.3 MB
     postpone("google.protobuf.internal.python_message")  # protobuf in Python, which is there in C: 1.5 MB
     postpone("httpx._main", ("main",))  # a command line

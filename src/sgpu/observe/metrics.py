@@ -26,6 +26,13 @@ UNUSED: Final = {
         "build_opener",
     ),
     "wsgiref.simple_server": ("WSGIRequestHandler", "WSGIServer", "make_server"),
+    "prometheus_client.asgi": ("make_asgi_app",),
+    "prometheus_client.gc_collector": ("GC_COLLECTOR", "GCCollector"),
+    "prometheus_client.platform_collector": ("PLATFORM_COLLECTOR", "PlatformCollector"),
+    "prometheus_client.metrics": (
+        *("Counter", "Enum", "Gauge", "Histogram", "Info", "Summary"),
+        *("disable_created_metrics", "enable_created_metrics"),
+    ),
 }
 
 with postponed(UNUSED):
