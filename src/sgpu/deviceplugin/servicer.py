@@ -35,11 +35,15 @@ class Streams:
     """
 
     def __init__(self, registration: Registration | None = None) -> None:
+        self._changed = Broadcast()
+        self.begin(registration or Registration())
+
+    def begin(self, registration: Registration) -> None:
+        """Begin a session. Those of the one before are closed by now."""
         self.ending = trio.Event()
         self.asked = False
         self.refusing = False
-        self._registration = registration or Registration()
-        self._changed = Broadcast()
+        self._registration = registration
 
     @contextmanager
     def opened(self) -> Iterator[None]:
