@@ -34,7 +34,7 @@ from sgpu.driver.messages import (
 )
 from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
-from sgpu.driver.poll import NotReadyError, Places, poll
+from sgpu.driver.poll import Identity, NotReadyError, Places, poll
 from sgpu.driver.released import MustAttachError, Released
 from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
@@ -147,6 +147,7 @@ class Worker:
     def _polls(self, library: Library) -> Iterator[None]:
         """Poll and listen to events until the library has to be opened again. Yields after each poll."""
         surroundings = self._surroundings()
+        identities: dict[str, Identity] = {}
         with event_listener(library, self._emit, self._wake) as listener, self._open_setter(library) as setter:
 
             def found(uuid: str, handle: Handle) -> None:
@@ -160,6 +161,7 @@ class Worker:
                     self._places,
                     interval=self._config.interval,
                     known=self._known,
+                    identities=identities,
                     skip=self._config.suspects,
                     addresses=addresses,
                     call_started=self._call_started,
