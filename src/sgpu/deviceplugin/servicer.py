@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Streams:
-    """The ListAndWatch streams of one session: how many are open, and when they should end.
+    """The ListAndWatch streams of one session after the other: how many are open, and when they should end.
 
     They are counted in `registration`. One session at a time has any. `asked`: the kubelet asked for our options, as
     from 1.25 on; `refusing`: it gets none any more, so that a registration fails.
