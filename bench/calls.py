@@ -66,8 +66,7 @@ def restarts(runs: Sequence[Running], extent: Extent) -> Iterator[Figure]:
     times: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(extent.restarts):
         for run in runs:
-            if run.plugin.registers_again:
-                times[run.plugin.name].append(_restart(run))
+            times[run.plugin.name].append(_restart(run))
     yield from median_and("`kubelet.sock` created → listed again", times, "worst", 1, (Aim(5), None))
 
 

@@ -47,8 +47,7 @@ class Plugin:
     name: str
     resource: str
     start: Callable[[Node, Size], LoggedProcess]
-    #: Whether it registers with a kubelet that has restarted, and whether it serves metrics.
-    registers_again: bool = True
+    #: Whether it serves metrics.
     is_scraped: bool = False
 
 
@@ -130,7 +129,7 @@ def _reference(node: Node, size: Size) -> LoggedProcess:
 
 
 REFERENCE: Final = "example.com/reference"
-BARE: Final = Plugin("grpcio", REFERENCE, _reference, registers_again=False)
+BARE: Final = Plugin("grpcio", REFERENCE, _reference)
 
 
 def other(command: str, resource: str, name: str = "other", environment: Mapping[str, str] | None = None) -> Plugin:

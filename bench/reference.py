@@ -1,6 +1,7 @@
 """A device plugin that does nothing but answer, on grpcio, whose protocol is C: what others' figures are held against.
 
-The same messages in the same sizes, from a table made beforehand. It registers once, and belongs to no project.
+The same messages in the same sizes, from a table made beforehand. It registers again with a kubelet that has restarted,
+and belongs to no project.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import inotify_simple
 
 from sgpu.api import v1beta1_pb2
 
-ENDPOINT: Final = "reference.sock"
+#: A new one for each server: grpcio removes the name of one that stops.
+ENDPOINT: Final = "reference{}.sock"
 NODES: Final = ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 ENVIRONMENT: Final = {
     "SGPU_SHARES": "1",
@@ -72,9 +76,7 @@ class Plugin:
         return response
 
 
-def main() -> None:
-    directory, resource, gpus, shares = sys.argv[1:]
-    plugin = Plugin(int(gpus), int(shares))
+def serve(plugin: Plugin, path: Path) -> grpc.Server:
     unary: dict[str, tuple[Any, Any]] = {
         "GetDevicePluginOptions": (plugin.options, v1beta1_pb2.Empty),
         "GetPreferredAllocation": (plugin.preferred, v1beta1_pb2.PreferredAllocationRequest),
@@ -89,16 +91,40 @@ def main() -> None:
     )
     server = grpc.server(futures.ThreadPoolExecutor(4))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("v1beta1.DevicePlugin", handlers),))
-    server.add_insecure_port(f"unix:{Path(directory) / ENDPOINT}")
+    server.add_insecure_port(f"unix:{path}")
     server.start()
-    with grpc.insecure_channel(f"unix:{Path(directory) / 'kubelet.sock'}") as kubelet:
-        register = kubelet.unary_unary(
+    return server
+
+
+def register(kubelet_socket: Path, endpoint: str, resource: str) -> None:
+    # grpcio would go on with its connection to the kubelet of before, which has the same path.
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    with grpc.insecure_channel(f"unix:{kubelet_socket}", options) as kubelet:
+        call = kubelet.unary_unary(
             "/v1beta1.Registration/Register",
             v1beta1_pb2.RegisterRequest.SerializeToString,
             v1beta1_pb2.Empty.FromString,
         )
-        register(v1beta1_pb2.RegisterRequest(version="v1beta1", endpoint=ENDPOINT, resource_name=resource))
-    server.wait_for_termination()
+        request = v1beta1_pb2.RegisterRequest(version="v1beta1", endpoint=endpoint, resource_name=resource)
+        call(request, wait_for_ready=True)  # its socket is there a moment before it listens
+
+
+def main() -> None:
+    directory, resource, gpus, shares = sys.argv[1:]
+    plugin, kubelet, numbers = Plugin(int(gpus), int(shares)), Path(directory) / "kubelet.sock", count()
+    inotify = inotify_simple.INotify()
+    inotify.add_watch(directory, inotify_simple.flags.CREATE | inotify_simple.flags.DELETE)
+    path = Path(directory) / ENDPOINT.format(next(numbers))
+    server = serve(plugin, path)
+    register(kubelet, path.name, resource)
+    while True:
+        for event in inotify.read():
+            if event.name == path.name and event.mask & inotify_simple.flags.DELETE:  # by a kubelet that starts
+                path = Path(directory) / ENDPOINT.format(next(numbers))
+                before, server = server, serve(plugin, path)
+                before.stop(None)
+            elif event.name == kubelet.name and event.mask & inotify_simple.flags.CREATE:
+                register(kubelet, path.name, resource)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def hour(run: Running, part: float = 1.0) -> None:
                 run.scrape(page)
     for number in range(FAULTS if run.hears_events() else 0):
         _fault(run, number % run.size.gpus)
-    for _ in range(RESTARTS if run.plugin.registers_again else 0):
+    for _ in range(RESTARTS):
         registrations = len(run.kubelet.registrations)
         run.kubelet.restart()
         run.kubelet.wait_registrations(registrations + 1)

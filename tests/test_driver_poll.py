@@ -26,6 +26,17 @@ def read(node: Node, **options: Any) -> Report:  # noqa: ANN401  # as poll() has
         return poll.poll(library, poll.Places(node.host, node.dev, node.sys), **{"interval": 5, **options})
 
 
+def test_asked_once(node: Node) -> None:
+    """Ask once for what no GPU changes, and in each poll for its memory; a GPU that comes later is asked as well."""
+    identities: dict[str, poll.Identity] = {}
+    for gpus in (1, 1, 2):
+        node.driver.gpus(gpus)
+        assert [gpu.name for gpu in read(node, identities=identities).gpus] == ["Tesla T4"] * gpus
+    asked = {name: node.driver.calls(f"nvmlDeviceGet{name}") for name in ("Name", "MinorNumber", "PciInfo", "UUID")}
+    assert asked == {"Name": 2, "MinorNumber": 2, "PciInfo": 2, "UUID": 4}
+    assert node.driver.calls("nvmlDeviceGetMemoryInfo_v2") == 4
+
+
 def test_facts(node: Node) -> None:
     """Report each fact of each GPU; its device node is by minor number, and its NUMA node is the kernel's."""
     first = attrs.evolve(

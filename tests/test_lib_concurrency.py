@@ -9,10 +9,21 @@ import trio
 import trio.testing
 import virtual_clock
 
-from sgpu.lib.concurrency import Broadcast, find_error, race, wait_until
+from sgpu.lib.concurrency import Broadcast, find_error, next_beat, race, wait_until
 
 #: Fails at once what hangs.
 virtual = partial(virtual_clock.virtual, seconds=60)
+
+
+@virtual
+async def test_a_beat() -> None:
+    """Let loops that began at different times wake at the same ones, an interval apart."""
+    times = []
+    for late in (0, 1, 4.5):
+        await trio.sleep(late)
+        await trio.sleep_until(next_beat(5))
+        times.append(trio.current_time())
+    assert times == [5, 10, 15]
 
 
 class TestBroadcast:

@@ -207,6 +207,15 @@ class TestUses:
             usage.set_exceeded({"GPU-a": {ONE: exceeded}})
             assert [each.exceeded for each in usage.uses("GPU-a")] == [exceeded]
 
+    def test_kept(self, usage: Usage) -> None:
+        """A look after which all is as before, or which is about another GPU, makes nothing anew."""
+        usage.set_holders({A0: ONE})
+        usage.set_owners({"GPU-a": used((7, 100, 30))}, {7: ONE})
+        before = usage.uses("GPU-a")
+        usage.set_holders({A0: ONE, Share("GPU-b", 0): TWO})
+        usage.set_owners({"GPU-a": used((7, 100, 30)), "GPU-b": used((8, 1, 1))}, {7: ONE, 8: TWO})
+        assert usage.uses("GPU-a") is before
+
     @settings(deadline=None)
     @given(
         held=st.dictionaries(
@@ -257,5 +266,7 @@ def test_processes_of_some_pod(usage: Usage) -> None:
     figures = {uuid: Figures(processes=(ProcessUse(7, 3, 10),)) for uuid in ("GPU-a", "GPU-b")}
     usage.set_owners(figures, {}, unknown={7})
     assert [use.memory_used for use in usage.uses("GPU-a")] == [None]
+    usage.set_owners(figures, {})
+    assert [use.memory_used for use in usage.uses("GPU-a")] == [0]
     usage.set_owners(figures, {7: TWO})
     assert {use.pod: use.memory_used for use in usage.uses("GPU-a")} == {"one": 0, "two": 3}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import accumulate, islice
 
 from sgpu.node.rank import MultiShare, Placement, UnitLoad, rank
@@ -58,9 +58,8 @@ def _lowest_free(
     A unit's own ids are looked up among the free ones, rather than those parsed: they come unordered, thousands of
     them, and some may be no share's.
     """
-    endings = suffixes(max((load.shares for load in loads.values()), default=0))
 
-    def find(free: Set[str]) -> dict[str, list[str]]:
+    def find(free: Set[str], endings: Sequence[str]) -> dict[str, list[str]]:
         found = {}
         for uuid, load in loads.items():
             own = filter(free.__contains__, map(uuid.__add__, endings[: load.shares]))
@@ -73,11 +72,12 @@ def _lowest_free(
         # As many of a unit's lowest as can be in the way, and as are wanted, will do: to make a set of all takes twice
         # as long. Unless it has fewer than it should, because the kubelet keeps some back.
         enough = {uuid: min(count + len(chosen) + rest, loads[uuid].shares) for uuid, count in taken.items()}
+        endings = suffixes(max(enough.values(), default=0))
         lowest = {uuid + ending for uuid, count in enough.items() for ending in endings[:count]}
-        found = find(lowest.intersection(available) - chosen)
+        found = find(lowest.intersection(available) - chosen, endings)
         if all(len(found.get(uuid, ())) == rest or count == loads[uuid].shares for uuid, count in enough.items()):
             return found
-    return find(set(available) - chosen)
+    return find(set(available) - chosen, suffixes(max((load.shares for load in loads.values()), default=0)))
 
 
 def _usable_together(

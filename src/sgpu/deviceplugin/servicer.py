@@ -28,18 +28,22 @@ logger = logging.getLogger(__name__)
 
 
 class Streams:
-    """The ListAndWatch streams of one session: how many are open, and when they should end.
+    """The ListAndWatch streams of one session after the other: how many are open, and when they should end.
 
     They are counted in `registration`. One session at a time has any. `asked`: the kubelet asked for our options, as
     from 1.25 on; `refusing`: it gets none any more, so that a registration fails.
     """
 
     def __init__(self, registration: Registration | None = None) -> None:
+        self._changed = Broadcast()
+        self.begin(registration or Registration())
+
+    def begin(self, registration: Registration) -> None:
+        """Begin a session. Those of the one before are closed by now."""
         self.ending = trio.Event()
         self.asked = False
         self.refusing = False
-        self._registration = registration or Registration()
-        self._changed = Broadcast()
+        self._registration = registration
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -121,6 +121,9 @@ class Session:
         self._watchdog = watchdog
         self._succession = succession
         self._problem = OnChange(logger, logging.WARNING)
+        self._streams = Streams()
+        # Once, not in each session: it takes 0.3 ms, in which a kubelet that has restarted would wait.
+        self._table = plugin_routes(context, self._streams)
 
     def expect_attempt(self) -> None:
         """Let the watchdog expect the end of an attempt to register."""
@@ -136,14 +139,14 @@ class Session:
         directory.renew()
         with rpc.listen(socket) as listener, self._registrations.session(self._resource) as registered:
             ours = rpc.identity(socket)
-            streams = Streams(registered)
-            table = plugin_routes(self._context, streams)
+            streams = self._streams
+            streams.begin(registered)
             leaving = self._succession.leaving
             async with trio.open_nursery() as connections:
                 with self._succession.session():
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(directory.watch)
-                        handler = partial(rpc.serve_connection, table, ended=self._counters.called)
+                        handler = partial(rpc.serve_connection, self._table, ended=self._counters.called)
                         nursery.start_soon(serve, [listener], handler, connections)
                         reason = await race(
                             partial(_wait_socket_gone, directory, socket, ours),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -52,12 +52,23 @@ class Places:
     proc_directory: Path = Path("/proc")
 
 
+@attrs.frozen
+class Identity:
+    """What no GPU changes while the library is open: the answers take a quarter of a poll."""
+
+    device_node: str
+    name: str
+    pci_bus_id: str
+    numa_node: int | None
+
+
 def poll(
     library: Library,
     places: Places,
     *,
     interval: float,
     known: Sequence[str] = (),
+    identities: dict[str, Identity] | None = None,
     skip: Collection[str] = (),
     addresses: Sequence[str] | None = None,
     call_started: Callable[[str], None] = lambda uuid: None,
@@ -71,6 +82,7 @@ def poll(
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
+    `identities` are kept from one poll to the next, as long as the library is open.
     `call_started` is called with the UUID that the next calls are about (empty: the driver), and `found` with each GPU
     before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it;
     `make_nodes` those of the capability files of MIG instances.
@@ -78,6 +90,7 @@ def poll(
     """
     shared_nodes = _shared_nodes(places.dev_directory, ask_for_uvm)
     capabilities = Capabilities(places.proc_directory, places.dev_directory, make_nodes)
+    identities = {} if identities is None else identities
     gpus, problems, skipped, nodeless = [], [], [], []
     order: list[str] = []
     answered: dict[str, str] = {}
@@ -99,7 +112,9 @@ def poll(
             answered[uuid] = name
             call_started(uuid)
             found(uuid, handle)
-            gpu = _gpu(library, handle, uuid, places, shared_nodes)
+            if uuid not in identities:
+                identities[uuid] = _identify(library, handle, places)
+            gpu = _gpu(library, handle, uuid, identities[uuid], places, shared_nodes)
             if gpu.mig_mode and not gpu.error:
                 gpu, left_out = _with_instances(library, handle, gpu, capabilities)
                 problems += left_out
@@ -155,39 +170,41 @@ def how_to_make(dev_directory: Path, name: str) -> str:
     return f"`nvidia-modprobe {flags}` on the host makes it"
 
 
-def _gpu(library: Library, handle: Handle, uuid: str, places: Places, shared_nodes: tuple[str, ...]) -> GpuReport:
-    """Report one GPU. Without its identity it can't be offered; an answer about its state that fails is reported."""
-    node = f"nvidia{library.minor_number(handle)}"
+def _identify(library: Library, handle: Handle, places: Places) -> Identity:
+    bus_id = library.pci_bus_id(handle)
+    numa = numa_node(places.sysfs_directory, bus_id)
+    return Identity(f"nvidia{library.minor_number(handle)}", library.name(handle), bus_id, numa)
+
+
+def _gpu(
+    library: Library, handle: Handle, uuid: str, identity: Identity, places: Places, shared_nodes: tuple[str, ...]
+) -> GpuReport:
+    """Report one GPU. Without its device node it can't be offered; an answer about its state that fails is reported."""
+    node = identity.device_node
     if not (places.dev_directory / node).exists():
         hint = how_to_make(places.dev_directory, node)
         raise NoDeviceNodeError(f"{places.dev_directory / node} is not there; {hint}")
-    bus_id = library.pci_bus_id(handle)
-    identity = GpuReport(
-        uuid=uuid,
-        name=library.name(handle),
-        pci_bus_id=bus_id,
-        device_nodes=(node, *shared_nodes),
-        numa_node=numa_node(places.sysfs_directory, bus_id),
-    )
+    gpu = GpuReport(uuid, identity.name, identity.pci_bus_id, (node, *shared_nodes), identity.numa_node)
     try:
-        return _with_answers(identity, library, handle)
+        return _with_answers(gpu, library, handle)
     except NvmlError as error:
-        return attrs.evolve(identity, error=str(error))
+        return attrs.evolve(gpu, error=str(error))
 
 
 def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport:
     """Return the report with the GPU's state, as far as the GPU and its driver support the calls."""
-    gpu = attrs.evolve(gpu, figures=_figures(library, handle))
+    answers: dict[str, Any] = {"figures": _figures(library, handle)}
     if mode := _ask(library.mig_mode, handle):
-        gpu = attrs.evolve(gpu, mig_mode=mode.current, mig_pending=mode.pending)
+        answers |= {"mig_mode": mode.current, "mig_pending": mode.pending}
     if rows := _ask(library.remapped_rows, handle):
-        gpu = attrs.evolve(gpu, rows_pending=rows.pending, rows_failed=rows.failed)
+        answers |= {"rows_pending": rows.pending, "rows_failed": rows.failed}
     if fabric := _ask(library.fabric, handle):
-        gpu = attrs.evolve(gpu, fabric_state=fabric.state, fabric_status=fabric.status)
+        answers |= {"fabric_state": fabric.state, "fabric_status": fabric.status}
     return attrs.evolve(
         gpu,
         recovery_action=_ask(library.recovery_action, handle),
         pages_pending=_ask(library.retired_pages_pending, handle),
+        **answers,
     )
 
 

@@ -34,7 +34,7 @@ from sgpu.driver.messages import (
 )
 from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
-from sgpu.driver.poll import NotReadyError, Places, poll
+from sgpu.driver.poll import Identity, NotReadyError, Places, poll
 from sgpu.driver.released import MustAttachError, Released
 from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
@@ -154,6 +154,7 @@ class Worker:
     def _polls(self, library: Library) -> Iterator[None]:
         """Poll and listen to events until the library has to be opened again. Yields after each poll."""
         surroundings = self._surroundings()
+        identities: dict[str, Identity] = {}
         with event_listener(library, self._emit, self._wake) as listener, self._open_setter(library) as setter:
 
             def found(uuid: str, handle: Handle) -> None:
@@ -161,7 +162,7 @@ class Worker:
                 setter.register(uuid, handle)
 
             while True:
-                report = self._poll(library, found)
+                report = self._poll(library, identities, found)
                 self._known = report.order
                 report = self._released.checked(report)
                 if not (report.gpus or report.skipped or report.released):
@@ -176,7 +177,7 @@ class Worker:
                 if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
                     return
 
-    def _poll(self, library: Library, found: Callable[[str, Handle], None]) -> Report:
+    def _poll(self, library: Library, identities: dict[str, Identity], found: Callable[[str, Handle], None]) -> Report:
         """Poll once. Raises NvmlError."""
         try:
             return poll(
@@ -184,6 +185,7 @@ class Worker:
                 self._places,
                 interval=self._config.interval,
                 known=self._known,
+                identities=identities,
                 skip=self._config.suspects,
                 addresses=self._released.others(),
                 call_started=self._call_started,

@@ -37,6 +37,11 @@ async def wait_until(condition: Callable[[], bool], changed: Broadcast) -> None:
         await change.wait()
 
 
+def next_beat(interval: float) -> float:
+    """Return the next time that is a multiple of `interval`: loops that go by it wake the process once for all."""
+    return (trio.current_time() // interval + 1) * interval
+
+
 async def race(*functions: Callable[[], Awaitable[Result]]) -> Result:
     """Run all at once, return what the first to finish returns, and cancel the others. Errors come in a group."""
     results: list[Result] = []

@@ -119,7 +119,7 @@ def container_edits(allocated: Sequence[Offer], options: AllocationOptions) -> C
         **_allowed_memory(offers, counts),
     }
     edits = _edits(offers.values(), options, environment, hints=options.framework_hints)
-    return attrs.evolve(edits, warning=warning)
+    return attrs.evolve(edits, warning=warning) if warning else edits
 
 
 def claim_edits(
@@ -146,6 +146,7 @@ def _edits(
     instance = next((offer.unit.uuid for offer in offers if offer.unit.instance), "")
     nodes = dict.fromkeys(node for offer in offers for node in offer.unit.device_nodes)
     paths = options.paths
+    directory = os.path.join(paths.devices, "")  # once, not for each node: a tenth of the calls of an Allocate
     return ContainerEdits(
         environment={
             **environment,
@@ -154,7 +155,7 @@ def _edits(
             **({"SGPU_SIMULATED": "1"} if simulated else {}),
             **(FRAMEWORK_HINTS if hints and not simulated else {}),
         },
-        device_nodes=tuple(DeviceNode(os.path.join(paths.devices, node), f"/dev/{node}") for node in nodes),
+        device_nodes=tuple(DeviceNode(f"{directory}{node}", f"/dev/{node}") for node in nodes),
         mounts=() if simulated else (Mount(paths.libraries, paths.libraries_in_container),),
     )
 

@@ -73,7 +73,7 @@ class Usage:
         self._interval = interval
         self._limits: Mapping[str, Mapping[Container, ContainerLimit]] = {}
         self._exceeded: Mapping[str, Mapping[Container, int]] = {}
-        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since any of these last changed
+        self._uses: dict[str, tuple[ContainerUse, ...]] = {}  # computed since any of these last changed for the GPU
 
     def set_figures(self, figures: Mapping[str, Figures], now: float) -> None:
         """Take new figures, by UUID."""
@@ -92,10 +92,11 @@ class Usage:
         if holders == self.holders:
             return
         self.holders = holders
-        self._uses = {}
-        self._shares = shares = defaultdict[str, Counter[Container]](Counter)
+        shares = defaultdict[str, Counter[Container]](Counter)
         for share, holder in (holders or {}).items():
             shares[share.uuid][holder] += 1
+        self._forget_uses(self._shares, shares)
+        self._shares = shares
 
     def set_claimants(self, claimants: Mapping[Share, tuple[Container, ...]]) -> bool:
         """Take all containers that have shares by claims. Returns whether that is new."""
@@ -119,27 +120,28 @@ class Usage:
         """
         self.processes_known = owners is not None
         self.processes_problem = problem
-        self._uses = {}
-        self._processes = {
+        processes = {
             uuid: _by_owner(known.processes, owners)
             for uuid, known in figures.items()
             if owners is not None and known.processes is not None
         }
-        self._incomplete = {
+        incomplete = {
             uuid for uuid, known in figures.items() if any(process.pid in unknown for process in known.processes or ())
         }
+        self._forget_uses(self._processes, processes)
+        for uuid in incomplete ^ self._incomplete:
+            self._uses.pop(uuid, None)
+        self._processes, self._incomplete = processes, incomplete
 
     def set_limits(self, limits: Mapping[str, Mapping[Container, ContainerLimit]]) -> None:
         """Take the memory limits of containers, by UUID."""
-        if limits != self._limits:
-            self._limits = limits
-            self._uses = {}
+        self._forget_uses(self._limits, limits)
+        self._limits = limits
 
     def set_exceeded(self, exceeded: Mapping[str, Mapping[Container, int]]) -> None:
         """Take the bytes that each over-user may use, by UUID."""
-        if exceeded != self._exceeded:
-            self._exceeded = exceeded
-            self._uses = {}
+        self._forget_uses(self._exceeded, exceeded)
+        self._exceeded = exceeded
 
     def allocated(self, now: float) -> frozenset[Share] | None:
         """Return all shares that a container has or was given moments ago; None if that is unknown."""
@@ -192,6 +194,11 @@ class Usage:
             for container in containers
         )
         return self._uses[uuid]
+
+    def _forget_uses(self, before: Mapping[str, object], now: Mapping[str, object]) -> None:
+        """Forget what was computed of the GPUs of which this differs, by UUID."""
+        for uuid in [uuid for uuid in self._uses if before.get(uuid) != now.get(uuid)]:
+            del self._uses[uuid]
 
     def pods(self, uuid: str) -> Mapping[str, int | None]:
         """Return the bytes of this GPU's memory by pod (namespace/name) that has a share of it or uses it, most first.

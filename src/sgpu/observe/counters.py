@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Final
 
 import attrs
@@ -38,7 +38,7 @@ class Counters:
     registrations: Counter[tuple[str, bool]] = attrs.field(factory=Counter)
     kubelet_restarts: int = 0
     #: RPCs by method and gRPC status code.
-    calls: dict[tuple[str, str], Durations] = attrs.field(factory=dict)
+    calls: defaultdict[tuple[str, str], Durations] = attrs.field(factory=lambda: defaultdict(Durations))
     #: Reads of the settings, by whether they could be used.
     reloads: Counter[bool] = attrs.field(factory=Counter)
     #: Calls of libnvidia-ml that failed, by function and code.
@@ -48,7 +48,7 @@ class Counters:
 
     def called(self, method: str, code: str, seconds: float) -> None:
         """Count an RPC that was answered."""
-        self.calls.setdefault((method, code), Durations()).add(seconds)
+        self.calls[method, code].add(seconds)
 
     def reloaded(self, usable: bool) -> None:
         """Count a read of the settings."""

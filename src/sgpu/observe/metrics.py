@@ -7,7 +7,7 @@ has no sample; labels are names of few things (a GPU, a container, a method), ne
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
@@ -56,7 +56,9 @@ CONTAINER: Final = ("uuid", "namespace", "pod", "container")
 #: As Prometheus writes them in `le`.
 BOUNDS: Final = (*(str(bound) for bound in BUCKETS), "+Inf")
 
+Encoder = Callable[[Collector], bytes]
 Labels = Sequence[str]
+Sample = tuple[Labels, tuple[Any, ...]]
 Samples = Iterable[tuple[Labels, float | None]]
 
 
@@ -70,10 +72,14 @@ class Page:
 
 
 class Pages:
-    """Makes the pages, one at a time. Keeps the text of each family: what is as before is not written again."""
+    """Makes the pages, one at a time. Keeps the text of each family, and the line of each sample of a gauge: what is as
+    before is not written again.
+    """
 
     def __init__(self) -> None:
-        self._written: dict[str, tuple[Family, str, bytes]] = {}
+        self._content_type = ""
+        self._written: dict[str, tuple[Family, bytes]] = {}
+        self._lines: dict[str, Mapping[Sample, bytes]] = {}
 
     def page(self, snapshot: Snapshot, counters: Counters, accept: str, accept_encoding: str) -> Page:
         """Return the page as the request's headers ask for it: OpenMetrics or Prometheus' format, compressed or not."""
@@ -81,15 +87,27 @@ class Pages:
             encode, content_type = choose_encoder(accept)
         except TypeError:  # a version that is none
             encode, content_type = choose_encoder("")
+        if content_type != self._content_type:
+            self._content_type, self._written, self._lines = content_type, {}, {}
         for family in families(snapshot, counters):
-            if self._written.get(family.name, ())[:2] != (family, content_type):
-                text = encode(_Metrics([family.metric()])).removesuffix(END)
-                self._written[family.name] = (family, content_type, text)
+            if self._written.get(family.name, ())[:1] != (family,):
+                self._written[family.name] = (family, self._write(family, encode))
         process = encode(_Metrics(ProcessCollector(registry=CollectorRegistry()).collect()))
-        text = b"".join((*(text for _, _, text in self._written.values()), process))
+        text = b"".join((*(text for _, text in self._written.values()), process))
         if gzip_accepted(accept_encoding):
             return Page(gzip.compress(text, COMPRESSION, mtime=0), content_type, "gzip")
         return Page(text, content_type, "")
+
+    def _write(self, family: Family, encode: Encoder) -> bytes:
+        if family.kind is not GaugeMetricFamily:
+            return family.text(encode)
+        known = self._lines.get(family.name, {})
+        new = [sample for sample in family.samples if sample not in known]
+        *lines, end = attrs.evolve(family, samples=new).text(encode).split(b"\n")
+        first = len(lines) - len(new)
+        known = {**known, **dict(zip(new, lines[first:], strict=True))}
+        self._lines[family.name] = {sample: known[sample] for sample in family.samples}
+        return b"\n".join((*lines[:first], *self._lines[family.name].values(), end))
 
 
 class _Metrics(Collector):
@@ -108,7 +126,7 @@ class Family:
     name: str
     meaning: str
     labels: Labels
-    samples: Sequence[tuple[Labels, tuple[Any, ...]]]
+    samples: Sequence[Sample]
 
     def metric(self) -> Metric:
         """Return the family as prometheus_client has it."""
@@ -117,6 +135,10 @@ class Family:
             metric.add_metric([_utf8(label) for label in labels], *value)
         assert isinstance(metric, Metric)
         return metric
+
+    def text(self, encode: Encoder) -> bytes:
+        """Return the family's part of a page."""
+        return encode(_Metrics([self.metric()])).removesuffix(END)
 
 
 def families(snapshot: Snapshot, counters: Counters) -> Iterator[Family]:
@@ -285,7 +307,7 @@ def _info(name: str, meaning: str, labels: Labels, samples: Iterable[Labels]) ->
     return Family(InfoMetricFamily, name, meaning, labels, [(values, ({},)) for values in samples])
 
 
-def _known(samples: Samples) -> list[tuple[Labels, tuple[float]]]:
+def _known(samples: Samples) -> list[Sample]:
     return [(labels, (value,)) for labels, value in samples if value is not None]
 
 

@@ -9,6 +9,8 @@ from typing import Final, NoReturn
 
 import trio
 
+from sgpu.lib.concurrency import next_beat
+
 #: Seconds without a turn of the event loop after which the process ends. While it is stuck, the kubelet waits in a call
 #: without a deadline, and starts no pod of the node.
 STUCK_AFTER: Final = 25.0
@@ -32,7 +34,7 @@ async def exit_when_stuck(
         while True:
             alive()
             signal.setitimer(signal.ITIMER_REAL, stuck_after)
-            await trio.sleep(interval)
+            await trio.sleep_until(next_beat(interval))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 

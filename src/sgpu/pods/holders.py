@@ -125,6 +125,7 @@ def _devices(answer: podresources_pb2.ListPodResourcesResponse, claims: Iterable
             holder = Container(pod.namespace, pod.name, container.name)  # one for all its devices
             for devices in container.devices:
                 yield devices.resource_name, devices.device_ids, holder
-            for device in (each for dynamic in container.dynamic_resources for each in dynamic.claim_resources):
-                if unit := units.get(device.share_id):
-                    yield unit.resource, map(str, unit.shares), holder
+            for dynamic in container.dynamic_resources if units else ():
+                for device in dynamic.claim_resources:
+                    if unit := units.get(device.share_id):
+                        yield unit.resource, map(str, unit.shares), holder

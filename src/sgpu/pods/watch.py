@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
-from sgpu.lib.concurrency import race
+from sgpu.lib.concurrency import next_beat, race
 from sgpu.lib.logs import OnChange, few
 from sgpu.lib.sizes import GIB, part_of
 from sgpu.lib.threads import run_in_thread
@@ -110,9 +110,9 @@ async def _look_again_and_again(
 
 
 async def _wait(changes: Iterable[trio.Event], interval: float) -> None:
-    """Wait for an interval, or until what containers have may have changed."""
+    """Wait until the next look is due, or until what containers have may have changed."""
     earliest = trio.current_time() + min(SHORTEST_PAUSE, interval)
-    with trio.move_on_after(interval):
+    with trio.move_on_at(max(earliest, next_beat(interval))):
         await race(*(change.wait for change in changes))
         await trio.sleep_until(earliest)
 

@@ -33,6 +33,7 @@ MAX_STATUS_MESSAGE: Final = 1000
 _QUOTED: Final = 100
 _CONTENT_TYPE: Final = "application/grpc"
 _BEGIN: Final = encode((":status", "200"), ("content-type", "application/grpc+proto"))
+_OK: Final = encode(("grpc-status", "0"))
 #: What gRPC answers to a request that is none of its own.
 _UNSUPPORTED: Final = encode((":status", "415"))
 
@@ -122,11 +123,11 @@ class Protocol:
 
     def end_response(self, stream_id: int, code: StatusCode, message: str, *, started: bool) -> None:
         """End a call with a status. What of the message no header can carry is left out."""
-        fields = [("grpc-status", str(code.value))]
+        block = _OK if code is StatusCode.OK else encode(("grpc-status", str(code.value)))
         if message:
             raw = message[:MAX_STATUS_MESSAGE].encode("utf-8", "replace")  # a stray byte of a file name has no UTF-8
-            fields.append(("grpc-message", quote(raw, safe="")))
-        self._http2.send_headers(stream_id, (b"" if started else _BEGIN) + encode(*fields), end=True)
+            block += encode(("grpc-message", quote(raw, safe="")))
+        self._http2.send_headers(stream_id, block if started else _BEGIN + block, end=True)
 
     def give_up(self, stream_id: int) -> None:
         """Want no more of a stream. One that has ended needs none of this."""
