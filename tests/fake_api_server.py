@@ -1,6 +1,6 @@
 """The demo's API server with what goes wrong: refusals, conflicts, fields that are dropped, slow answers, cut watches.
 
-`transport` connects a client in the same trio program, so that a virtual clock does; `serving` serves HTTPS, for whole
+`connected` connects a client in the same trio program, so that a virtual clock does; `serving` serves HTTPS, for whole
 processes. Faults are set by attributes, at any time.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-import httpx
+import httpcore
 import trio
 import trustme
 
@@ -121,34 +121,49 @@ class FakeApiServer(ApiObjects):
         return done.result(TIMEOUT)
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
+async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
     yield content
 
 
-class _Stream(httpx.AsyncByteStream):
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+class _Body:
+    """The body of an answer, as httpcore's: to read on when it is closed is an error."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
         self._chunks = chunks
+        self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._chunks:
-                if chunk:
-                    yield chunk
+            async with aclosing(self._chunks):
+                async for chunk in self._chunks:
+                    if chunk:
+                        yield chunk
+                    if self._closed:
+                        raise httpcore.ReadError("closed")
         except trio.BrokenResourceError as error:
-            raise httpx.ReadError(str(error)) from error
+            raise httpcore.ReadError(str(error)) from error
+
+    async def aclose(self) -> None:
+        self._closed = True
 
 
-class _Transport(httpx.AsyncBaseTransport):
+class _Pool(httpcore.AsyncConnectionPool):
     def __init__(self, server: FakeApiServer) -> None:
+        super().__init__()
         self._server = server
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        target = request.url.raw_path.decode()
-        token = request.headers["Authorization"].removeprefix("Bearer ")
-        answer = await self._server.answer(request.method, target, request.content, token)
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        target = request.url.target.decode()
+        headers = dict(request.headers)
+        token = headers[b"Authorization"].decode().removeprefix("Bearer ")
+        assert isinstance(request.stream, AsyncIterable)
+        body = b"".join([chunk async for chunk in request.stream])
+        answer = await self._server.answer(request.method.decode(), target, body, token)
         if is_watch(target, answer):
-            return httpx.Response(200, stream=_Stream(self._server.watch(target)))
-        return httpx.Response(answer.status, stream=_Stream(_once(encode(answer.content))), headers=answer.headers)
+            return httpcore.Response(200, content=_Body(self._server.watch(target)))
+        return httpcore.Response(
+            answer.status, headers=list(answer.headers.items()), content=_Body(_once(encode(answer.content)))
+        )
 
 
 class _Known(Credentials):
@@ -162,8 +177,8 @@ class _Known(Credentials):
 async def connected(server: FakeApiServer, manifest: str = "") -> AsyncIterator[ApiServer]:
     """Yield a client of this server, in this trio program."""
     access = Access("http://fake", Path(), Path(), manifest)
-    async with httpx.AsyncClient(transport=_Transport(server), base_url=access.url) as client:
-        yield ApiServer(client, _Known(access))
+    async with _Pool(server) as pool:
+        yield ApiServer(pool, access.url, _Known(access))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ CLI = {"attr", "attrs"}
 DAEMON = {*CLI, *TRIO, *PURERPC, "inotify_simple"}
 SERVED = {*DAEMON, "h11"}
 SCRAPED = {*SERVED, "prometheus_client"}
+API_SERVER = {*CLI, *TRIO, "certifi", "h11", "httpcore"}
 CONFIGURED = {*DAEMON, "yaml"}
 OURS = {"sgpu", "__main__", "__mp_main__"}
 #: What makes an environment what it is, and what Cython makes of YAML's parser.
@@ -104,6 +105,7 @@ def check(loaded: set[str], third_parties: set[str], never: Iterable[str], most:
     [
         pytest.param("sgpu.cli", CLI, UNREAD, 110, id="command line"),
         pytest.param("sgpu.daemon", DAEMON, {*HEAVY, *WEB, *TLS, "yaml"}, 400, id="daemon"),
+        pytest.param("sgpu.kubeapi", API_SERVER, {*HEAVY, *TLS, "urllib.request", "http.client"}, 300, id="API server"),
         pytest.param("sgpu.driver.worker", WORKER, {*NOT_IN_WORKER, "ast", "dis"}, 145, id="driver's process"),
         pytest.param(
             "sgpu.parent", set(), {*NOT_IN_WORKER, "typing", "re", "threading", "sgpu.lib", "sgpu.cli"}, 50, id="parent"

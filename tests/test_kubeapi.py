@@ -117,6 +117,17 @@ class TestOverTls:
                     await anext(events)
 
     @real
+    async def test_a_watch_that_is_left(self, tmp_path: Path) -> None:
+        """In the middle of an answer: nothing is left to the garbage collector, and the client goes on."""
+        server = FakeApiServer()
+        server.put(f"{THINGS}/a", thing("a"))
+        with serving(server, tmp_path) as access:
+            async with open_api_server(access) as api:
+                async with api.watch(THINGS, "0") as events:
+                    await anext(events)
+                await api.get(f"{THINGS}/a")
+
+    @real
     async def test_another_authority(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A server that the service account's authority does not know is not talked to."""
         monkeypatch.setattr(client_module, "REQUEST_TIMEOUT", 0.5)
@@ -205,7 +216,6 @@ class TestRequests:
             assert "no answer within 15 s" in str(await failure(api))
             assert trio.current_time() == pytest.approx(15)
 
-    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # httpx leaves its own to the collector
     @virtual
     async def test_an_answer_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More than an object can have is not read."""
@@ -227,7 +237,6 @@ class TestRequests:
         async with connected(server) as api:
             assert "no usable answer from http://fake" in str(await failure(api))
 
-    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # as above
     @virtual
     async def test_nonsense_in_a_watch(self) -> None:
         """Another program's stream of objects."""

@@ -1,6 +1,6 @@
 """The API server, on trio: get, list, watch, create, replace, patch, delete. Knows no kind of object, and no GPU.
 
-Imported only where the API server is used: httpx costs 3 MB.
+Imported only where the API server is used: httpcore takes 1 MB, and TLS 5.
 """
 
 from sgpu.kubeapi.access import Access, find_access

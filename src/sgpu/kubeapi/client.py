@@ -1,4 +1,4 @@
-"""Requests to the API server, by httpx. Every request ends within a deadline, and every answer has a largest size."""
+"""Requests to the API server, by httpcore. Each ends within a deadline, and every answer has a largest size."""
 
 from __future__ import annotations
 
@@ -6,16 +6,31 @@ import json
 import random
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
+from http import HTTPStatus
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote, urlencode
 
-import httpx
 import trio
 
 from sgpu import __version__
 from sgpu.kubeapi.access import Access, Credentials
 from sgpu.kubeapi.error import ApiServerError, refusal
+from sgpu.lib.postpone import postponed
 from sgpu.lib.retry import growing_delays, jittered
+
+#: HTTP/2, and httpcore's synchronous twin, which nobody uses here: 1.4 MB.
+UNUSED: Final = {
+    "httpcore._api": ("request", "stream"),
+    "httpcore._async.http2": ("AsyncHTTP2Connection",),
+    "httpcore._sync": (
+        *("ConnectionInterface", "ConnectionPool", "HTTP11Connection", "HTTP2Connection"),
+        *("HTTPConnection", "HTTPProxy", "SOCKSProxy"),
+    ),
+}
+
+with postponed(UNUSED):
+    import httpcore
 
 Object = dict[str, Any]
 Query = Mapping[str, str]
@@ -35,7 +50,9 @@ _NOT_DONE: Final = frozenset({429})
 #: Reads may be sent again after any of these; 0 is no answer at all.
 _PASSING: Final = frozenset({0, 429, 500, 502, 503, 504})
 #: Where it is not that of JSON.
-_CONTENT_TYPES: Final = {"PATCH": {"Content-Type": "application/merge-patch+json"}}
+_CONTENT_TYPES: Final = {"PATCH": "application/merge-patch+json"}
+#: httpcore's errors have no common base. The others are of proxies and of URLs that are not of HTTP.
+_FAILURES: Final = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 #: Notices within a minute that the other side is gone, which a watch at rest would not.
 _KEEPALIVE: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -56,25 +73,29 @@ class Event(NamedTuple):
 async def open_api_server(access: Access) -> AsyncIterator[ApiServer]:
     """Yield the API server, and close the connections at the end. Connects to nothing yet."""
     credentials = Credentials(access)
-    transport = httpx.AsyncHTTPTransport(
-        verify=credentials.tls,
-        trust_env=False,
+    async with httpcore.AsyncConnectionPool(
+        ssl_context=credentials.tls,
+        max_connections=16,
+        max_keepalive_connections=2,
+        keepalive_expiry=30.0,
         socket_options=_KEEPALIVE,
-        limits=httpx.Limits(max_connections=16, max_keepalive_connections=2, keepalive_expiry=30.0),
-    )
-    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"sgpu/{__version__}"}
-    # Nothing of the environment: a proxy for the internet is not one for the API server.
-    async with httpx.AsyncClient(
-        base_url=access.url, transport=transport, headers=headers, trust_env=False, timeout=REQUEST_TIMEOUT
-    ) as client:
-        yield ApiServer(client, credentials)
+    ) as pool:
+        yield ApiServer(pool, access.url, credentials)
+
+
+class _Request(NamedTuple):
+    """A request, for messages: `GET /api/v1/nodes/a`, and the server's address."""
+
+    name: str
+    server: str
 
 
 class ApiServer:
     """Requests by path: `/apis/resource.k8s.io/v1/resourceslices/name`. All of them raise ApiServerError alone."""
 
-    def __init__(self, client: httpx.AsyncClient, credentials: Credentials) -> None:
-        self._client = client
+    def __init__(self, pool: httpcore.AsyncConnectionPool, url: str, credentials: Credentials) -> None:
+        self._pool = pool
+        self._url = url
         self._credentials = credentials
 
     async def get(self, path: str, query: Query | None = None) -> Object:
@@ -114,9 +135,9 @@ class ApiServer:
             "resourceVersion": version,
             "timeoutSeconds": f"{seconds:.0f}",
         }
-        timeout = httpx.Timeout(REQUEST_TIMEOUT, read=seconds + WATCH_GRACE)
-        async with self._stream("GET", path, {**(query or {}), **asked}, timeout=timeout) as response:
-            async with aclosing(_events(response, self._credentials.manifest)) as events:
+        silence = seconds + WATCH_GRACE
+        async with self._stream("GET", path, {**(query or {}), **asked}, silence=silence) as (request, chunks):
+            async with aclosing(_events(request, chunks, self._credentials.manifest)) as events:
                 yield events
 
     async def _request(self, method: str, path: str, query: Query | None = None, body: Object | None = None) -> Object:
@@ -125,8 +146,8 @@ class ApiServer:
         with trio.move_on_after(REQUEST_TIMEOUT):
             for delay in growing_delays(*RETRY_DELAYS):
                 try:
-                    async with self._stream(method, path, query, body) as response:
-                        return await _object(response)
+                    async with self._stream(method, path, query, body) as (request, chunks):
+                        return _parse(request, await _join(request, chunks))
                 except ApiServerError as error:
                     failure = error
                     if error.status not in again:
@@ -141,97 +162,106 @@ class ApiServer:
         path: str,
         query: Query | None,
         body: Object | None = None,
-        timeout: httpx.Timeout | None = None,
-    ) -> AsyncIterator[httpx.Response]:
-        """Yield a successful answer, whose body is still to come."""
+        silence: float | None = None,
+    ) -> AsyncIterator[tuple[_Request, AsyncIterator[bytes]]]:
+        """Yield the body of a successful answer, which is still to come. Silence of so many seconds breaks it."""
         token = await self._credentials.token()
-        request = self._client.build_request(
-            method,
-            path,
-            params=query,
-            json=body,
-            headers={**({"Authorization": f"Bearer {token}"} if token else {}), **_CONTENT_TYPES.get(method, {})},
-            timeout=timeout or REQUEST_TIMEOUT,
-        )
+        request = _Request(f"{method} {path}", self._url)
         try:
-            response = await self._client.send(request, stream=True)
-        except httpx.HTTPError as error:
+            response = await self._pool.handle_async_request(
+                self._build(method, path, query, body, token, silence or REQUEST_TIMEOUT)
+            )
+        except _FAILURES as error:
             raise _broken(request, error) from error
+        chunks = _chunks(request, response)
         try:
-            if not response.is_success:
-                if response.status_code == httpx.codes.UNAUTHORIZED:
+            if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
+                if response.status == HTTPStatus.UNAUTHORIZED:
                     self._credentials.expire()
-                raise await _refusal(response, self._credentials.manifest)
-            yield response
+                raise await _refusal(request, response, chunks, self._credentials.manifest)
+            yield request, chunks
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await response.aclose()
+                # What httpcore reads is closed, so its generators come to their end instead of to the collector.
+                with suppress(ApiServerError):
+                    async for _ in chunks:
+                        pass
+
+    def _build(
+        self, method: str, path: str, query: Query | None, body: Object | None, token: str, silence: float
+    ) -> httpcore.Request:
+        headers: dict[str | bytes, str | bytes] = {
+            "Host": self._url.partition("//")[2],
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"sgpu/{__version__}",
+        }
+        if token:
+            headers["Authorization"] = f"Bearer {token}".encode()
+        content = None
+        if body is not None:
+            content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+            headers["Content-Type"] = _CONTENT_TYPES.get(method, "application/json")
+            headers["Content-Length"] = str(len(content))
+        url = self._url + quote(path) + (f"?{urlencode(query)}" if query else "")
+        timeout = {**dict.fromkeys(("connect", "write", "pool"), REQUEST_TIMEOUT), "read": silence}
+        return httpcore.Request(method, url, headers=headers, content=content, extensions={"timeout": timeout})
 
 
-async def _object(response: httpx.Response) -> Object:
-    """Return the object in an answer."""
-    async with aclosing(_chunks(response)) as chunks:
-        return _parse(response.request, await _join(response, chunks))
-
-
-async def _events(response: httpx.Response, manifest: str) -> AsyncGenerator[Event, None]:
-    failure = None
-    async with aclosing(_lines(response)) as lines:
+async def _events(request: _Request, chunks: AsyncIterator[bytes], manifest: str) -> AsyncGenerator[Event, None]:
+    async with aclosing(_lines(request, chunks)) as lines:
         async for line in lines:
-            content = _parse(response.request, line)
+            content = _parse(request, line)
             kind, thing = content.get("type"), content.get("object")
             if not isinstance(kind, str) or not isinstance(thing, dict):
-                raise _broken(response.request, ValueError("an event without type or object"))
+                raise _broken(request, ValueError("an event without type or object"))
             if kind == "ERROR":
-                # It is the last event. To its end, because httpx leaves generators that are not to the collector.
-                code, message = int(thing.get("code", 500)), str(thing.get("message"))
-                failure = refusal(_name(response.request), code, message, manifest)
-            else:
-                yield Event(kind, thing)
-    if failure:
-        raise failure
+                raise refusal(request.name, int(thing.get("code", 500)), str(thing.get("message")), manifest)
+            yield Event(kind, thing)
 
 
-async def _refusal(response: httpx.Response, manifest: str) -> ApiServerError:
+async def _refusal(
+    request: _Request, response: httpcore.Response, chunks: AsyncIterator[bytes], manifest: str
+) -> ApiServerError:
     """Return the error for an answer that is not a success, with the message of the server's Status if it is one."""
-    async with aclosing(_chunks(response)) as chunks:
-        body = await _join(response, chunks)
+    body = await _join(request, chunks)
     try:
         message = str(json.loads(body)["message"])
     except (ValueError, TypeError, KeyError):  # from a proxy, or the server's own plain text
-        message = body[:200].decode("utf-8", "replace").strip() or response.reason_phrase
-    retry_after = response.headers.get("Retry-After", "")
-    return refusal(_name(response.request), response.status_code, message, manifest, retry_after)
+        reason: bytes = response.extensions.get("reason_phrase", b"")
+        message = body[:200].decode("utf-8", "replace").strip() or reason.decode("ascii", "ignore")
+    headers = {name.lower(): value.decode("ascii", "ignore") for name, value in response.headers}
+    return refusal(request.name, response.status, message, manifest, headers.get(b"retry-after", ""))
 
 
-async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _lines(request: _Request, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     rest = bytearray()
-    async with aclosing(_chunks(response)) as chunks:
-        async for chunk in chunks:
-            rest += chunk
-            _check_size(response, rest)
-            *lines, rest = rest.split(b"\n")
-            for line in lines:
-                yield bytes(line)
+    async for chunk in chunks:
+        rest += chunk
+        _check_size(request, rest)
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            yield bytes(line)
 
 
-async def _join(response: httpx.Response, chunks: AsyncIterator[bytes]) -> bytes:
+async def _join(request: _Request, chunks: AsyncIterator[bytes]) -> bytes:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
-        _check_size(response, body)
+        _check_size(request, body)
     return bytes(body)
 
 
-async def _chunks(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _chunks(request: _Request, response: httpcore.Response) -> AsyncIterator[bytes]:
     try:
-        async for chunk in response.aiter_raw():
+        async for chunk in response.aiter_stream():
             yield chunk
-    except httpx.HTTPError as error:
-        raise _broken(response.request, error) from error
+    except _FAILURES as error:
+        raise _broken(request, error) from error
 
 
-def _parse(request: httpx.Request, text: bytes) -> Object:
+def _parse(request: _Request, text: bytes) -> Object:
     try:
         thing = json.loads(text)
     except ValueError as error:  # UnicodeDecodeError is one
@@ -241,25 +271,20 @@ def _parse(request: httpx.Request, text: bytes) -> Object:
     return thing
 
 
-def _check_size(response: httpx.Response, received: bytearray) -> None:
+def _check_size(request: _Request, received: bytearray) -> None:
     if len(received) > MAX_BYTES:
-        raise _broken(response.request, ValueError(f"more than {MAX_BYTES >> 20} MiB for one object"))
+        raise _broken(request, ValueError(f"more than {MAX_BYTES >> 20} MiB for one object"))
 
 
-def _broken(request: httpx.Request, error: Exception) -> ApiServerError:
+def _broken(request: _Request, error: Exception) -> ApiServerError:
     """Return the error for an answer that did not come, or not to its end."""
-    server = f"{request.url.scheme}://{request.url.netloc.decode()}"
     reason = _reason(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         reason += "; the service account's ca.crt did not sign its certificate"
-    return ApiServerError(f"{_name(request)}: no usable answer from {server}: {reason}")
+    return ApiServerError(f"{request.name}: no usable answer from {request.server}: {reason}")
 
 
 def _reason(error: BaseException) -> str:
     """Return the first message in the chain of causes: of a failed handshake, only the innermost error has one."""
     cause = error.__cause__ or error.__context__
     return str(error) or (_reason(cause) if cause else type(error).__name__)
-
-
-def _name(request: httpx.Request) -> str:
-    return f"{request.method} {request.url.path}"

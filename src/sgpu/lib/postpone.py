@@ -83,6 +83,5 @@ def postpone_unneeded() -> None:
         postpone(name)
     postpone("idna")  # trio's names of hosts beyond ASCII: 0.3 MB
     postpone("google.protobuf.internal.python_message")  # protobuf in Python, which is there in C: 1.5 MB
-    postpone("httpx._main", ("main",))  # a command line
     postpone("inspect")  # attrs for converters; trio needs it, and not every command needs trio
     postpone("attr.validators")
