@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     size = len(short) // workers + 1
     items[:] = [item for n in range(workers) for item in (*long[n::workers], *short[n * size : (n + 1) * size])]
     for item in items:
-        if any(mark in item.keywords for mark in NOT_COVERING):
+        if "pure" not in item.keywords and any(mark in item.keywords for mark in NOT_COVERING):
             item.add_marker("no_cover")
 
 

@@ -66,7 +66,7 @@ REFUSED_TEXTS = {
     "fraction": ("1.1", "95", "95%", "-0.5", "nan"),
     "boolean": ("", "yes", "on"),
     "choice": ("", "Red", "red or green"),
-    "path": ("", "a/b", "~/x", "/a\0b"),
+    "path": ("", "a/b", "~/x", "/a\0b", "/\ud800"),
     "file": ("/", "\0"),
     "numbers": ("0", "-1", "13;31", "13,", "1.5", "1234567890"),
     "tolerance": ("", "10", "1.5GiB", "+1GiB", "10%1GiB", "1GiB+10%", "10%+", "-1%", "1 GiB", "1TiB", "512MB"),
