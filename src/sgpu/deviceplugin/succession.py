@@ -17,7 +17,7 @@ from sgpu.observe.registrations import Registrations
 TIMEOUT: Final = 1.0
 #: Seconds for the kubelet to see that the streams have ended: a registration before would be disconnected with them.
 #: Nobody waits for it, because the devices stay listed and the calls are answered meanwhile.
-SETTLING_TIME: Final = 0.05
+SETTLING_TIME: Final = 0.25
 #: Seconds for calls that the kubelet began before the successor registered.
 LINGERING_TIME: Final = 0.1
 #: Seconds that handing over takes at most; Kubernetes kills the container after 10 (terminationGracePeriodSeconds).
