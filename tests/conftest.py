@@ -21,8 +21,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 
-#: Marks of tests that would take twice as long with coverage, and that pure modules are covered without.
+#: Tests that take up to twice as long with coverage, and add nothing to that of pure modules: by mark, and by file.
 NOT_COVERING = ("soak", "process", "static", "hypothesis")
+NOT_COVERING_FILES = ("test_commands", "test_lib", "test_rpc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     size = len(short) // workers + 1
     items[:] = [item for n in range(workers) for item in (*long[n::workers], *short[n * size : (n + 1) * size])]
     for item in items:
-        if "pure" not in item.keywords and any(mark in item.keywords for mark in NOT_COVERING):
+        unneeded = item.path.stem.startswith(NOT_COVERING_FILES) or any(mark in item.keywords for mark in NOT_COVERING)
+        if unneeded and "pure" not in item.keywords:
             item.add_marker("no_cover")
 
 
