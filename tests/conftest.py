@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sgpu"))
 
 #: Tests that take up to twice as long with coverage, and add nothing to that of pure modules: by mark, and by file.
 NOT_COVERING = ("soak", "process", "static", "hypothesis")
-NOT_COVERING_FILES = ("test_commands", "test_lib", "test_rpc")
+NOT_COVERING_FILES = ("test_commands_import", "test_commands_stage", "test_lib", "test_rpc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         unneeded = item.path.stem.startswith(NOT_COVERING_FILES) or any(mark in item.keywords for mark in NOT_COVERING)
         if unneeded and "pure" not in item.keywords:
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and items to no garbage collection: to go through them takes longer than most tests."""
+    gc.freeze()
 
 
 @pytest.fixture
