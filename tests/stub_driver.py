@@ -181,10 +181,10 @@ class StubDriver:
     is an upgrade of the driver.
     """
 
-    def __init__(self, root: Path, *, without: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, *, without: Iterable[str] = (), **state: Any) -> None:  # noqa: ANN401  # as `set`
         self.root = root
         self.path = root / "lib64" / "libnvidia-ml.so.1"
-        self.state = StubState()
+        self.state = attrs.evolve(StubState(), **state)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write("calls", b"")
         self.set()

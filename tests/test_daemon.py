@@ -164,9 +164,7 @@ class TestWaiting:
         shutil.rmtree(node.host / "lib64")
         with FakeKubelet(node.plugins) as kubelet, node.daemon() as daemon:
             daemon.wait_log("libnvidia-ml")
-            driver = StubDriver(node.host)
-            driver.gpus(1)
-            driver.fail("nvmlInit", Code.DRIVER_NOT_LOADED)
+            driver = StubDriver(node.host, gpus=[StubGpu()], calls={"nvmlInit": Code.DRIVER_NOT_LOADED})
             daemon.wait_log("Driver Not Loaded")
             tries = driver.calls("nvmlInit")
             wait_until(lambda: driver.calls("nvmlInit") >= tries + 3, "more attempts")

@@ -205,8 +205,7 @@ def test_driver_replaced(node: Node) -> None:
         # The library is replaced first, and does not match its driver until the module is, too.
         node.driver.set(calls={"nvmlInit": Code.LIB_RM_VERSION_MISMATCH, "nvmlDeviceGetCount": 999})
         wait_down(kubelet, *gpus)
-        node.driver = StubDriver(node.host)
-        node.driver.set(gpus=gpus, driver_version=NEW_VERSION)
+        node.driver = StubDriver(node.host, gpus=gpus, driver_version=NEW_VERSION)
         wait_down(kubelet)
         daemon.wait_log(NEW_VERSION)
         wait_until(lambda: not {*before} & {*daemon.children()}, "the worker from before is gone")

@@ -308,10 +308,10 @@ class Soak:
             return False
         since = len(self.daemon.lines)
         self.version += 1
-        self.node.driver = StubDriver(self.node.host)
-        self.node.driver.set(driver_version=f"{self.version}.1")
-        self.apply()
-        self.daemon.wait_log(f"{self.version}.1", since=since)
+        now = self.node.driver.state
+        version = f"{self.version}.1"
+        self.node.driver = StubDriver(self.node.host, gpus=now.gpus, calls=now.calls, driver_version=version)
+        self.daemon.wait_log(version, since=since)
         return self.driver_is_new()
 
     def driver_is_new(self) -> bool:
