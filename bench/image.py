@@ -6,11 +6,13 @@ Each is scraped once, and has pods with shares where there is a device plugin.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -25,11 +27,13 @@ from table import Aim, Figure
 
 from sgpu.dra.slices import DRIVER
 
-#: As the Dockerfile has it. There, too, packages are found by PYTHONPATH.
+#: As the Dockerfile has it, where packages are found by PYTHONPATH, too.
 PYTHON: Final = (sys.executable, "-S")
+DOCKERFILE: Final = (Path(__file__).parents[1] / "Dockerfile").read_text()
+SETTINGS: Final = " ".join(re.findall(r"^ENV (.*)$", DOCKERFILE, re.MULTILINE)).split()
 IMAGE: Final = {
-    **{"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONOPTIMIZE": "2"},
-    **{"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "16384"},
+    **dict(setting.split("=") for setting in SETTINGS),
+    "PYTHONPATH": os.pathsep.join(sys.path),
 }
 #: The daemon in a pod whose service account is elsewhere. It is said in the child: the parent imports nothing.
 IN_POD: Final = """

@@ -1,6 +1,6 @@
 """Peers that do what peers must not, hundreds of times each: the server goes on, and nothing of them stays.
 
-SGPU_SOAK_STEPS gives another number of times.
+SGPU_SOAK_STEPS makes more of them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ async def start(loaded: Loaded, reload: Callable[[], Loaded], alive: int | None)
     async with _first_worker(loaded) as worker:
         from sgpu import daemon
 
-        linecache.clearcache()  # what attrs compiled, which it keeps for debuggers: 0.4 MB
+        linecache.clearcache()  # attrs keeps the source of the methods that it makes, for debuggers: 0.4 MB
         gc.freeze()  # modules are no garbage: to look through them takes 5 ms, in which the kubelet would wait
         await daemon.run(loaded, reload, alive, worker)
 

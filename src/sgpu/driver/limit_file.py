@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 VERSION: Final = 1
 #: Limits as they stand in the file.
 Entries = Mapping[Target, str]
-NONE: Final[Entries] = {}
+NO_ENTRIES: Final[Entries] = {}
 #: Beside the state file.
 NAME: Final = "limits.json"
 
@@ -48,7 +48,7 @@ def load(path: Path, boot_id: str) -> tuple[Target, ...]:
     return tuple(target for target, inode in recorded if inode is not None and _inode(target.cgroup) == inode)
 
 
-def save(path: Path, boot_id: str, targets: Iterable[Target], known: Entries = NONE) -> Entries:
+def save(path: Path, boot_id: str, targets: Iterable[Target], known: Entries = NO_ENTRIES) -> Entries:
     """Write them in one step, each with the inode of its cgroup: another one can get its name. Raises OSError.
 
     `known`: what this returned before. Of hundreds, mostly one is new.
@@ -68,7 +68,7 @@ class LimitSender:
         self._path = path
         self._boot_id = boot_id
         self._recorded: tuple[Target, ...] = ()
-        self._entries = NONE
+        self._entries = NO_ENTRIES
         self._problem = OnChange(logger, logging.WARNING)
 
     async def load(self) -> None:
