@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from daemon_process import COMMAND, DaemonProcess, short_directory
 from stub_driver import StubDriver
 
 from sgpu.pods.processes import HOST_NAMESPACE
 
 RESOURCE = "deepomatic.com/shared-gpu"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes device nodes, and hides them: needs root")
 #: Seconds between the daemon's polls, unless a test says otherwise.
 INTERVAL = 0.3
 
@@ -68,13 +72,12 @@ class Node:
         device.mkdir(parents=True)
         (device / "numa_node").write_text(f"{node}\n")
 
-    def list_in_kernel(self) -> None:
-        """List the stub's GPUs below /sys, and have a handle open its device node, as with the kernel's driver."""
-        directory = self.sys / "bus/pci/drivers/nvidia"
-        directory.mkdir(parents=True, exist_ok=True)
+    def make_devices(self) -> None:
+        """Make the GPUs' device nodes real ones, of /dev/null, which the stub opens. Needs root."""
         for gpu in self.driver.state.gpus:
-            (directory / gpu.bus_id.lower()[4:]).touch()
-        (directory / "bind").touch()
+            path = self.dev / f"nvidia{gpu.minor}"
+            path.unlink()
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         self.driver.set(dev=str(self.dev))
 
     def start_process(self, pid: int, container: str = "") -> None:

@@ -143,10 +143,8 @@ class StubState:
     process_surplus: int = 0
     #: Whether samples from before the time that is asked for are returned as well.
     stale_samples: bool = False
-    #: Where a handle opens the GPU's device node; whether nvmlInit opens all; whether NO_ATTACH leaves no GPU usable.
+    #: Where the device nodes are that nvmlInit opens, as far as it may; without, there are none.
     dev: str = ""
-    init_attaches: bool = False
-    no_attach_breaks: bool = False
     #: What keeps memory limits: `dmem`, `misc`, `lies` (sets none, and reports success), or `none`, as before R615.
     limits: str = "none"
     #: Bytes of each GPU that the processes of a cgroup use, by the name of its directory.
@@ -156,7 +154,6 @@ class StubState:
         """The state file's lines, which nvml_stub.c describes."""
         pairs: dict[str, object] = {"driver_version": self.driver_version, "gpus": len(self.gpus)}
         pairs.update(process_surplus=self.process_surplus, stale_samples=int(self.stale_samples), limits=self.limits)
-        pairs.update(init_attaches=int(self.init_attaches), no_attach_breaks=int(self.no_attach_breaks))
         if self.dev:
             pairs["dev"] = self.dev
         for index, gpu in enumerate(self.gpus):

@@ -10,14 +10,14 @@ import pytest
 from daemon_process import COMMAND, DaemonProcess, LoggedProcess
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
-from node import RESOURCE, Node
+from node import RESOURCE, Node, needs_root
 from stub_driver import StubGpu
 from watching import wait_until
 
 from sgpu.observe.client import fetch
 from sgpu.observe.snapshot import GpuSnapshot
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, needs_root]
 
 SHARES = 4
 #: Seconds, more than anything takes.
@@ -27,7 +27,7 @@ LONG = 60
 @pytest.fixture
 def gpus(node: Node) -> tuple[StubGpu, ...]:
     gpus = node.driver.gpus(2)
-    node.list_in_kernel()
+    node.make_devices()
     return gpus
 
 

@@ -15,7 +15,7 @@ from sgpu.driver.health import FABRIC_COMPLETE, FABRIC_NOT_READY
 from sgpu.driver.nvml import Code, EventType
 from sgpu.driver.nvml._bindings import ffi
 from sgpu.driver.nvml.constants import FIELD_RECOVERY_ACTION, MIG_ENABLED, NO_LIMIT, TEXT_SIZE, VARIANTS
-from sgpu.driver.nvml.processes import COMPUTE, LAYOUTS, NOT_AVAILABLE, OTHERS
+from sgpu.driver.nvml.processes import COMPUTE, GRAPHICS, LAYOUTS, MPS, NOT_AVAILABLE
 
 pytestmark = pytest.mark.static
 
@@ -102,7 +102,7 @@ def test_layout() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("function", [COMPUTE, *OTHERS])
+@pytest.mark.parametrize("function", [COMPUTE, GRAPHICS, MPS])
 def test_lists_of_processes(function: str) -> None:
     """Declare all variants, newest first, each with the structure that it is called with."""
     declared = re.findall(rf"\b({function}\w*)\(.*, (\w+) \*infos\);", DECLARATIONS)

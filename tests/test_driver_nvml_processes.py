@@ -13,14 +13,14 @@ from sgpu.driver.nvml import (
     Handle,
     Library,
     NvmlError,
-    memory_by_process,
+    list_processes,
     open_library,
     processes,
     utilization_by_process,
 )
-from sgpu.driver.nvml.processes import COMPUTE, FIRST_ROOM, LAYOUTS, NOT_AVAILABLE, OTHERS
+from sgpu.driver.nvml.processes import COMPUTE, FIRST_ROOM, GRAPHICS, LAYOUTS, MPS, NOT_AVAILABLE, ListedProcess
 
-LISTS = {COMPUTE: "compute", OTHERS[0]: "graphics", OTHERS[1]: "mps"}
+LISTS = {COMPUTE: "compute", GRAPHICS: "graphics", MPS: "mps"}
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ class TestMemory:
         driver.gpus(1)
         driver.change(StubGpu(), compute=((1, MIB), (2, NOT_AVAILABLE), (3, 0)), graphics=((4, 4),), mps=((5, 5),))
         with open_library(tmp_path) as library:
-            assert memory_by_process(library, gpu(library)) == {1: MIB, 2: None, 3: 0, 4: 4, 5: 5}
+            assert list_processes(library, gpu(library)) == {
+                **{1: ListedProcess(MIB), 2: ListedProcess(None), 3: ListedProcess(0), 4: ListedProcess(4)},
+                5: ListedProcess(5, is_mps_client=True),
+            }
         for name in LISTS:
             assert driver.calls(name) == driver.calls(name + suffix)
 
@@ -65,7 +68,7 @@ class TestMemory:
     ) -> None:
         """Count a process once."""
         driver.change(StubGpu(), compute=((1, compute),), graphics=((1, graphics),), mps=((1, mps),))
-        assert memory_by_process(library, gpu(library)) == {1: expected}
+        assert list_processes(library, gpu(library)) == {1: ListedProcess(expected, is_mps_client=True)}
 
     @pytest.mark.parametrize("surplus", [0, 8, -8], ids=["", "longer entries", "shorter entries"])
     @pytest.mark.parametrize("count", [0, 1, 2, FIRST_ROOM, FIRST_ROOM + 1, 1000])
@@ -74,22 +77,22 @@ class TestMemory:
         entries = tuple((1000 + number, number * MIB) for number in range(count))
         driver.change(StubGpu(), compute=entries)
         driver.set(process_surplus=surplus)
-        assert memory_by_process(library, gpu(library)) == dict(entries)
+        assert list_processes(library, gpu(library)) == {pid: ListedProcess(memory) for pid, memory in entries}
 
     def test_too_many(self, driver: StubDriver, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
         """Give up on a driver that never has enough room."""
         monkeypatch.setattr(processes, "MOST_ROOM", 3 * FIRST_ROOM)
         driver.fail(COMPUTE, Code.INSUFFICIENT_SIZE)
         with pytest.raises(NvmlError, match="Insufficient Size"):
-            memory_by_process(library, gpu(library))
+            list_processes(library, gpu(library))
 
-    @pytest.mark.parametrize("name", OTHERS)
+    @pytest.mark.parametrize("name", [GRAPHICS, MPS])
     @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND])
     def test_missing_list(self, driver: StubDriver, library: Library, name: str, code: int) -> None:
         """Do without a list of graphics or MPS that there is not."""
         driver.change(StubGpu(), compute=((1, MIB),))
         driver.fail(name, code)
-        assert memory_by_process(library, gpu(library)) == {1: MIB}
+        assert list_processes(library, gpu(library)) == {1: ListedProcess(MIB)}
 
     @pytest.mark.parametrize(
         ("name", "code"),
@@ -99,7 +102,7 @@ class TestMemory:
         """Raise the error of a list that must not be missing, or that fails: a part would be taken for all."""
         driver.fail(name, code)
         with pytest.raises(NvmlError, match=name) as caught:
-            memory_by_process(library, gpu(library))
+            list_processes(library, gpu(library))
         assert caught.value.code == code
 
 
@@ -150,5 +153,8 @@ def test_two_gpus(driver: StubDriver, library: Library) -> None:
     first, second = driver.gpus(2)
     driver.change(first, compute=((1, MIB),), samples=((1, 10, 0),))
     driver.change(second, compute=((1, 2 * MIB),), samples=((1, 20, 0),))
-    assert [memory_by_process(library, library.handle(index)) for index in (0, 1)] == [{1: MIB}, {1: 2 * MIB}]
+    assert [list_processes(library, library.handle(index)) for index in (0, 1)] == [
+        {1: ListedProcess(MIB)},
+        {1: ListedProcess(2 * MIB)},
+    ]
     assert [utilization_by_process(library, library.handle(index), 0) for index in (0, 1)] == [{1: 10}, {1: 20}]

@@ -51,20 +51,18 @@ def test_facts(node: Node) -> None:
         recovery_action=2,
         rows_pending=1,
         rows_failed=0,
-        pages_pending=0,
         fabric_state=3,
         fabric_status=7,
         compute=((7, 2 * MIB), (5, NOT_AVAILABLE)),
         graphics=((7, MIB),),
+        mps=((9, MIB),),
         samples=((7, 30, 0),),
     )
-    second = attrs.evolve(
-        StubGpu(1), recovery_action=0, rows_pending=0, rows_failed=1, pages_pending=1, utilization=100
-    )
+    second = attrs.evolve(StubGpu(1), recovery_action=0, rows_pending=0, rows_failed=1, utilization=100)
     node.driver.set(gpus=(first, second), driver_version="535.1")
     node.set_numa_node(first.bus_id, 1)
     report = read(node)
-    used = (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30))
+    used = (ProcessUse(5, None, 0), ProcessUse(7, 2 * MIB, 30), ProcessUse(9, MIB, None))
     assert report.gpus[0] == GpuReport(
         uuid=first.uuid,
         name="NVIDIA L4",
@@ -75,13 +73,13 @@ def test_facts(node: Node) -> None:
         recovery_action=2,
         rows_pending=True,
         rows_failed=False,
-        pages_pending=False,
+        pages_pending=None,
         fabric_state=3,
         fabric_status=7,
     )
     other = report.gpus[1]
     assert (other.uuid, other.name, other.device_nodes[0]) == (second.uuid, "Tesla T4", "nvidia1")
-    assert (other.recovery_action, other.rows_pending, other.rows_failed, other.pages_pending) == (0, False, True, True)
+    assert (other.recovery_action, other.rows_pending, other.rows_failed) == (0, False, True)
     assert other.figures == Figures(second.total, second.total - second.reserved, 100, (), second.reserved)
     library = str(node.host / "lib64" / "libnvidia-ml.so.1")
     assert attrs.evolve(report, gpus=()) == Report((), (), (), "535.1", library, order=(first.uuid, second.uuid))
@@ -94,10 +92,9 @@ class TestQuestions:
     @pytest.mark.parametrize(
         ("function", "fields"),
         {
-            "nvmlDeviceGetFieldValues": {"recovery_action"},
+            "nvmlDeviceGetFieldValues": {"recovery_action", "pages_pending"},
             "nvmlDeviceGetRemappedRows": {"rows_pending", "rows_failed"},
-            "nvmlDeviceGetRetiredPagesPendingStatus": {"pages_pending"},
-            "nvmlDeviceGetGpuFabricInfoV": {"fabric_state", "fabric_status"},
+            "nvmlDeviceGetGpuFabricInfoV": {"fabric_state", "fabric_status", "pages_pending"},
         }.items(),
     )
     def test_each(self, node: Node, function: str, fields: set[str]) -> None:
@@ -112,6 +109,15 @@ class TestQuestions:
         failing, other = read(node).gpus
         assert (failing.uuid, failing.name, other.error) == (self.GPU.uuid, self.GPU.name, "")
         assert re.search(rf"{function}.*\b999\b", failing.error)
+
+    @pytest.mark.parametrize(("code", "is_fault"), [(Code.NOT_SUPPORTED, False), (999, True)])
+    def test_retired_pages(self, node: Node, code: int, is_fault: bool) -> None:
+        """Ask for them only where no rows are remapped."""
+        node.driver.set(gpus=(self.GPU, StubGpu(1)))
+        node.driver.fail("nvmlDeviceGetRemappedRows", Code.NOT_SUPPORTED, self.GPU)
+        node.driver.fail("nvmlDeviceGetRetiredPagesPendingStatus", code)
+        older, newer = read(node).gpus
+        assert (older.error != "", newer.error) == (is_fault, "")
 
     @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.NOT_FOUND, 999])
     @pytest.mark.parametrize(
@@ -169,6 +175,11 @@ class TestQuestions:
         samples = ((7, 30, now - 4_000_000), (7, 90, now - 60_000_000))
         node.driver.set(gpus=(attrs.evolve(StubGpu(), compute=((7, MIB),), samples=samples),))
         assert read(node, interval=interval).gpus[0].figures.processes == (ProcessUse(7, MIB, utilization),)
+
+    def test_no_process(self, node: Node) -> None:
+        """Nothing is asked about the utilization of none."""
+        assert read(node).gpus[0].figures.processes == ()
+        assert node.driver.calls("nvmlDeviceGetProcessUtilization") == 0
 
 
 @pytest.mark.parametrize(

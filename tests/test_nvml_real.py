@@ -9,7 +9,7 @@ import pytest
 import real_driver
 from stub_driver import FUNCTIONS
 
-from sgpu.driver.nvml import Code, EventType, NvmlError, memory_by_process, open_library, search, utilization_by_process
+from sgpu.driver.nvml import Code, EventType, NvmlError, list_processes, open_library, search, utilization_by_process
 from sgpu.driver.nvml._bindings import ffi
 
 #: There when the kernel's part of the driver is loaded.
@@ -68,7 +68,7 @@ def test_machine() -> None:
             assert library.pci_bus_id(handle).count(":") == 2
             memory = library.memory(handle)
             assert 0 < memory.used + memory.free <= memory.total
-            assert all(used is None or used <= memory.total for used in memory_by_process(library, handle).values())
+            assert all((each.memory or 0) <= memory.total for each in list_processes(library, handle).values())
             assert all(percent <= 100 for percent in utilization_by_process(library, handle, 0).values())
             assert event_set.register(handle, EventType.XID_CRITICAL) == EventType.XID_CRITICAL
         assert event_set.wait(1) is None

@@ -11,8 +11,8 @@
  *     call.nvmlInit=9                    answer this code, or "hang", or "crash"; without a variant's suffix: all variants
  *     call.nvmlDeviceGetName.UUID=15     the same, for one GPU
  *     UUID.mig.3=MIG-UUID                the MIG instance at an index; its facts stand under its own UUID
- *     dev=/dev                           where a handle opens its GPU's device node, until the library is shut down
- *     init_attaches=1                    nvmlInit opens all of them; no_attach_breaks=1: after NO_ATTACH, no handle can be had
+ *     dev=/dev                           where the GPUs' device nodes are: they are opened until the library is shut down,
+ *                                        and a GPU whose node can't be opened is none
  *     limits=dmem                        who keeps memory limits: dmem, misc, or lies, which says that it does and does not
  *     UUID.limit_used.NAME=4096          bytes that the processes in the cgroup directory of that name use
  *     events=1                           how many there have been; event.1=UUID TYPE DATA GI CI says which
@@ -52,7 +52,6 @@ enum {
     ARGUMENT_VERSION_MISMATCH = 25,
 };
 
-enum { NO_ATTACH = 2 }; /* NVML_INIT_FLAG_NO_ATTACH */
 enum { MOST_GPUS = 8192, VALUE = 256 }; /* MIG instances of all times among them */
 
 /* A handle is the address of a slot, and a slot belongs to one UUID for as long as the library is loaded. */
@@ -71,7 +70,6 @@ struct nvmlEventSet_st {
 static struct nvmlDevice_st slots[MOST_GPUS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* held by every call, except while it waits */
 static unsigned int initialized;
-static unsigned int init_flags;
 static int opened[MOST_GPUS]; /* by slot, the descriptor of its device node; 0: not open */
 
 /* ---- the state file ---- */
@@ -284,35 +282,41 @@ const char *nvmlErrorString(nvmlReturn_t result)
     return result >= 0 && result < known ? words[result] : "Unknown Error";
 }
 
-/* Open the device node of a GPU, as whoever initializes it does. */
-static void attach(nvmlDevice_t device)
+/* Whether this process may use a GPU: its device node is open. */
+static bool attached(nvmlDevice_t device)
 {
     char directory[VALUE], path[PATH_MAX];
     if (!look(directory, "dev") || opened[device - slots])
-        return;
+        return true;
     snprintf(path, sizeof path, "%s/nvidia%llu", directory, fact_number(device, "minor"));
     int file = open(path, O_RDONLY | O_CLOEXEC);
     opened[device - slots] = file < 0 ? 0 : file;
+    return file >= 0;
 }
 
-static nvmlReturn_t init(unsigned int flags)
+/* By index, as of the last count: a GPU keeps its place while a poll goes on, though another leaves. */
+static char listed[MOST_GPUS][VALUE];
+static unsigned int listed_count;
+
+static unsigned int list_gpus(void)
+{
+    listed_count = 0;
+    for (unsigned int index = 0; index < number("gpus") && index < MOST_GPUS; index++) /* lost ones too */
+        if (look(listed[listed_count], "gpu.%u", index) && attached(slot(listed[listed_count])))
+            listed_count++;
+    return listed_count;
+}
+
+static nvmlReturn_t init(void)
 {
     char uuid[VALUE];
     initialized++;
-    init_flags = flags;
-    if (number("init_attaches") && !(flags & NO_ATTACH))
-        for (unsigned int index = 0; look(uuid, "gpu.%u", index); index++)
-            attach(slot(uuid));
+    for (unsigned int index = 0; look(uuid, "gpu.%u", index); index++)
+        attached(slot(uuid)); /* NVML opens them here already */
     return SUCCESS;
 }
 
-BOTH(nvmlInit, (void), return init(0);)
-
-nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
-{
-    ENTER();
-    return init(flags);
-}
+BOTH(nvmlInit, (void), return init();)
 
 nvmlReturn_t nvmlShutdown(void)
 {
@@ -335,18 +339,6 @@ nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
     return text(version, length, value);
 }
 
-/* By index, as of the last count: a GPU keeps its place while a poll goes on, though another leaves. */
-static char listed[MOST_GPUS][VALUE];
-static unsigned int listed_count;
-
-static unsigned int list_gpus(void)
-{
-    listed_count = number("gpus"); /* lost ones too */
-    for (unsigned int index = 0; index < listed_count && index < MOST_GPUS; index++)
-        look(listed[index], "gpu.%u", index);
-    return listed_count;
-}
-
 BOTH(nvmlDeviceGetCount, (unsigned int *count), *count = list_gpus(); return SUCCESS;)
 
 static nvmlReturn_t handle(const char *function, nvmlDevice_t found, nvmlDevice_t *device)
@@ -354,12 +346,8 @@ static nvmlReturn_t handle(const char *function, nvmlDevice_t found, nvmlDevice_
     nvmlReturn_t code = steered(function, found);
     if (code == SUCCESS)
         code = gpu_state(found);
-    if (code == SUCCESS && number("no_attach_breaks") && init_flags & NO_ATTACH)
-        code = UNINITIALIZED;
-    if (code == SUCCESS) {
-        attach(found);
+    if (code == SUCCESS)
         *device = found;
-    }
     return code;
 }
 
@@ -371,20 +359,6 @@ static nvmlReturn_t by_index(const char *function, unsigned int index, nvmlDevic
 }
 
 BOTH(nvmlDeviceGetHandleByIndex, (unsigned int index, nvmlDevice_t *device), return by_index(__func__, index, device);)
-
-nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *address, nvmlDevice_t *device)
-{
-    ENTER();
-    unsigned int wanted[3], found[3];
-    char uuid[VALUE], value[VALUE];
-    if (sscanf(address, "%x:%x:%x", &wanted[0], &wanted[1], &wanted[2]) != 3)
-        return INVALID_ARGUMENT;
-    for (unsigned int index = 0; index < number("gpus") && look(uuid, "gpu.%u", index); index++)
-        if (sscanf(fact(value, slot(uuid), "bus_id"), "%x:%x:%x", &found[0], &found[1], &found[2]) == 3
-            && memcmp(wanted, found, sizeof found) == 0)
-            return handle(__func__, slot(uuid), device);
-    return NOT_FOUND;
-}
 
 nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned int length)
 {

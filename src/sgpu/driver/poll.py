@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -70,15 +69,12 @@ def poll(
     known: Sequence[str] = (),
     identities: dict[str, Identity] | None = None,
     skip: Collection[str] = (),
-    addresses: Sequence[str] | None = None,
     call_started: Callable[[str], None] = lambda uuid: None,
     found: Callable[[str, Handle], None] = lambda uuid, handle: None,
     ask_for_uvm: Callable[[], str] = lambda: "",
     make_nodes: Callable[[tuple[Path, ...]], str] = lambda files: "",
 ) -> Report:
     """Ask the driver about all of its GPUs, in NVML's order, except those whose UUID is in `skip`.
-
-    `addresses` are the PCI addresses of those to ask about; None: all, which may open each GPU.
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
@@ -93,23 +89,23 @@ def poll(
     identities = {} if identities is None else identities
     gpus, problems, skipped, nodeless = [], [], [], []
     order: list[str] = []
-    answered: dict[str, str] = {}
+    answered: dict[str, int] = {}
     call_started("")
-    targets = _targets(library, addresses)
-    for index, (name, open_handle) in enumerate(targets.items()):
-        uuid = known[index] if len(known) == len(targets) else ""
+    count = library.count()
+    for index in range(count):
+        uuid = known[index] if len(known) == count else ""
         try:
             if uuid not in skip:  # by its place already, because that call may hang as well
                 call_started(uuid)
-                handle = open_handle()
+                handle = library.handle(index)
                 uuid = library.uuid(handle)
             if uuid in skip:
                 skipped.append(uuid)
                 continue
             if uuid in answered:
-                problems.append(f"GPU {name} is left out: it has the UUID {uuid} of GPU {answered[uuid]}")
+                problems.append(f"GPU {index} is left out: it has the UUID {uuid} of GPU {answered[uuid]}")
                 continue
-            answered[uuid] = name
+            answered[uuid] = index
             call_started(uuid)
             found(uuid, handle)
             if uuid not in identities:
@@ -124,10 +120,9 @@ def poll(
             gpus.append(gpu)
         except NoDeviceNodeError as error:
             nodeless.append(uuid)
-            problems.append(f"GPU {name} is left out: {error}")
+            problems.append(f"GPU {index} is left out: {error}")
         except NvmlError as error:
-            if addresses is None or error.code != Code.NOT_FOUND:  # NVML does not list each GPU that the kernel has
-                problems.append(f"GPU {name} is left out: {error}")
+            problems.append(f"GPU {index} is left out: {error}")
         finally:
             order.append(uuid)
     call_started("")
@@ -140,13 +135,6 @@ def poll(
         nodeless=tuple(nodeless),
         order=tuple(order),
     )
-
-
-def _targets(library: Library, addresses: Sequence[str] | None) -> Mapping[str, Callable[[], Handle]]:
-    """Return how to get the handle of each GPU, by what a message calls it."""
-    if addresses is not None:
-        return {address: partial(library.handle_at, address) for address in addresses}
-    return {str(index): partial(library.handle, index) for index in range(library.count())}
 
 
 def _shared_nodes(dev_directory: Path, ask_for_uvm: Callable[[], str]) -> tuple[str, ...]:
@@ -198,14 +186,11 @@ def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport
         answers |= {"mig_mode": mode.current, "mig_pending": mode.pending}
     if rows := _ask(library.remapped_rows, handle):
         answers |= {"rows_pending": rows.pending, "rows_failed": rows.failed}
+    else:  # a GPU remaps rows (from Ampere on) or retires pages, and the driver takes 0.4 ms to say that it does not
+        answers["pages_pending"] = _ask(library.retired_pages_pending, handle)
     if fabric := _ask(library.fabric, handle):
         answers |= {"fabric_state": fabric.state, "fabric_status": fabric.status}
-    return attrs.evolve(
-        gpu,
-        recovery_action=_ask(library.recovery_action, handle),
-        pages_pending=_ask(library.retired_pages_pending, handle),
-        **answers,
-    )
+    return attrs.evolve(gpu, recovery_action=_ask(library.recovery_action, handle), **answers)
 
 
 def _figures(library: Library, handle: Handle) -> Figures:
@@ -265,17 +250,21 @@ def _processes(
     Without an interval, nothing is asked about their utilization.
     """
     try:
-        memory = nvml.memory_by_process(library, handle)
+        listed = nvml.list_processes(library, handle)
     except NvmlError:
         return None
     busy: Mapping[int, int] | None = None
-    if interval is not None:
+    if listed and interval is not None:  # the call takes longer than all others together
         with suppress(NvmlError):
             since = max(int((time.time() - interval) * 1e6), 0)  # a node whose clock is not set yet is at the epoch
             busy = nvml.utilization_by_process(library, handle, since)
     return tuple(
-        ProcessUse(pid, plausible.process_memory(used, total), None if busy is None else busy.get(pid, 0))
-        for pid, used in sorted(memory.items())
+        ProcessUse(
+            pid,
+            plausible.process_memory(process.memory, total),
+            None if busy is None else busy.get(pid, None if process.is_mps_client else 0),
+        )
+        for pid, process in sorted(listed.items())
     )
 
 

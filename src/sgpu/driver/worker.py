@@ -35,7 +35,7 @@ from sgpu.driver.messages import (
 from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
 from sgpu.driver.poll import Identity, NotReadyError, Places, poll
-from sgpu.driver.released import MustAttachError, Released
+from sgpu.driver.released import Released
 from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.files import content_identity
@@ -69,7 +69,7 @@ class Worker:
         self._capabilities = CapabilityNodes(self._places.host_path, self._places.dev_directory)
         self._candidates = tuple(candidates(self._places.host_path))
         self._known = config.known
-        self._released = Released(config.released, self._places.sysfs_directory)
+        self._released = Released(config.released, self._places.dev_directory)
         self._in_call: str | None = None  # as was written down last
         # Standard output is the parent's alone: what the library prints goes where the log goes.
         self._output = os.fdopen(os.dup(1), "wb")
@@ -102,7 +102,7 @@ class Worker:
         while True:
             try:
                 self._call_started("")
-                with self._released.open(self._places.host_path, self._call_failed) as library:
+                with nvml.open_library(self._places.host_path, self._call_failed) as library:
                     for _ in self._polls(library):
                         delays = self._growing_delays()
                 loaded, delay = True, 0.0
@@ -112,8 +112,6 @@ class Worker:
             except NotReadyError as error:
                 self._emit(NotReady(str(error), gone=isinstance(error, NoGpuError)))
                 loaded, delay = True, next(delays)
-            except MustAttachError:
-                continue
             except NvmlError as error:
                 reason = f"the NVIDIA driver is not ready: {error}"
                 self._emit(NotReady(reason, gone=error.code in NOT_LOADED, code=error.code))
@@ -162,9 +160,8 @@ class Worker:
                 setter.register(uuid, handle)
 
             while True:
-                report = self._poll(library, identities, found)
+                report = self._released.checked(self._poll(library, identities, found))
                 self._known = report.order
-                report = self._released.checked(report)
                 if not (report.gpus or report.skipped or report.released):
                     raise NoGpuError("; ".join(("the NVIDIA driver has no GPU to offer", *report.problems)))
                 if not self._config.once:
@@ -187,7 +184,6 @@ class Worker:
                 known=self._known,
                 identities=identities,
                 skip=self._config.suspects,
-                addresses=self._released.others(),
                 call_started=self._call_started,
                 found=found,
                 ask_for_uvm=(lambda: "") if self._config.look_only else self._uvm.ask,

@@ -14,7 +14,7 @@ from sgpu.driver.nvml.library import (
     RemappedRows,
     open_library,
 )
-from sgpu.driver.nvml.processes import memory_by_process, utilization_by_process
+from sgpu.driver.nvml.processes import list_processes, utilization_by_process
 from sgpu.driver.nvml.search import LibraryNotFoundError
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "MigMode",
     "NvmlError",
     "RemappedRows",
-    "memory_by_process",
+    "list_processes",
     "open_library",
     "utilization_by_process",
 ]

@@ -63,9 +63,6 @@ class EventType:
     RECOVERY_ACTION: Final = 0x8000
 
 
-#: `NVML_INIT_FLAG_NO_ATTACH`.
-INIT_NO_ATTACH: Final = 2
-
 #: `NVML_DEVICE_MIG_ENABLE`.
 MIG_ENABLED: Final = 1
 #: The instance in an event that belongs to none.

@@ -91,35 +91,22 @@ class MemoryLimit:
 
 @contextmanager
 def open_library(
-    host_path: Path, failed: Callable[[str, int], None] = lambda function, code: None, *, attach: bool = True
+    host_path: Path, failed: Callable[[str, int], None] = lambda function, code: None
 ) -> Iterator[Library]:
     """Load and initialize libnvidia-ml from under `host_path`, and shut it down at the end.
 
-    `failed` is called with the function and the code of each error that is not in `constants.EXPECTED`. Without
-    `attach`, the library leaves each GPU alone until a handle of it is taken, as far as this driver knows how (R390).
+    `failed` is called with the function and the code of each error that is not in `constants.EXPECTED`.
     Raises LibraryNotFoundError, or NvmlError when the library loads but can't start (no driver, another version).
     """
     path, lib = search.dlopen(host_path)
     library = Library(path=path, lib=lib, failed=failed)
-    _initialize(library, attach=attach)
+    library.call("nvmlInit")
     try:
         yield library
     finally:
         # A driver that was unloaded or lost its GPUs refuses this too; there is nothing left to undo then.
         with suppress(NvmlError):
             library.call("nvmlShutdown")
-
-
-def _initialize(library: Library, *, attach: bool) -> None:
-    if not attach:
-        try:
-            library.call("nvmlInitWithFlags", constants.INIT_NO_ATTACH)
-        except NvmlError as error:
-            if error.code != Code.FUNCTION_NOT_FOUND:
-                raise
-        else:
-            return
-    library.call("nvmlInit")  # by its documentation, it opens no GPU either
 
 
 @attrs.frozen
@@ -150,12 +137,6 @@ class Library:
     def handle(self, index: int) -> Handle:
         handle = ffi.new("nvmlDevice_t *")
         self.call("nvmlDeviceGetHandleByIndex", index, handle)
-        return Handle(handle[0])
-
-    def handle_at(self, address: str) -> Handle:
-        """Return the handle of the GPU at a PCI address. Unlike the search by UUID, it opens no other GPU."""
-        handle = ffi.new("nvmlDevice_t *")
-        self.call("nvmlDeviceGetHandleByPciBusId_v2", address.encode(), handle)
         return Handle(handle[0])
 
     def uuid(self, handle: Handle) -> str:

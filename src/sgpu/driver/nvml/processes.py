@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sgpu.driver.nvml._bindings import ffi
 from sgpu.driver.nvml.constants import NO_ANSWER, Code
 from sgpu.driver.nvml.library import Handle, Library, NvmlError
 
 COMPUTE: Final = "nvmlDeviceGetComputeRunningProcesses"
-#: A process can be in several of these lists, with all of its memory in each.
-OTHERS: Final = ("nvmlDeviceGetGraphicsRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses")
+GRAPHICS: Final = "nvmlDeviceGetGraphicsRunningProcesses"
+MPS: Final = "nvmlDeviceGetMPSComputeRunningProcesses"
 #: Newest variant first, and what it fills.
 LAYOUTS: Final = (("_v3", "nvmlProcessInfo_v2_t"), ("_v2", "nvmlProcessInfo_v2_t"), ("", "nvmlProcessInfo_v1_t"))
 #: Entries to begin with (drivers ask for room for 100 samples even when there are few), and at most.
@@ -30,13 +30,23 @@ STRIDES: Final = (16, 24, 32)
 UNTOUCHED: Final = b"\xaa"
 
 
-def memory_by_process(library: Library, handle: Handle) -> Mapping[int, int | None]:
-    """Return bytes of memory by process id, each process once; None where unknown. Raises NvmlError."""
-    found: dict[int, int | None] = dict(_listed(library, COMPUTE, handle))
-    for function in OTHERS:
+class ListedProcess(NamedTuple):
+    """A process that uses a GPU: bytes of memory (None: unknown), and whether it is a client of MPS."""
+
+    memory: int | None
+    is_mps_client: bool = False
+
+
+def list_processes(library: Library, handle: Handle) -> Mapping[int, ListedProcess]:
+    """Return the processes by id. Raises NvmlError."""
+    found = {pid: ListedProcess(memory) for pid, memory in _listed(library, COMPUTE, handle)}
+    for function in (GRAPHICS, MPS):
         try:
             for pid, memory in _listed(library, function, handle):
-                found[pid] = max(found.get(pid), memory, key=lambda known: -1 if known is None else known)
+                # It can be in several lists, with all of its memory in each.
+                known = (memory, found[pid].memory if pid in found else None)
+                most = max((each for each in known if each is not None), default=None)
+                found[pid] = ListedProcess(most, is_mps_client=function == MPS)
         except NvmlError as error:
             if error.code not in NO_ANSWER:
                 raise
@@ -46,7 +56,7 @@ def memory_by_process(library: Library, handle: Handle) -> Mapping[int, int | No
 def utilization_by_process(library: Library, handle: Handle, since: int) -> Mapping[int, int]:
     """Return the percent of the time since `since` (microseconds since the epoch) by process id; zeros may be left out.
 
-    Raises NvmlError.
+    What clients of MPS do counts for their server. Raises NvmlError.
     """
     size = ffi.sizeof("nvmlProcessUtilizationSample_t")
 
