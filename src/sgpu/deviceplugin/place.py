@@ -92,8 +92,7 @@ class Place:
                 except rpc.AddressInUseError as holder:
                     if self.taken.is_set() or not self._standby:
                         raise PlaceTakenError(holder, self._resource) from holder
-                    self._wait(holder)
-                    await self._wait_for_offer()
+                    await self._wait_for_offer(holder)
                     delays = growing_delays(FIRST_RETRY, LAST_RETRY)
                 except OSError as error:  # the registrations wait for the directory too, and say so
                     logger.debug("no place at %s: %s", self._path, error)
@@ -155,12 +154,13 @@ class Place:
         self.waiting = True
         self.decided.set()
 
-    async def _wait_for_offer(self) -> None:
+    async def _wait_for_offer(self, holder: rpc.AddressInUseError) -> None:
         """Return when the daemon that has the place offers it, or is gone."""
         try:
             stream = await trio.open_unix_socket(str(self._path))
         except OSError:
             return
+        self._wait(holder)
         offer = b""
         with suppress(trio.BrokenResourceError):
             offer = await stream.receive_some(1)
