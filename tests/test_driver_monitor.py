@@ -234,6 +234,15 @@ class TestUnhealthy:
         two.report(ASKING, SECOND)
         assert re.fullmatch("[^;]*poison.*; .*reboot.*", two.unhealthy["GPU-a"])
 
+    @pytest.mark.parametrize("step", [lambda each: each.monitor.unanswered("", "it hangs"), not_ready(gone=True)])
+    def test_silent_by_itself(self, two: Watched, step: Step) -> None:
+        """When the driver answers again, a GPU that is still not asked has the reason of its own again."""
+        two.monitor.unanswered("GPU-b", "it crashed")
+        step(two)
+        assert two.unhealthy["GPU-b"] != "it crashed"
+        two.report(FIRST, skipped=("GPU-b",))
+        assert two.unhealthy == {"GPU-b": "it crashed"}
+
     def test_before_the_first_report(self) -> None:
         """List no GPU that the driver has not reported."""
         watched = Watched(FaultRecord("550.1", {"GPU-a": (Fault("x", NOW, Clearance.RESET),)}))

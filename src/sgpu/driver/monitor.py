@@ -82,6 +82,7 @@ class Monitor:
         #: Why there is no GPU to ask; empty if there is.
         self.waiting = ""
         self._driver_away = False
+        self._silent: dict[str, str] = {}  # why a GPU by itself did not answer, until it does
         self._left_alone: frozenset[str] = frozenset()  # the UUIDs of GPUs that the driver's process does not open
         self._held = ""  # why they can't be reset all the same
         self._ignored: dict[tuple[str, int], tuple[float, int]] = {}  # when it was logged, how many since
@@ -136,9 +137,14 @@ class Monitor:
             if before is None:
                 logger.info("GPU %s: %s at %s", gpu.uuid, gpu.name, gpu.pci_bus_id)
             self._reports[gpu.uuid] = gpu
+            self._silent.pop(gpu.uuid, None)
             condition = self._conditions.get(gpu.uuid, Condition())
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
             self._instances.polled(gpu, before, now, asked=health.asks(condition))
+        for uuid in (
+            self._conditions.keys() & self._silent.keys() & set(report.skipped)
+        ):  # the driver is back, it is not
+            self._conditions[uuid] = health.silent(self._conditions[uuid], self._silent[uuid], gone=False)
         answered = (self._reports[gpu.uuid] for gpu in report.gpus)
         figures = {uuid: known for gpu in answered for uuid, known in unit_figures(gpu).items()}
         self._node.usage.set_figures(figures, trio.current_time())
@@ -161,6 +167,8 @@ class Monitor:
 
     def unanswered(self, uuid: str, reason: str) -> None:
         """Take that a call about this GPU (empty: about the driver as a whole) did not come back."""
+        if uuid:
+            self._silent[uuid] = reason
         for known in self._reports.keys() - self._left_alone:
             if uuid in ("", known):
                 self._conditions[known] = health.silent(self._conditions[known], reason, gone=False)
