@@ -52,19 +52,20 @@ class Node:
             (self.dev / name).touch()
 
     def make_mig_minors(self, *, nodes: bool = True) -> None:
-        """The kernel's list of capabilities, as a real one has it, and a device node for each of the first GPUs'."""
-        lines, number = ["config 1", "monitor 2"], 3
+        """The kernel's list of capabilities, as a real one has it, and the device nodes of those that tests use."""
+        lines, used, number = ["config 1", "monitor 2"], [1, 2], 3
         for gpu in range(8):
             for instance in range(15):
                 names = ["access", *(f"ci{compute}/access" for compute in range(8))]
                 lines += [f"gpu{gpu}/gi{instance}/{name} {number + offset}" for offset, name in enumerate(names)]
+                used += range(number, number + 4) if gpu < 3 else ()
                 number += len(names)
         path = self.proc / "driver/nvidia-caps/mig-minors"
         path.parent.mkdir(parents=True)
         path.write_text("".join(f"{line}\n" for line in lines))
         if nodes:
             (self.dev / "nvidia-caps").mkdir()
-            self.make_nodes(*(f"nvidia-caps/nvidia-cap{minor}" for minor in range(1, number)))
+            self.make_nodes(*(f"nvidia-caps/nvidia-cap{minor}" for minor in used))
 
     def set_numa_node(self, bus_id: str, node: int) -> None:
         """Set the kernel's NUMA node of the PCI device that NVML calls `bus_id`."""
