@@ -349,7 +349,7 @@ gpus:
             assert len(load_file(config, content).policy.rules) == number
             return time.process_time() - began
 
-        assert seconds_for(4000) < 8 * seconds_for(1000)
+        assert seconds_for(2000) < 8 * seconds_for(500)
 
 
 class TestXids:

@@ -80,7 +80,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(deadline=None)
 @given(st.lists(STEPS, min_size=3, max_size=15))
 def test_any_order(steps: list[tuple[str, str, int]]) -> None:
     """Whatever came before and wherever it stopped: a claim that was answered as prepared has its file and shares of
