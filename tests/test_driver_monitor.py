@@ -242,6 +242,10 @@ class TestUnhealthy:
         assert two.unhealthy["GPU-b"] != "it crashed"
         two.report(FIRST, skipped=("GPU-b",))
         assert two.unhealthy == {"GPU-b": "it crashed"}
+        two.report(FIRST, SECOND)
+        two.monitor.unanswered("", "it hangs")
+        two.report(FIRST, skipped=("GPU-b",))
+        assert two.unhealthy == {"GPU-b": "it hangs"}
 
     def test_before_the_first_report(self) -> None:
         """List no GPU that the driver has not reported."""

@@ -25,14 +25,18 @@ def gpus(node: Node) -> tuple[StubGpu, ...]:
     return gpus
 
 
-def report(node: Node, *gpus: StubGpu, dropped: int | None = None) -> Report:
-    """The report of a worker that is to leave these alone, and whose capability was dropped."""
+def command(node: Node, *gpus: StubGpu) -> list[str]:
+    """The command line of a worker that is to leave these alone."""
     released = tuple(ReleasedGpu(gpu.bus_id, f"nvidia{gpu.minor}") for gpu in gpus)
     places = (str(node.host), str(node.dev), str(node.sys))
     config = WorkerConfig(*places, 1.0, released=released, once=True, look_only=True)
-    command = [sys.executable, "-m", "sgpu.driver", encode_config(config)]
+    return [sys.executable, "-m", "sgpu.driver", encode_config(config)]
+
+
+def report(node: Node, *gpus: StubGpu, dropped: int | None = None) -> Report:
+    """Its report; `dropped` is a capability that it has not."""
     done = subprocess.run(
-        command,
+        command(node, *gpus),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         timeout=60,
@@ -54,6 +58,15 @@ def test_others_alone(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     assert [gpu.uuid for gpu in found.gpus] == uuids([gpus[0], gpus[2]])
     assert (found.released, found.held, found.problems) == ((gpus[1].bus_id,), "", ())
     assert [call for call in node.driver.call_log() if gpus[1].uuid in call] == []
+
+
+def test_nobody_else_notices(node: Node, gpus: tuple[StubGpu, ...]) -> None:
+    """Where mounts are shared, as on most hosts, no process but the worker gets those that hide a node."""
+    script = '"$@" > /dev/null && cat /proc/self/mounts'
+    shared = ["unshare", "--mount", "--propagation", "shared", "sh", "-c", script, "sh", *command(node, gpus[1])]
+    mounts = subprocess.run(shared, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert mounts
+    assert str(node.dev) not in mounts
 
 
 def test_all(node: Node, gpus: tuple[StubGpu, ...]) -> None:
