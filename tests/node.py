@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from stub_driver import StubDriver
 from sgpu.pods.processes import HOST_NAMESPACE
 
 RESOURCE = "deepomatic.com/shared-gpu"
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes device nodes, and hides them: needs root")
 #: Seconds between the daemon's polls, unless a test says otherwise.
 INTERVAL = 0.3
 
@@ -74,12 +74,31 @@ class Node:
         (device / "numa_node").write_text(f"{node}\n")
 
     def make_devices(self) -> None:
-        """Make the GPUs' device nodes real ones, of /dev/null, which the stub opens. Needs root."""
+        """Make the GPUs' device nodes real ones, of /dev/null, which the stub opens.
+
+        Skips the test where that can't be, or no process can have mounts of its own: it takes CAP_SYS_ADMIN.
+        """
         for gpu in self.driver.state.gpus:
-            path = self.dev / f"nvidia{gpu.minor}"
-            path.unlink()
-            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            self.make_device(gpu.minor)
         self.driver.set(dev=str(self.dev))
+
+    def make_device(self, minor: int) -> None:
+        path = self.dev / f"nvidia{minor}"
+        path.unlink(missing_ok=True)
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            path.read_bytes()
+            subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"makes device nodes, and hides them: {error}")
+
+    def list_in_kernel(self, address: str, minor: int) -> None:
+        """List a GPU below /proc, as the kernel's driver does."""
+        directory = self.proc / "driver/nvidia/gpus" / address
+        directory.mkdir(parents=True)
+        (directory / "information").write_text(
+            f"Model: \t\t Tesla T4\nBus Location: \t {address}\nDevice Minor: \t {minor}\n"
+        )
 
     def start_process(self, pid: int, container: str = "") -> None:
         """A process of the host's, or of a container (`namespace/pod/container`)."""

@@ -10,14 +10,14 @@ import pytest
 from daemon_process import COMMAND, DaemonProcess, LoggedProcess
 from fake_kubelet import FakeKubelet
 from fake_pod_resources import FakePodResources
-from node import RESOURCE, Node, needs_root
+from node import RESOURCE, Node
 from stub_driver import StubGpu
 from watching import wait_until
 
 from sgpu.observe.client import fetch
 from sgpu.observe.snapshot import GpuSnapshot
 
-pytestmark = [pytest.mark.process, needs_root]
+pytestmark = pytest.mark.process
 
 SHARES = 4
 #: Seconds, more than anything takes.

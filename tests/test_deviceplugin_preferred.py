@@ -136,7 +136,6 @@ any_requests = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(request_=any_requests, placement=st.sampled_from(Placement), multi_share=st.sampled_from(MultiShare))
 def test_any_request(request_: Request, placement: Placement, multi_share: MultiShare) -> None:
     """Those to include come first, then available shares up to the size, none twice.

@@ -1,8 +1,9 @@
-"""The documentation agrees with the settings and with itself: tables, links, flags, pages."""
+"""The documentation and pyproject.toml agree with settings, modules and themselves: tables, links, flags, pages."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,3 +95,9 @@ def test_navigation() -> None:
     """The site's navigation has each page once."""
     nav = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted([*TOP_LEVEL.values(), *(path.name for path in (ROOT / "docs").glob("*.md"))])
+
+
+def test_covered_modules() -> None:
+    """The modules that pyproject.toml wants covered are there: one that was renamed would drop out."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["run"]["include"]
+    assert [pattern for pattern in patterns if not list((ROOT / "src").glob(pattern.removeprefix("*/")))] == []

@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 import trio
 from dra_claims import NODE, RESOURCE, claim, result, sharing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from virtual_clock import real
 
@@ -80,7 +80,6 @@ STEPS = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(STEPS, min_size=3, max_size=15))
 def test_any_order(steps: list[tuple[str, str, int]]) -> None:
     """Whatever came before and wherever it stopped: a claim that was answered as prepared has its file and shares of

@@ -242,6 +242,8 @@ class TestUnhealthy:
         assert two.unhealthy["GPU-b"] != "it crashed"
         two.report(FIRST, skipped=("GPU-b",))
         assert two.unhealthy == {"GPU-b": "it crashed"}
+        two.report(FIRST)
+        assert two.unhealthy["GPU-b"] != "it crashed"
         two.report(FIRST, SECOND)
         two.monitor.unanswered("", "it hangs")
         two.report(FIRST, skipped=("GPU-b",))

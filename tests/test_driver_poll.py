@@ -110,14 +110,16 @@ class TestQuestions:
         assert (failing.uuid, failing.name, other.error) == (self.GPU.uuid, self.GPU.name, "")
         assert re.search(rf"{function}.*\b999\b", failing.error)
 
-    @pytest.mark.parametrize(("code", "is_fault"), [(Code.NOT_SUPPORTED, False), (999, True)])
-    def test_retired_pages(self, node: Node, code: int, is_fault: bool) -> None:
+    def test_retired_pages(self, node: Node) -> None:
         """Ask for them only where no rows are remapped."""
-        node.driver.set(gpus=(self.GPU, StubGpu(1)))
-        node.driver.fail("nvmlDeviceGetRemappedRows", Code.NOT_SUPPORTED, self.GPU)
-        node.driver.fail("nvmlDeviceGetRetiredPagesPendingStatus", code)
-        older, newer = read(node).gpus
-        assert (older.error != "", newer.error) == (is_fault, "")
+        gpu = attrs.evolve(self.GPU, pages_pending=1)
+        node.driver.set(gpus=(gpu, StubGpu(1)))
+        node.driver.fail("nvmlDeviceGetRemappedRows", Code.NOT_SUPPORTED, gpu)
+        assert [each.pages_pending for each in read(node).gpus] == [True, None]
+        function = "nvmlDeviceGetRetiredPagesPendingStatus"
+        assert node.driver.calls(function) == node.driver.calls(function, gpu) == 1
+        node.driver.fail(function, 999)
+        assert [each.error != "" for each in read(node).gpus] == [True, False]
 
     @pytest.mark.parametrize("code", [Code.NOT_SUPPORTED, Code.NOT_FOUND, 999])
     @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import attrs
 import pytest
-from node import Node, needs_root
+from node import Node
 from stub_driver import StubGpu
 
 from sgpu.driver.messages import ReleasedGpu, Report, WorkerConfig, decode, encode_config
+from sgpu.driver.nvml import Code
 
-pytestmark = needs_root
 #: PR_CAPBSET_DROP, and what a container that is not privileged has not.
 DROP, CAP_SYS_ADMIN = 24, 21
 
@@ -25,18 +26,21 @@ def gpus(node: Node) -> tuple[StubGpu, ...]:
     return gpus
 
 
-def command(node: Node, *gpus: StubGpu) -> list[str]:
+def card(gpu: StubGpu) -> ReleasedGpu:
+    return ReleasedGpu(gpu.bus_id, f"nvidia{gpu.minor}")
+
+
+def command(node: Node, *released: ReleasedGpu, once: bool = True) -> list[str]:
     """The command line of a worker that is to leave these alone."""
-    released = tuple(ReleasedGpu(gpu.bus_id, f"nvidia{gpu.minor}") for gpu in gpus)
     places = (str(node.host), str(node.dev), str(node.sys))
-    config = WorkerConfig(*places, 1.0, released=released, once=True, look_only=True)
+    config = WorkerConfig(*places, 0.1, released=released, once=once, look_only=True, proc_directory=str(node.proc))
     return [sys.executable, "-m", "sgpu.driver", encode_config(config)]
 
 
-def report(node: Node, *gpus: StubGpu, dropped: int | None = None) -> Report:
+def report(node: Node, *released: ReleasedGpu, dropped: int | None = None) -> Report:
     """Its report; `dropped` is a capability that it has not."""
     done = subprocess.run(
-        command(node, *gpus),
+        command(node, *released),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         timeout=60,
@@ -54,7 +58,7 @@ def uuids(gpus: Sequence[StubGpu]) -> list[str]:
 
 def test_others_alone(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     """It is not opened; the others answer as always, in the driver's order."""
-    found = report(node, gpus[1])
+    found = report(node, card(gpus[1]))
     assert [gpu.uuid for gpu in found.gpus] == uuids([gpus[0], gpus[2]])
     assert (found.released, found.held, found.problems) == ((gpus[1].bus_id,), "", ())
     assert [call for call in node.driver.call_log() if gpus[1].uuid in call] == []
@@ -63,15 +67,59 @@ def test_others_alone(node: Node, gpus: tuple[StubGpu, ...]) -> None:
 def test_nobody_else_notices(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     """Where mounts are shared, as on most hosts, no process but the worker gets those that hide a node."""
     script = '"$@" > /dev/null && cat /proc/self/mounts'
-    shared = ["unshare", "--mount", "--propagation", "shared", "sh", "-c", script, "sh", *command(node, gpus[1])]
+    shared = ["unshare", "--mount", "--propagation", "shared", "sh", "-c", script, "sh", *command(node, card(gpus[1]))]
     mounts = subprocess.run(shared, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert mounts
     assert str(node.dev) not in mounts
 
 
+def test_minor_numbers(node: Node, gpus: tuple[StubGpu, ...]) -> None:
+    """The node is the one that the kernel has for the card now."""
+    node.list_in_kernel("0000:3c:00.0", 1)
+    found = report(node, attrs.evolve(card(gpus[1]), device_node="nvidia0"))
+    assert [gpu.uuid for gpu in found.gpus] == uuids([gpus[0], gpus[2]])
+    assert (found.released, found.held) == ((gpus[1].bus_id,), "")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the kernel lists others", "no list"])
+def test_no_node(node: Node, gpus: tuple[StubGpu, ...], known: bool) -> None:
+    """For a card that is gone, or was a simulated one, nothing is hidden."""
+    if known:
+        node.list_in_kernel("0000:3c:00.0", 1)
+    found = report(node, ReleasedGpu("00000000:99:00.0", "nvidia1" if known else ""))
+    assert ([gpu.uuid for gpu in found.gpus], found.held) == (uuids(gpus), "")
+
+
+def test_the_wrong_node(node: Node, gpus: tuple[StubGpu, ...]) -> None:
+    """A card that answers all the same is not released."""
+    found = report(node, ReleasedGpu(gpus[1].bus_id, "nvidia0"))
+    assert (found.released, gpus[1].bus_id in found.held) == ((), True)
+
+
+def test_made_late(node: Node, gpus: tuple[StubGpu, ...]) -> None:
+    """Where the library made a node that was not there, and opened it, another worker follows, which hides it."""
+    (node.dev / "nvidia1").unlink()
+    line, pipe = command(node, card(gpus[1]), once=False), subprocess.PIPE
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe) as worker:
+        assert worker.stdout
+        first = decode(worker.stdout.readline())
+        assert worker.wait(30) == 0
+    assert isinstance(first, Report)
+    assert (len(first.gpus), first.released, gpus[1].bus_id in first.held) == (3, (), True)
+    assert report(node, card(gpus[1])).released == (gpus[1].bus_id,)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_counted_all_the_same(node: Node, gpus: tuple[StubGpu, ...], hidden: bool) -> None:
+    """It is no problem that a driver counts a GPU that it may not open."""
+    node.driver.fail("nvmlDeviceGetHandleByIndex", Code.NO_PERMISSION, gpus[2])
+    found = report(node, *([card(gpus[1])] if hidden else []))
+    assert (found.problems == ()) is hidden
+
+
 def test_all(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     """Where all are to be left alone, that is a report, too."""
-    found = report(node, *gpus)
+    found = report(node, *map(card, gpus))
     assert (found.gpus, len(found.released), found.held) == ((), 3, "")
 
 
@@ -83,7 +131,7 @@ def test_none(node: Node, gpus: tuple[StubGpu, ...]) -> None:
 
 def test_not_privileged(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     """What can't be hidden is asked about as always, and said."""
-    found = report(node, gpus[1], dropped=CAP_SYS_ADMIN)
+    found = report(node, card(gpus[1]), dropped=CAP_SYS_ADMIN)
     assert ([gpu.uuid for gpu in found.gpus], found.released) == (uuids(gpus), ())
     assert "privileged" in found.held
 
@@ -93,6 +141,6 @@ def test_an_ordinary_file(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     path = node.dev / "nvidia1"
     path.unlink()
     path.touch()  # which can be opened where devices can't
-    found = report(node, gpus[1])
+    found = report(node, card(gpus[1]))
     assert ([gpu.uuid for gpu in found.gpus], found.released) == (uuids(gpus), ())
     assert gpus[1].bus_id in found.held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpu.node.edits import (
@@ -87,7 +87,6 @@ class TestContainerEdits:
             mounts=(),
         )
 
-    @settings(deadline=None)
     @given(allocated=st.lists(st.sampled_from([A, B]), min_size=1))
     def test_any_shares(self, allocated: list[Offer]) -> None:
         """Nodes and UUIDs are those of the GPUs in question, without repetition."""
@@ -116,7 +115,6 @@ class TestMemory:
         """A container is told the part of the memory that its shares stand for, or nothing where that is unknown."""
         assert environment(*allocated).get("SGPU_MEMORY_BYTES") == part
 
-    @settings(deadline=None)
     @given(memory=st.integers(0, 2**40), shares=st.integers(1, 200))
     def test_all_containers_together(self, memory: int, shares: int) -> None:
         """However the shares are divided, the parts never add up to more than the GPU has."""

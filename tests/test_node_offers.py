@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpu.node.gpu import Gpu, Health, units
@@ -68,7 +68,6 @@ class TestOffer:
         """The free shares are withheld, retained ones included, and never an allocated one."""
         assert offer("a", 3, (7,)).withhold(parse(allocated)) == offer("a", 3, (7,), withheld)
 
-    @settings(deadline=None)
     @given(allocated=st.sets(st.builds(Share, st.sampled_from(["GPU-a", "GPU-b"]), st.integers(0, 5))))
     def test_never_allocated(self, allocated: set[Share]) -> None:
         """Each share is either allocated or withheld."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpu.node.shares import Share, ids, unit_of
@@ -41,7 +41,6 @@ def test_not_an_id(share_id: str) -> None:
     assert Share.parse(share_id) is None
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text(text: str) -> None:
     """An id that parses prints unchanged: no two ids name the same share."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpu.node.container import Container
@@ -216,7 +216,6 @@ class TestUses:
         usage.set_owners({"GPU-a": used((7, 100, 30)), "GPU-b": used((8, 1, 1))}, {7: ONE, 8: TWO})
         assert usage.uses("GPU-a") is before
 
-    @settings(deadline=None)
     @given(
         held=st.dictionaries(
             st.builds(Share, st.sampled_from(["GPU-a", "GPU-b"]), st.integers(0, 9)), st.sampled_from([ONE, TWO])

@@ -114,7 +114,7 @@ def test_a_parent_that_is_killed(node: Node) -> None:
 @pytest.mark.parametrize("simulate", [0, 1], ids=["driver", "simulated"])
 def test_a_daemon_that_is_stopped(node: Node, simulate: int) -> None:
     """The kubelet's call ends with an error, and the next daemon serves."""
-    code = "from sgpu import parent, __main__; parent.INTERVAL = 1.5; __main__.main()"
+    code = "from sgpu import parent, __main__; parent.INTERVAL = 3.0; __main__.main()"
     with FakeKubelet(node.plugins) as kubelet:
         with node.daemon(simulate=simulate, command=(sys.executable, "-c", code)) as daemon:
             share = next(iter(kubelet.wait_devices(100)))

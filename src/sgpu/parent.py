@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable
 
 #: Seconds between looks for a sign of life. The daemon gives one every 5 s (`observe.watchdog`).
-INTERVAL = 5.0
+INTERVAL = 10.0
 #: Looks in a row without a sign of life, after which the daemon is killed: 30 s. One whose event loop is stuck has
 #: ended itself before, with its stacks. Looks are counted, not seconds: where both are frozen, both go on afterwards.
-PATIENCE = 6
+PATIENCE = 3
 #: Signals that are the daemon's to handle.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: What a shell adds to the number of the signal that ended a process.

@@ -33,6 +33,7 @@
 #include <string.h>
 #include <sys/inotify.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -282,16 +283,23 @@ const char *nvmlErrorString(nvmlReturn_t result)
     return result >= 0 && result < known ? words[result] : "Unknown Error";
 }
 
-/* Whether this process may use a GPU: its device node is open. */
-static bool attached(nvmlDevice_t device)
+/* Open the device node of a GPU, where it has one and it can be opened; one that is not there is made, as NVML does. */
+static void attach(nvmlDevice_t device)
 {
     char directory[VALUE], path[PATH_MAX];
     if (!look(directory, "dev") || opened[device - slots])
-        return true;
+        return;
     snprintf(path, sizeof path, "%s/nvidia%llu", directory, fact_number(device, "minor"));
+    mknod(path, S_IFCHR | 0600, makedev(1, 3)); /* /dev/null */
     int file = open(path, O_RDONLY | O_CLOEXEC);
     opened[device - slots] = file < 0 ? 0 : file;
-    return file >= 0;
+}
+
+/* Whether this process may use a GPU. */
+static bool attached(nvmlDevice_t device)
+{
+    char directory[VALUE];
+    return !look(directory, "dev") || opened[device - slots];
 }
 
 /* By index, as of the last count: a GPU keeps its place while a poll goes on, though another leaves. */
@@ -312,7 +320,7 @@ static nvmlReturn_t init(void)
     char uuid[VALUE];
     initialized++;
     for (unsigned int index = 0; look(uuid, "gpu.%u", index); index++)
-        attached(slot(uuid)); /* NVML opens them here already */
+        attach(slot(uuid));
     return SUCCESS;
 }
 

@@ -141,9 +141,8 @@ class Monitor:
             condition = self._conditions.get(gpu.uuid, Condition())
             self._conditions[gpu.uuid] = health.polled(condition, gpu, now)
             self._instances.polled(gpu, before, now, asked=health.asks(condition))
-        for uuid in (
-            self._conditions.keys() & self._silent.keys() & set(report.skipped)
-        ):  # the driver is back, it is not
+        # The driver answers, these GPUs still don't.
+        for uuid in self._conditions.keys() & self._silent.keys() & set(report.skipped):
             self._conditions[uuid] = health.silent(self._conditions[uuid], self._silent[uuid], gone=False)
         answered = (self._reports[gpu.uuid] for gpu in report.gpus)
         figures = {uuid: known for gpu in answered for uuid, known in unit_figures(gpu).items()}

@@ -67,6 +67,7 @@ def poll(
     *,
     interval: float,
     known: Sequence[str] = (),
+    some_hidden: bool = False,
     identities: dict[str, Identity] | None = None,
     skip: Collection[str] = (),
     call_started: Callable[[str], None] = lambda uuid: None,
@@ -78,6 +79,7 @@ def poll(
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
+    `some_hidden`: NVML may not open some GPUs, which some drivers count all the same.
     `identities` are kept from one poll to the next, as long as the library is open.
     `call_started` is called with the UUID that the next calls are about (empty: the driver), and `found` with each GPU
     before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it;
@@ -122,7 +124,8 @@ def poll(
             nodeless.append(uuid)
             problems.append(f"GPU {index} is left out: {error}")
         except NvmlError as error:
-            problems.append(f"GPU {index} is left out: {error}")
+            if not some_hidden or error.code != Code.NO_PERMISSION:
+                problems.append(f"GPU {index} is left out: {error}")
         finally:
             order.append(uuid)
     call_started("")
@@ -186,7 +189,7 @@ def _with_answers(gpu: GpuReport, library: Library, handle: Handle) -> GpuReport
         answers |= {"mig_mode": mode.current, "mig_pending": mode.pending}
     if rows := _ask(library.remapped_rows, handle):
         answers |= {"rows_pending": rows.pending, "rows_failed": rows.failed}
-    else:  # a GPU remaps rows (from Ampere on) or retires pages, and the driver takes 0.4 ms to say that it does not
+    else:  # a GPU that remaps rows (Ampere and later) retires no pages; asking all the same costs 0.4 ms
         answers["pages_pending"] = _ask(library.retired_pages_pending, handle)
     if fabric := _ask(library.fabric, handle):
         answers |= {"fabric_state": fabric.state, "fabric_status": fabric.status}

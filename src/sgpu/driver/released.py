@@ -6,52 +6,113 @@ NO_ATTACH is no way to leave one out: with it, NVML has no GPU at all.) Runs in 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 import attrs
 
+from sgpu.driver.kernelmodule import read_text
 from sgpu.driver.messages import ReleasedGpu, Report
+from sgpu.driver.poll import Places
+from sgpu.node.policy import parse_bus_id
 
 #: Where NVML looks for device nodes, wherever sgpu does.
 DEV: Final = Path("/dev")
 OPEN_FILES: Final = Path("/proc/self/fd")
+#: Where the kernel's driver has a directory for each of its GPUs, by PCI address, below a /proc.
+KERNEL_GPUS: Final = Path("driver/nvidia/gpus")
+_MINOR: Final = re.compile(r"^Device Minor:\s*(\d+)$", re.MULTILINE)
+_NODE: Final = re.compile(r"nvidia\d+")
 
 
 class Released:
-    """Some GPUs to leave alone, often none. Make it before the process has threads, and before NVML is initialized."""
+    """Some GPUs to leave alone, often none. Make it before the process has threads."""
 
-    def __init__(self, gpus: Collection[ReleasedGpu], dev_directory: Path) -> None:
+    def __init__(self, gpus: Collection[ReleasedGpu], places: Places, dev: Path = DEV) -> None:
         self._gpus = gpus
+        self._places = places
+        self._directories = dict.fromkeys((dev, places.dev_directory))
         self._problem = ""
         if gpus:
-            from sgpu.lib.mounts import deny_devices  # imports ctypes, which few need
+            from sgpu.lib import mounts  # imports ctypes, which few need
 
-            nodes = [directory / gpu.device_node for directory in {DEV, dev_directory} for gpu in gpus]
+            self._deny = mounts.deny_device
             try:
-                deny_devices(filter(Path.exists, nodes))
+                mounts.separate()
             except OSError as error:
-                self._problem = f"sgpu can't hide them from the driver's library ({error}): it has to run privileged"
+                self._problem = _explain(error)
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self._gpus)
+
+    def hide(self) -> None:
+        """Hide them from NVML, which is to be initialized next: their nodes may be new, or others than before."""
+        for path in () if self._problem else list(self._visible()):
+            try:
+                self._deny(path)
+            except OSError as error:
+                self._problem = _explain(error)
 
     def checked(self, report: Report) -> Report:
         """Return the report of a poll with what became of these GPUs."""
-        opened = set(_open_nodes()) if self._gpus and not self._problem else set()
-        if held := ", ".join(gpu.pci_bus_id for gpu in self._gpus if gpu.device_node in opened):
-            self._problem = (
-                f"the driver's library opens {held} all the same: stop sgpu on this node for the time of the reset, as "
-                f"docs/cordon.md says; running pods keep their GPUs"
-            )
-        if self._problem:
-            return attrs.evolve(report, held=self._problem)
+        if not self._gpus:
+            return report
+        listed = {parse_bus_id(gpu.pci_bus_id) for gpu in report.gpus}
+        opened = _open_nodes()
+        held = [gpu for gpu in self._gpus if parse_bus_id(gpu.pci_bus_id) in listed or self._node(gpu) in opened]
+        if problem := self._problem or (_opens_all(held) if held else ""):
+            return attrs.evolve(report, held=problem)
         return attrs.evolve(report, released=tuple(gpu.pci_bus_id for gpu in self._gpus))
 
+    def missed_one(self) -> bool:
+        """Return whether NVML could open a node that was not there to be hidden: it has to be initialized again."""
+        return not self._problem and any(self._visible())
 
-def _open_nodes() -> Iterator[str]:
-    """Yield the names of the files that this process has open."""
+    def _visible(self) -> Iterator[Path]:
+        """Yield the nodes that are there and not hidden."""
+        for gpu in self._gpus:
+            for directory in self._directories if (node := self._node(gpu)) else ():
+                if (path := directory / node).is_char_device() and not os.statvfs(path).f_flag & os.ST_NODEV:
+                    yield path
+
+    def _node(self, gpu: ReleasedGpu) -> str:
+        """Return the name of a GPU's device node; empty where it has none. A card can have another one than before."""
+        directory = self._places.proc_directory / KERNEL_GPUS
+        try:
+            names = os.listdir(directory)
+        except OSError:  # of a driver that has no such directory, or a /proc of another place
+            return gpu.device_node if _NODE.fullmatch(gpu.device_node) else ""
+        address = parse_bus_id(gpu.pci_bus_id)
+        for name in names:
+            if address and parse_bus_id(name) == address:
+                minor = _MINOR.search(read_text(directory / name / "information"))
+                return f"nvidia{minor[1]}" if minor else ""
+        return ""  # it is not there
+
+
+def _explain(error: OSError) -> str:
+    cure = "; sgpu has to run privileged" if error.errno == errno.EPERM else ""
+    return f"sgpu can't hide cordoned GPUs from the driver's library: {error}{cure}"
+
+
+def _opens_all(gpus: Collection[ReleasedGpu]) -> str:
+    return (
+        f"the driver's library opens {', '.join(gpu.pci_bus_id for gpu in gpus)} all the same: stop sgpu on this node "
+        f"for the time of the reset, as docs/cordon.md says; running pods keep their GPUs"
+    )
+
+
+def _open_nodes() -> frozenset[str]:
+    """Return the names of the files that this process has open."""
+    found = set()
     for descriptor in os.listdir(OPEN_FILES):
         try:
-            yield os.path.basename(os.readlink(OPEN_FILES / descriptor)).removesuffix(" (deleted)")
+            found.add(os.path.basename(os.readlink(OPEN_FILES / descriptor)).removesuffix(" (deleted)"))
         except OSError:  # closed meanwhile
             continue
+    return frozenset(found)

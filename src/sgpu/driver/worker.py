@@ -35,7 +35,7 @@ from sgpu.driver.messages import (
 from sgpu.driver.nvml import Code, Handle, Library, NvmlError
 from sgpu.driver.nvml.search import candidates
 from sgpu.driver.poll import Identity, NotReadyError, Places, poll
-from sgpu.driver.released import Released
+from sgpu.driver.released import KERNEL_GPUS, Released
 from sgpu.driver.uvm import CapabilityNodes, UvmNodes
 from sgpu.driver.wsl import UNSUPPORTED, is_wsl
 from sgpu.lib.files import content_identity
@@ -49,8 +49,6 @@ LAST_RETRY: Final = 5.0
 INPUT_BYTES: Final = 64 * 1024
 #: What `nvmlInit` answers while the kernel's driver is being unloaded or loaded.
 NOT_LOADED: Final = frozenset({Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH})
-#: Where the kernel's driver lists its GPUs, which NVML does only when it is initialized.
-KERNEL_GPUS: Final = Path("/proc/driver/nvidia/gpus")
 
 
 class NoGpuError(NotReadyError):
@@ -69,7 +67,7 @@ class Worker:
         self._capabilities = CapabilityNodes(self._places.host_path, self._places.dev_directory)
         self._candidates = tuple(candidates(self._places.host_path))
         self._known = config.known
-        self._released = Released(config.released, self._places.dev_directory)
+        self._released = Released(config.released, self._places)
         self._in_call: str | None = None  # as was written down last
         # Standard output is the parent's alone: what the library prints goes where the log goes.
         self._output = os.fdopen(os.dup(1), "wb")
@@ -102,6 +100,7 @@ class Worker:
         while True:
             try:
                 self._call_started("")
+                self._released.hide()
                 with nvml.open_library(self._places.host_path, self._call_failed) as library:
                     for _ in self._polls(library):
                         delays = self._growing_delays()
@@ -171,7 +170,9 @@ class Worker:
                 self._emit(attrs.evolve(report, eventless=silent, problems=problems))
                 setter.check()
                 yield
-                if self._config.once or not self._wait(listener) or self._surroundings() != surroundings:
+                if self._config.once or not self._wait(listener):
+                    return
+                if self._surroundings() != surroundings or self._released.missed_one():
                     return
 
     def _poll(self, library: Library, identities: dict[str, Identity], found: Callable[[str, Handle], None]) -> Report:
@@ -182,6 +183,7 @@ class Worker:
                 self._places,
                 interval=self._config.interval,
                 known=self._known,
+                some_hidden=bool(self._released),
                 identities=identities,
                 skip=self._config.suspects,
                 call_started=self._call_started,
@@ -222,7 +224,7 @@ class Worker:
     def _surroundings(self) -> tuple[object, ...]:
         """Return what NVML looks at only when it is loaded, or only when it is initialized."""
         nodes = sorted(name for name in _names(self._places.dev_directory) if name.startswith("nvidia"))
-        return (self._files(), nodes, sorted(_names(KERNEL_GPUS)))
+        return (self._files(), nodes, sorted(_names(Path("/proc") / KERNEL_GPUS)))
 
     def _files(self) -> tuple[object, ...]:
         """Return which libraries there are to load."""
