@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import attrs
 import pytest
@@ -96,17 +98,35 @@ def test_the_wrong_node(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     assert (found.released, gpus[1].bus_id in found.held) == ((), True)
 
 
+@contextmanager
+def worker(node: Node, released: ReleasedGpu) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[Report]]]:
+    """A worker that goes on, and its reports. Without events, it initializes the library again by itself."""
+    node.driver.fail("nvmlEventSetCreate", Code.NOT_SUPPORTED)
+    line, pipe = command(node, released, once=False), subprocess.PIPE
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout
+        yield process, (message for message in map(decode, process.stdout) if isinstance(message, Report))
+        process.kill()
+
+
 def test_made_late(node: Node, gpus: tuple[StubGpu, ...]) -> None:
-    """Where the library made a node that was not there, and opened it, another worker follows, which hides it."""
+    """A node that was not there, and that the library makes and opens, is hidden when it is initialized again."""
     (node.dev / "nvidia1").unlink()
-    line, pipe = command(node, card(gpus[1]), once=False), subprocess.PIPE
-    with subprocess.Popen(line, stdin=pipe, stdout=pipe) as worker:
-        assert worker.stdout
-        first = decode(worker.stdout.readline())
-        assert worker.wait(30) == 0
-    assert isinstance(first, Report)
+    with worker(node, card(gpus[1])) as (_, reports):
+        first, second = next(reports), next(reports)
     assert (len(first.gpus), first.released, gpus[1].bus_id in first.held) == (3, (), True)
-    assert report(node, card(gpus[1])).released == (gpus[1].bus_id,)
+    assert (len(second.gpus), second.released, second.held) == (2, (gpus[1].bus_id,), "")
+
+
+def test_another_card_in_its_place(node: Node, gpus: tuple[StubGpu, ...]) -> None:
+    """Where the hidden node is another card's by now, the worker ends: the next one sees that card."""
+    node.list_in_kernel("0000:3c:00.0", 1)
+    with worker(node, card(gpus[1])) as (process, reports):
+        assert len(next(reports).gpus) == 2
+        shutil.rmtree(node.proc / "driver/nvidia/gpus/0000:3c:00.0")
+        node.make_nodes("nvidia99")  # a change after which the library is initialized again
+        assert process.wait(30) == 0
+    assert len(report(node, card(gpus[1])).gpus) == 3
 
 
 @pytest.mark.parametrize("hidden", [True, False])

@@ -26,7 +26,6 @@ OPEN_FILES: Final = Path("/proc/self/fd")
 #: Where the kernel's driver has a directory for each of its GPUs, by PCI address, below a /proc.
 KERNEL_GPUS: Final = Path("driver/nvidia/gpus")
 _MINOR: Final = re.compile(r"^Device Minor:\s*(\d+)$", re.MULTILINE)
-_NODE: Final = re.compile(r"nvidia\d+")
 
 
 class Released:
@@ -36,7 +35,8 @@ class Released:
         self._gpus = gpus
         self._places = places
         self._directories = dict.fromkeys((dev, places.dev_directory))
-        self._problem = ""
+        self._hidden: set[str] = set()  # names of nodes
+        self._problem, self._failed = "", ""
         if gpus:
             from sgpu.lib import mounts  # imports ctypes, which few need
 
@@ -52,20 +52,25 @@ class Released:
 
     def hide(self) -> None:
         """Hide them from NVML, which is to be initialized next: their nodes may be new, or others than before."""
+        self._failed = ""
         for path in () if self._problem else list(self._visible()):
             try:
                 self._deny(path)
+                self._hidden.add(path.name)
             except OSError as error:
-                self._problem = _explain(error)
+                self._failed = _explain(error)
 
     def checked(self, report: Report) -> Report:
         """Return the report of a poll with what became of these GPUs."""
         if not self._gpus:
             return report
         listed = {parse_bus_id(gpu.pci_bus_id) for gpu in report.gpus}
-        opened = _open_nodes()
-        held = [gpu for gpu in self._gpus if parse_bus_id(gpu.pci_bus_id) in listed or self._node(gpu) in opened]
-        if problem := self._problem or (_opens_all(held) if held else ""):
+        try:
+            opened = _open_nodes()
+        except OSError as error:
+            return attrs.evolve(report, held=f"which files the driver's process has open can't be seen: {error}")
+        opened_too = [gpu for gpu in self._gpus if parse_bus_id(gpu.pci_bus_id) in listed or self._node(gpu) in opened]
+        if problem := self._problem or self._failed or (_opens_all(opened_too) if opened_too else ""):
             return attrs.evolve(report, held=problem)
         return attrs.evolve(report, released=tuple(gpu.pci_bus_id for gpu in self._gpus))
 
@@ -73,11 +78,15 @@ class Released:
         """Return whether NVML could open a node that was not there to be hidden: it has to be initialized again."""
         return not self._problem and any(self._visible())
 
+    def hides_another(self) -> bool:
+        """Return whether a hidden node is none of theirs any more: only another process can open it."""
+        return bool(self._hidden - set(map(self._node, self._gpus)))
+
     def _visible(self) -> Iterator[Path]:
         """Yield the nodes that are there and not hidden."""
         for gpu in self._gpus:
             for directory in self._directories if (node := self._node(gpu)) else ():
-                if (path := directory / node).is_char_device() and not os.statvfs(path).f_flag & os.ST_NODEV:
+                if _can_open(path := directory / node):
                     yield path
 
     def _node(self, gpu: ReleasedGpu) -> str:
@@ -86,13 +95,21 @@ class Released:
         try:
             names = os.listdir(directory)
         except OSError:  # of a driver that has no such directory, or a /proc of another place
-            return gpu.device_node if _NODE.fullmatch(gpu.device_node) else ""
+            return gpu.device_node
         address = parse_bus_id(gpu.pci_bus_id)
         for name in names:
             if address and parse_bus_id(name) == address:
                 minor = _MINOR.search(read_text(directory / name / "information"))
                 return f"nvidia{minor[1]}" if minor else ""
         return ""  # it is not there
+
+
+def _can_open(node: Path) -> bool:
+    """Return whether this is a device node that is not hidden."""
+    try:
+        return node.is_char_device() and not os.statvfs(node).f_flag & os.ST_NODEV
+    except OSError:  # gone meanwhile
+        return False
 
 
 def _explain(error: OSError) -> str:
@@ -108,11 +125,11 @@ def _opens_all(gpus: Collection[ReleasedGpu]) -> str:
 
 
 def _open_nodes() -> frozenset[str]:
-    """Return the names of the files that this process has open."""
+    """Return the names of the files that this process has open. Raises OSError."""
     found = set()
     for descriptor in os.listdir(OPEN_FILES):
         try:
             found.add(os.path.basename(os.readlink(OPEN_FILES / descriptor)).removesuffix(" (deleted)"))
         except OSError:  # closed meanwhile
             continue
-    return frozenset(found)
+    return frozenset(found - {""})

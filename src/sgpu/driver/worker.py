@@ -91,13 +91,13 @@ class Worker:
         os._exit(0)  # whatever call of the driver does not return
 
     def run(self) -> None:
-        """Poll and emit until the library was replaced: then the parent starts another process.
+        """Poll and emit until the library was replaced, or the wrong GPU is hidden: the parent starts another then.
 
         What is loaded stays loaded, be it only because the loader knows its path.
         """
         delays = self._growing_delays()
         files, loaded = self._files(), False
-        while True:
+        while not self._released.hides_another():
             try:
                 self._call_started("")
                 self._released.hide()
