@@ -16,8 +16,8 @@ EXAMPLES = int(os.environ.get("SGPU_FUZZ_EXAMPLES", "5000"))
 # No deadline: a busy machine can be slow with any example. The same examples each time, so that what fails was broken
 # by a change; `tox -e fuzz` looks for others.
 hypothesis.settings.register_profile("sgpu", deadline=None, derandomize=True, database=None)
-# On another interpreter than the one that runs all tests.
-hypothesis.settings.register_profile("few", deadline=None, derandomize=True, database=None, max_examples=25)
+# For an interpreter beside the one that runs all tests.
+hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("sgpu"), max_examples=25)
 hypothesis.settings.register_profile(
     "fuzz", deadline=None, max_examples=EXAMPLES, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

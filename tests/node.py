@@ -78,19 +78,16 @@ class Node:
 
         Skips the test where that can't be, or no process can have mounts of its own: it takes CAP_SYS_ADMIN.
         """
-        for gpu in self.driver.state.gpus:
-            self.make_device(gpu.minor)
-        self.driver.set(dev=str(self.dev))
-
-    def make_device(self, minor: int) -> None:
-        path = self.dev / f"nvidia{minor}"
-        path.unlink(missing_ok=True)
         try:
-            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-            path.read_bytes()
+            for gpu in self.driver.state.gpus:
+                path = self.dev / f"nvidia{gpu.minor}"
+                path.unlink()
+                os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+                path.read_bytes()
             subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"makes device nodes, and hides them: {error}")
+        self.driver.set(dev=str(self.dev))
 
     def list_in_kernel(self, address: str, minor: int) -> None:
         """List a GPU below /proc, as the kernel's driver does."""

@@ -1,4 +1,4 @@
-"""The worker leaves GPUs alone that are to be reset: one poll of the real process, with the stub library."""
+"""The worker leaves GPUs alone that are to be reset: the real process, with the stub library."""
 
 from __future__ import annotations
 
@@ -156,11 +156,14 @@ def test_not_privileged(node: Node, gpus: tuple[StubGpu, ...]) -> None:
     assert "privileged" in found.held
 
 
-def test_an_ordinary_file(node: Node, gpus: tuple[StubGpu, ...]) -> None:
-    """A node that the library opens all the same is said, and so is the GPU."""
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_ordinary_file(node: Node, gpus: tuple[StubGpu, ...], answers: bool) -> None:
+    """A GPU whose node the library opens all the same is not released, whether or not it answers."""
     path = node.dev / "nvidia1"
     path.unlink()
     path.touch()  # which can be opened where devices can't
+    if not answers:
+        node.driver.fail("nvmlDeviceGetHandleByIndex", 999, gpus[1])
     found = report(node, card(gpus[1]))
-    assert ([gpu.uuid for gpu in found.gpus], found.released) == (uuids(gpus), ())
-    assert gpus[1].bus_id in found.held
+    assert [gpu.uuid for gpu in found.gpus] == uuids(gpus if answers else [gpus[0], gpus[2]])
+    assert (found.released, gpus[1].bus_id in found.held) == ((), True)

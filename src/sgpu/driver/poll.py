@@ -79,7 +79,7 @@ def poll(
 
     A GPU that fails to answer is reported as a problem and does not stop the others. The utilization of its processes
     covers the last `interval` seconds. `known` has the UUIDs in the order of the last poll, as long as it may hold.
-    `some_hidden`: NVML may not open some GPUs, which some drivers count all the same.
+    `some_hidden`: this process can't open some GPUs; drivers may list them all the same.
     `identities` are kept from one poll to the next, as long as the library is open.
     `call_started` is called with the UUID that the next calls are about (empty: the driver), and `found` with each GPU
     before it is asked. `ask_for_uvm` makes the node `nvidia-uvm` where it is missing, and returns what came of it;

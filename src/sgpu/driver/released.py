@@ -31,12 +31,13 @@ _MINOR: Final = re.compile(r"^Device Minor:\s*(\d+)$", re.MULTILINE)
 class Released:
     """Some GPUs to leave alone, often none. Make it before the process has threads."""
 
-    def __init__(self, gpus: Collection[ReleasedGpu], places: Places, dev: Path = DEV) -> None:
+    def __init__(self, gpus: Collection[ReleasedGpu], places: Places) -> None:
         self._gpus = gpus
         self._places = places
-        self._directories = dict.fromkeys((dev, places.dev_directory))
+        self._directories = dict.fromkeys((DEV, places.dev_directory))
         self._hidden: set[str] = set()  # names of nodes
-        self._problem, self._failed = "", ""
+        self._problem = ""  # why this process can't hide anything
+        self._failed = ""  # why it could not the last time
         if gpus:
             from sgpu.lib import mounts  # imports ctypes, which few need
 
@@ -53,7 +54,9 @@ class Released:
     def hide(self) -> None:
         """Hide them from NVML, which is to be initialized next: their nodes may be new, or others than before."""
         self._failed = ""
-        for path in () if self._problem else list(self._visible()):
+        if self._problem:
+            return
+        for path in self._visible():
             try:
                 self._deny(path)
                 self._hidden.add(path.name)
@@ -69,17 +72,17 @@ class Released:
             opened = _open_nodes()
         except OSError as error:
             return attrs.evolve(report, held=f"which files the driver's process has open can't be seen: {error}")
-        opened_too = [gpu for gpu in self._gpus if parse_bus_id(gpu.pci_bus_id) in listed or self._node(gpu) in opened]
-        if problem := self._problem or self._failed or (_opens_all(opened_too) if opened_too else ""):
+        still_open = [gpu for gpu in self._gpus if parse_bus_id(gpu.pci_bus_id) in listed or self._node(gpu) in opened]
+        if problem := self._problem or self._failed or (_say_open(still_open) if still_open else ""):
             return attrs.evolve(report, held=problem)
         return attrs.evolve(report, released=tuple(gpu.pci_bus_id for gpu in self._gpus))
 
     def missed_one(self) -> bool:
-        """Return whether NVML could open a node that was not there to be hidden: it has to be initialized again."""
+        """Return whether a node is there that was not when NVML was initialized, which has to be done again then."""
         return not self._problem and any(self._visible())
 
     def hides_another(self) -> bool:
-        """Return whether a hidden node is none of theirs any more: only another process can open it."""
+        """Return whether a hidden node belongs to none of these GPUs any more: only another process can open it."""
         return bool(self._hidden - set(map(self._node, self._gpus)))
 
     def _visible(self) -> Iterator[Path]:
@@ -117,7 +120,7 @@ def _explain(error: OSError) -> str:
     return f"sgpu can't hide cordoned GPUs from the driver's library: {error}{cure}"
 
 
-def _opens_all(gpus: Collection[ReleasedGpu]) -> str:
+def _say_open(gpus: Collection[ReleasedGpu]) -> str:
     return (
         f"the driver's library opens {', '.join(gpu.pci_bus_id for gpu in gpus)} all the same: stop sgpu on this node "
         f"for the time of the reset, as docs/cordon.md says; running pods keep their GPUs"
@@ -132,4 +135,4 @@ def _open_nodes() -> frozenset[str]:
             found.add(os.path.basename(os.readlink(OPEN_FILES / descriptor)).removesuffix(" (deleted)"))
         except OSError:  # closed meanwhile
             continue
-    return frozenset(found - {""})
+    return frozenset(found - {""})  # of `/`; a card that is gone has no node either

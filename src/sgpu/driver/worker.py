@@ -91,7 +91,7 @@ class Worker:
         os._exit(0)  # whatever call of the driver does not return
 
     def run(self) -> None:
-        """Poll and emit until the library was replaced, or the wrong GPU is hidden: the parent starts another then.
+        """Poll and emit until the library was replaced or another GPU is hidden; then the parent starts a new process.
 
         What is loaded stays loaded, be it only because the loader knows its path.
         """

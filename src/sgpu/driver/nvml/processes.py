@@ -43,9 +43,9 @@ def list_processes(library: Library, handle: Handle) -> Mapping[int, ListedProce
     for function in (GRAPHICS, MPS):
         try:
             for pid, memory in _listed(library, function, handle):
-                # It can be in several lists, with all of its memory in each.
-                known = (memory, found[pid].memory if pid in found else None)
-                most = max((each for each in known if each is not None), default=None)
+                # A process can be in several lists, with all of its memory in each.
+                before = found.get(pid, ListedProcess(None)).memory
+                most = max(before, memory, key=lambda known: -1 if known is None else known)
                 found[pid] = ListedProcess(most, is_mps_client=function == MPS)
         except NvmlError as error:
             if error.code not in NO_ANSWER:
